@@ -1,0 +1,136 @@
+"""The error tree. Each class says who is at fault and whether trying again can help.
+
+`code` is the stable machine-readable name that travels on the wire, in OpenAI-shaped bodies and
+in metrics. `retryable` means: the same request may succeed on another worker or a little later.
+"""
+
+from __future__ import annotations
+
+
+class BatonError(Exception):
+    """Base of every error that baton raises on purpose."""
+
+    code = "internal_error"
+    retryable = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequest(BatonError):
+    """The client's request is malformed or asks for something that can never be served."""
+
+    code = "invalid_request_error"
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class ModelNotFound(InvalidRequest):
+    """The request names a model that this cluster does not serve."""
+
+    code = "model_not_found"
+
+
+class ModelLoadError(BatonError):
+    """A model directory is missing, incomplete, truncated or contradicts itself."""
+
+    code = "model_load_error"
+
+
+class ConfigError(BatonError):
+    """A flag, environment variable or configuration file is wrong."""
+
+    code = "config_error"
+
+
+class Unauthenticated(BatonError):
+    """The caller did not present the cluster token."""
+
+    code = "unauthenticated"
+
+
+class LayoutMismatch(BatonError):
+    """Two processes hold KV blocks of different layouts; the message names both."""
+
+    code = "layout_mismatch"
+
+
+class Overloaded(BatonError):
+    """A queue or pool bound was reached before any work was spent; retry later."""
+
+    code = "overloaded"
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoWorker(BatonError):
+    """No live worker can take the request now."""
+
+    code = "no_worker"
+    retryable = True
+
+
+class WorkerLost(BatonError):
+    """A worker died or stopped answering while it held the request."""
+
+    code = "worker_lost"
+    retryable = True
+
+
+class PeerGone(BatonError):
+    """The other end of a stream has gone or cannot be reached."""
+
+    code = "peer_gone"
+    retryable = True
+
+
+class StaleAttempt(BatonError):
+    """A message named an attempt or an incarnation that is no longer current."""
+
+    code = "stale_attempt"
+
+
+class LeaseExpired(BatonError):
+    """Published KV was not renewed in time; whatever was read under the lease is void."""
+
+    code = "lease_expired"
+    retryable = True
+
+
+class TransportError(BatonError):
+    """A KV transfer failed or could not be started."""
+
+    code = "transport_error"
+    retryable = True
+
+
+class DigestMismatch(TransportError):
+    """Bytes that were read differ from the bytes that were published."""
+
+    code = "digest_mismatch"
+
+
+class DeadlineExceeded(BatonError):
+    """The request's deadline passed."""
+
+    code = "deadline_exceeded"
+
+
+class Cancelled(BatonError):
+    """The client or an operator cancelled the request."""
+
+    code = "cancelled"
+
+
+class InternalError(BatonError):
+    """A bug: an invariant did not hold."""
+
+    code = "internal_error"
