@@ -1,0 +1,73 @@
+# Everything runs in .venv, which is made on first use. `make help` lists the targets.
+
+PYTHON      ?= python3
+VENV        ?= .venv
+TORCH       ?= torch==2.13.0
+# For machines without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches the small build.
+TORCH_INDEX ?=
+PROMPT      ?= def fibonacci(n):
+SERVE_FLAGS ?=
+BENCH_FLAGS ?=
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv serve test lint format proto bench demo-model clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH) (the largest part; minutes on a slow line)"
+	$(PIP) '$(TORCH)' $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.torch pyproject.toml constraints.txt
+	@echo "installing baton and NIXL"
+	$(PIP) -e '.[nixl]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
+	@echo "installing baton with the development tools"
+	$(PIP) -e '.[nixl,cuda,redis,dev]'
+	@touch $@ $(VENV)/.serve
+
+venv: $(VENV)/.dev ## make .venv with everything that development needs
+
+serve: $(VENV)/.serve ## a whole cluster on this machine, one answer, then serve until Ctrl-C
+	@exec $(BIN)/baton serve --try '$(PROMPT)' $(SERVE_FLAGS)
+
+lint: $(VENV)/.dev ## ruff, mypy, import layers, generated stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/gen_proto.py --check
+
+# One thread per process: the tests start many processes on few cores.
+test: export OMP_NUM_THREADS ?= 1
+test: export TOKENIZERS_PARALLELISM := false
+test: export HF_HUB_OFFLINE := 1
+test: lint ## everything that CI runs
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+format: $(VENV)/.dev ## rewrite the sources with ruff
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: $(VENV)/.dev ## generate the stubs in baton/v1 from proto/
+	$(BIN)/python tools/gen_proto.py
+
+bench: $(VENV)/.dev ## the handoff next to a memory copy, then a served load
+	$(BIN)/baton bench handoff
+	$(BIN)/baton bench serve $(BENCH_FLAGS)
+
+demo-model: $(VENV)/.dev ## train the built-in model again (an hour or two on two cores)
+	$(BIN)/python -m tools.train_demo
+
+clean: ## remove what was built, and .venv
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
