@@ -99,6 +99,7 @@ class WireError:
     code: str
     message: str
     retryable: bool = False
+    client_fault: bool = False  # the request itself is wrong (InvalidRequest), whatever the code
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,108 @@
+from baton.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
+    FINISH_REASON_STOP: _ClassVar[FinishReason]
+    FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+    FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
+    FINISH_REASON_ERROR: _ClassVar[FinishReason]
+    FINISH_REASON_HANDED_OFF: _ClassVar[FinishReason]
+FINISH_REASON_UNSPECIFIED: FinishReason
+FINISH_REASON_STOP: FinishReason
+FINISH_REASON_LENGTH: FinishReason
+FINISH_REASON_CANCELLED: FinishReason
+FINISH_REASON_ERROR: FinishReason
+FINISH_REASON_HANDED_OFF: FinishReason
+
+class StartPrefill(_message.Message):
+    __slots__ = ("task",)
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    task: _common_pb2.GenerationTask
+    def __init__(self, task: _Optional[_Union[_common_pb2.GenerationTask, _Mapping]] = ...) -> None: ...
+
+class StartDecode(_message.Message):
+    __slots__ = ("task", "prefill")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    task: _common_pb2.GenerationTask
+    prefill: _common_pb2.Peer
+    def __init__(self, task: _Optional[_Union[_common_pb2.GenerationTask, _Mapping]] = ..., prefill: _Optional[_Union[_common_pb2.Peer, _Mapping]] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ("attempt", "reason")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    attempt: _common_pb2.AttemptId
+    reason: str
+    def __init__(self, attempt: _Optional[_Union[_common_pb2.AttemptId, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Drain(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ConductorMessage(_message.Message):
+    __slots__ = ("start_prefill", "start_decode", "cancel", "drain")
+    START_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    START_DECODE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    start_prefill: StartPrefill
+    start_decode: StartDecode
+    cancel: Cancel
+    drain: Drain
+    def __init__(self, start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., start_decode: _Optional[_Union[StartDecode, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
+
+class Span(_message.Message):
+    __slots__ = ("name", "start_s", "end_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
+    END_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    start_s: float
+    end_s: float
+    def __init__(self, name: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ...) -> None: ...
+
+class Finish(_message.Message):
+    __slots__ = ("reason", "error", "cached_tokens", "spans")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    reason: FinishReason
+    error: _common_pb2.WireError
+    cached_tokens: int
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.WireError, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ...) -> None: ...
+
+class AttemptOutput(_message.Message):
+    __slots__ = ("attempt", "tokens", "finish")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    attempt: _common_pb2.AttemptId
+    tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.SampledToken]
+    finish: Finish
+    def __init__(self, attempt: _Optional[_Union[_common_pb2.AttemptId, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.SampledToken, _Mapping]]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ...) -> None: ...
+
+class StepReport(_message.Message):
+    __slots__ = ("outputs", "load")
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    outputs: _containers.RepeatedCompositeFieldContainer[AttemptOutput]
+    load: _common_pb2.WorkerLoad
+    def __init__(self, outputs: _Optional[_Iterable[_Union[AttemptOutput, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.WorkerLoad, _Mapping]] = ...) -> None: ...
+
+class WorkerMessage(_message.Message):
+    __slots__ = ("step_report",)
+    STEP_REPORT_FIELD_NUMBER: _ClassVar[int]
+    step_report: StepReport
+    def __init__(self, step_report: _Optional[_Union[StepReport, _Mapping]] = ...) -> None: ...
