@@ -1,0 +1,1 @@
+"""Tests, and helpers that several of them share (tests.models)."""
