@@ -1,0 +1,100 @@
+"""A client's request inside the conductor: first as it was asked, then as it will be served.
+
+HTTP and gRPC each build an `Ask` (types checked, ranges not); `conductor.validate` turns it into a
+`Request`, which is what admission, routing and dispatch work on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from baton.types.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, to be rendered by the model's template."""
+
+    messages: tuple[Mapping[str, Any], ...]
+
+
+Prompt = str | tuple[int, ...] | Chat
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Sampling options as the client gave them; None means that the client said nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """`default_max_tokens` is None where an answer may fill the rest of the context.
+
+    `names` maps an option to what this API calls it, for the `param` of error messages.
+    """
+
+    model: str
+    prompts: tuple[Prompt, ...]
+    options: Options
+    request_id: str | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    default_max_tokens: int | None = None
+    add_special_tokens: bool = True
+    skip_special_tokens: bool = True
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One of the answers that a request asks for: (number of prompts) x `n` in all."""
+
+    index: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request that can be served. `deadline` is in the event loop's time, seconds.
+
+    `id` is what the client sees. `key` begins the attempts' ids and is never used twice, even when
+    a client sends the same `request_id` again.
+    """
+
+    id: str
+    key: str
+    model: str
+    answers: tuple[Answer, ...]
+    stop: tuple[str, ...]
+    skip_special_tokens: bool
+    priority: int
+    cache_salt: str
+    received: float
+    deadline: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts; a prompt with several answers counts once."""
+        return sum(
+            len(prompt) for prompt in {id(a.prompt): a.prompt for a in self.answers}.values()
+        )
