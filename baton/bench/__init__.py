@@ -1,0 +1,1 @@
+"""Benchmarks: each measures one part next to its limit."""

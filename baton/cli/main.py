@@ -1,0 +1,56 @@
+"""The `baton` command line."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from baton import __version__
+from baton.cli.chat import chat
+from baton.cli.generate import generate
+from baton.cli.options import command
+from baton.cli.serve import ServeOptions, serve
+from baton.errors import BatonError
+
+app = typer.Typer(
+    name="baton",
+    help="Serve large language models with prefill and decode on separate workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"baton {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _baton(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Options of the program itself."""
+
+
+app.command("serve")(command(ServeOptions, serve))
+app.command("generate")(generate)
+app.command("chat")(chat)
+
+
+def main() -> None:
+    """Run a command; an expected failure is one line on standard error and exit code 1."""
+    try:
+        app()
+    except BatonError as error:
+        sys.exit(f"baton: {error.message}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

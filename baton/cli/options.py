@@ -1,0 +1,43 @@
+"""Command line options that are shared, and commands made from frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+Options = TypeVar("Options")
+
+Url = Annotated[
+    str, typer.Option("--url", envvar="BATON_URL", help="Address of the cluster.", metavar="URL")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def command(cls: type[Options], run: Callable[[Options], None]) -> Callable[..., None]:
+    """A function for typer whose parameters are the fields of the dataclass `cls`.
+
+    So a command with many options lists each of them once, as an annotated field with a default.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+
+    def invoke(**values: Any) -> None:
+        run(cls(**values))
+
+    invoke.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=hints[field.name],
+            )
+            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        ]
+    )
+    invoke.__annotations__ = hints
+    invoke.__doc__ = run.__doc__
+    return invoke

@@ -1,0 +1,229 @@
+"""`baton serve`: a whole cluster on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from baton.cli.child import ChildSpec
+from baton.cli.generate import print_answer
+from baton.cli.report import Reporter
+from baton.cli.supervisor import Addresses, ClusterPlan, Supervisor
+from baton.client.http import Client, Prompt
+from baton.errors import ConfigError
+from baton.model.hub import resolve_model
+from baton.model.spec import load_spec
+
+_ENGINE = "Engine (default: chosen by the workers)"
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """The flags of `baton serve`. Engine flags that are None are left to the workers."""
+
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Directory or hub id; the built-in demo model when left out."),
+    ] = None
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 1
+    decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1
+    colocated: Annotated[
+        bool, typer.Option("--colocated", help="Decode workers only; each also does prefill.")
+    ] = False
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP; 0 = any free port.")] = 8000
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC; 0 = any.")] = 50051
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto"
+    model_name: Annotated[
+        str | None, typer.Option(help="Served name; the model's last part when left out.")
+    ] = None
+    transport: Annotated[str, typer.Option(help="auto, nixl, nccl or shm.")] = "auto"
+    try_text: Annotated[
+        str | None,
+        typer.Option("--try", metavar="TEXT", help="Answer TEXT once ready, then keep serving."),
+    ] = None
+    start_timeout: Annotated[float, typer.Option(help="Seconds until ready.")] = 600.0
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that running requests get on Ctrl-C.")
+    ] = 30.0
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show every process's log.")] = False
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object per line on standard output.")
+    ] = False
+    block_size: Annotated[
+        int | None, typer.Option(help="Tokens of a KV block.", rich_help_panel=_ENGINE)
+    ] = None
+    num_blocks: Annotated[
+        int | None, typer.Option(help="KV blocks of a worker.", rich_help_panel=_ENGINE)
+    ] = None
+    kv_memory_mib: Annotated[
+        int | None, typer.Option(help="KV memory of a worker, MiB.", rich_help_panel=_ENGINE)
+    ] = None
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Sequences of one step.", rich_help_panel=_ENGINE)
+    ] = None
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of one step.", rich_help_panel=_ENGINE)
+    ] = None
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Prompt and answer, tokens.", rich_help_panel=_ENGINE)
+    ] = None
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads of a worker.", rich_help_panel=_ENGINE),
+    ] = None
+    verify: Annotated[
+        str | None,
+        typer.Option(help="Digests of handed-over KV: off, sample, full.", rich_help_panel=_ENGINE),
+    ] = None
+
+    @property
+    def prefill_workers(self) -> int:
+        return 0 if self.colocated else self.prefill
+
+    @property
+    def served_name(self) -> str:
+        if self.model_name is not None:
+            return self.model_name
+        return "demo" if self.model is None else Path(self.model).resolve().name
+
+
+def serve(options: ServeOptions) -> None:
+    """Run a whole cluster on this machine until Ctrl-C."""
+    asyncio.run(_serve(options))
+
+
+async def _serve(options: ServeOptions) -> None:
+    for port, flag in ((options.port, "--port"), (options.grpc_port, "--grpc-port")):
+        _check_free(options.host, port, flag)
+    with Reporter(options.json, options.verbose) as reporter:
+        model = await _find_model(options, reporter)
+        plan = make_plan(options, model, _environ(options))
+        supervisor = Supervisor(plan, reporter)
+
+        async def when_ready(addresses: Addresses) -> None:
+            reporter.settle()
+            if options.try_text is not None and not options.json:
+                async with Client(addresses.url) as client:
+                    prompt = Prompt(options.try_text, max_tokens=96, options={"temperature": 0.0})
+                    await print_answer(client, prompt, timing=True, echo=True)
+            _say_ready(options, reporter, addresses)
+
+        await supervisor.run(when_ready)
+
+
+async def _find_model(options: ServeOptions, reporter: Reporter) -> Path:
+    """Find (or download) the model and read its config before any process is started."""
+    reporter.step("model", f"looking for {options.model or 'the demo model'}")
+    model = await asyncio.to_thread(resolve_model, options.model)
+    await asyncio.to_thread(load_spec, model)
+    reporter.step("model", options.served_name, done=True)
+    return model
+
+
+def _say_ready(options: ServeOptions, reporter: Reporter, addresses: Addresses) -> None:
+    workers = f"{options.prefill_workers} prefill, {options.decode} decode"
+    reporter.result(
+        "ready",
+        f"ready  {addresses.url}  grpc {addresses.grpc}  "
+        f"model {options.served_name}  ({workers}; Ctrl-C stops)",
+        http=addresses.http,
+        grpc=addresses.grpc,
+        url=addresses.url,
+        model=options.served_name,
+        pid=os.getpid(),
+    )
+
+
+def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> ClusterPlan:
+    """The command lines of every process."""
+    common = ("--model", str(model), "--model-name", options.served_name, "--exit-with-parent")
+
+    def conductor(listening: Addresses | None) -> ChildSpec:
+        http_port = _port(listening.http) if listening else options.port
+        grpc_port = _port(listening.grpc) if listening else options.grpc_port
+        return ChildSpec(
+            "conductor",
+            _python("conductor", "--host", options.host, "--port", str(http_port))
+            + ("--grpc-port", str(grpc_port), "--announce", *common),
+            environ,
+        )
+
+    def workers(addresses: Addresses) -> Sequence[ChildSpec]:
+        roles = [("prefill", i) for i in range(options.prefill_workers)]
+        roles += [("decode", i) for i in range(options.decode)]
+        flags = tuple(_worker_flags(options, len(roles)))
+        return [
+            ChildSpec(
+                f"{role}-{i}",
+                _python(f"{role}_worker", "--name", f"{role}-{i}", "--conductor", addresses.grpc)
+                + ("--listen", "127.0.0.1:0", *common, *flags),
+                environ,
+            )
+            for role, i in roles
+        ]
+
+    return ClusterPlan(conductor, workers, options.start_timeout, options.drain_timeout)
+
+
+def _worker_flags(options: ServeOptions, workers: int) -> Iterator[str]:
+    threads = options.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    yield from ("--device", options.device, "--dtype", options.dtype)
+    yield from ("--transport", options.transport, "--threads", str(threads))
+    for name in ("block_size", "num_blocks", "kv_memory_mib", "max_num_seqs", "max_batch_tokens"):
+        yield from _flag(options, name)
+    for name in ("max_model_len", "verify"):
+        yield from _flag(options, name)
+
+
+def _flag(options: ServeOptions, name: str) -> Iterator[str]:
+    value = getattr(options, name)
+    if value is not None:
+        yield from (f"--{name.replace('_', '-')}", str(value))
+
+
+def _environ(options: ServeOptions) -> dict[str, str]:
+    environ = dict(os.environ)
+    # Whoever knows this token may speak for a worker; it lives as long as this cluster.
+    environ.setdefault("BATON_CLUSTER_TOKEN", secrets.token_urlsafe(32))
+    environ["PYTHONUNBUFFERED"] = "1"
+    return environ
+
+
+def _python(module: str, *flags: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", module, *flags)
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+def _check_free(host: str, port: int, flag: str) -> None:
+    """Raise ConfigError when the port is taken: sooner and clearer than the conductor could, and
+    gRPC would even share it with another cluster."""
+    if port == 0:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                reason = "is in use"
+            else:
+                reason = f"cannot be used: {error.strerror or error}"
+            raise ConfigError(
+                f"{host}:{port} {reason}; choose another with {flag} (0 = any free port)"
+            ) from error

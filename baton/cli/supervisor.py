@@ -1,0 +1,260 @@
+"""Starts the processes of a cluster in order, keeps the workers alive, and ends them in order.
+
+start:  conductor --(announces its ports)--> workers --(register)--> ready
+stop:   drain (conductor finishes its requests) -> stop workers -> kill what is left
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from baton.cli.child import Child, ChildSpec
+from baton.cli.report import Reporter
+from baton.client.http import Client
+from baton.errors import BatonError
+
+_POLL_S = 0.1
+_STABLE_S = 60.0  # a process that lived this long starts again at once and with a clean record
+_MAX_RESTARTS = 5  # in a row
+_BACKOFF_S = 0.5
+_MAX_BACKOFF_S = 10.0
+_WORKER_GRACE_S = 10.0
+
+Result = TypeVar("Result")
+
+
+class StartFailed(BatonError):
+    """A process of the cluster did not start, or ended and could not be kept alive."""
+
+    code = "start_failed"
+
+
+class Interrupted(Exception):
+    """The user asked to stop while something was under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the conductor listens, as `host:port`."""
+
+    http: str
+    grpc: str
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.http}"
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterPlan:
+    """What to start. The makers get addresses: what they return may depend on them.
+
+    `conductor(None)` is the first start; later ones get the addresses to listen on again.
+    """
+
+    conductor: Callable[[Addresses | None], ChildSpec]
+    workers: Callable[[Addresses], Sequence[ChildSpec]]
+    start_timeout_s: float = 600.0
+    drain_timeout_s: float = 30.0
+
+
+@dataclass(slots=True)
+class _Process:
+    make: Callable[[], ChildSpec]
+    child: Child
+    failures: int = 0
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """One cluster. `run` is called once; it returns when everything has ended."""
+
+    plan: ClusterPlan
+    reporter: Reporter
+    _processes: dict[str, _Process] = field(default_factory=dict)
+    _addresses: Addresses | None = None
+    _ready: bool = False
+    _stopping: bool = False
+    _failure: BatonError | None = None
+    # Set by a signal or a failure: whatever waits stops waiting.
+    _interrupted: asyncio.Event = field(default_factory=asyncio.Event)
+    # Set by a second signal: nothing is waited for any more.
+    _hurry: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self, when_ready: Callable[[Addresses], Awaitable[None]]) -> None:
+        """Start everything, await `when_ready`, serve until a signal, stop everything.
+
+        Raises StartFailed with the last lines of the process that is to blame.
+        """
+        with self._signals():
+            async with asyncio.TaskGroup() as group:
+                try:
+                    addresses = await self._start(group)
+                    self._ready = True
+                    await self._unless_interrupted(when_ready(addresses))
+                    await self._interrupted.wait()
+                except Interrupted:
+                    pass
+                except BatonError as error:
+                    self._fail(error)
+                finally:
+                    await self._stop()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _start(self, group: asyncio.TaskGroup) -> Addresses:
+        conductor = self._spawn(group, lambda: self.plan.conductor(self._addresses))
+        self.reporter.step("conductor", "starting")
+        try:
+            listening = await self._unless_interrupted(
+                conductor.announcement(self.plan.start_timeout_s)
+            )
+        except TimeoutError:
+            raise self._blame("conductor", conductor, "did not announce its address") from None
+        addresses = Addresses(_local(listening["http"]), _local(listening["grpc"]))
+        self._addresses = addresses
+        self.reporter.step(
+            "conductor", f"listening on {addresses.http}", done=True, pid=conductor.pid
+        )
+        names = []
+        for spec in self.plan.workers(addresses):
+            self._spawn(group, lambda spec=spec: spec)  # type: ignore[misc]
+            self.reporter.step(spec.name, "loading the model")
+            names.append(spec.name)
+        try:
+            async with asyncio.timeout(self.plan.start_timeout_s):
+                await self._unless_interrupted(self._all_live(addresses, names))
+        except TimeoutError:
+            raise StartFailed(
+                f"the cluster was not ready after {self.plan.start_timeout_s:.0f} s; "
+                "look at its logs with --verbose, or give it longer with --start-timeout"
+            ) from None
+        return addresses
+
+    def _spawn(self, group: asyncio.TaskGroup, make: Callable[[], ChildSpec]) -> Child:
+        process = _Process(make, Child(make(), self.reporter.log))
+        name = process.child.spec.name
+        self._processes[name] = process
+        group.create_task(self._keep(name, process), name=name)
+        return process.child
+
+    async def _all_live(self, addresses: Addresses, names: Sequence[str]) -> None:
+        """Return once every named worker is live and the conductor says that it is ready."""
+        missing = set(names)
+        async with Client(addresses.url, timeout_s=10.0) as client:
+            while missing or not await client.ready():
+                for worker in await self._workers(client):
+                    if worker.get("state") == "live" and worker.get("name") in missing:
+                        missing.remove(worker["name"])
+                        self.reporter.step(worker["name"], "live", done=True, pid=worker.get("pid"))
+                await asyncio.sleep(_POLL_S)
+
+    async def _workers(self, client: Client) -> list[dict[str, Any]]:
+        try:
+            return list((await client.cluster()).get("workers") or ())
+        except BatonError:  # the conductor is busy or restarting; the deadline is our caller's
+            return []
+
+    async def _keep(self, name: str, process: _Process) -> None:
+        """Run one process, again when it dies, until the supervisor stops or gives up."""
+        clock = asyncio.get_running_loop().time
+        while not self._stopping:
+            started = clock()
+            code = await process.child.run()
+            if self._stopping:
+                return
+            process.failures = 1 if clock() - started > _STABLE_S else process.failures + 1
+            if not self._ready or process.failures > _MAX_RESTARTS:
+                self._fail(self._blame(name, process.child, _ending(code)))
+                return
+            delay = min(_BACKOFF_S * 2 ** (process.failures - 1), _MAX_BACKOFF_S)
+            self.reporter.event(
+                "process_exited",
+                f"{name} {_ending(code)}; starting it again in {delay:.1f} s",
+                name=name,
+                code=code,
+            )
+            await self._sleep(delay)
+            process.child = Child(process.make(), self.reporter.log)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, but not longer than the supervisor runs."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._interrupted.wait()
+        except TimeoutError:
+            return
+
+    async def _stop(self) -> None:
+        self._stopping = True
+        self.reporter.settle()
+        conductor, *workers = [process.child for process in self._processes.values()]
+        if self._failure is None:
+            self.reporter.event("draining", "draining: running requests finish", phase="drain")
+        grace_s = self.plan.drain_timeout_s if self._failure is None else 1.0
+        await conductor.stop(grace_s, self._hurry)
+        self.reporter.event("stopping", "stopping workers", phase="stop workers")
+        ended = await asyncio.gather(
+            *(worker.stop(_WORKER_GRACE_S, self._hurry) for worker in workers)
+        )
+        killed = [w.spec.name for w, by_itself in zip(workers, ended, strict=True) if not by_itself]
+        text = f"stopped (killed: {', '.join(killed)})" if killed else "stopped"
+        self.reporter.event("stopped", text, killed=killed)
+
+    async def _unless_interrupted(self, work: Awaitable[Result]) -> Result:
+        """Await `work`; on a signal or a failure cancel it and raise Interrupted or the failure."""
+        task = asyncio.ensure_future(work)
+        interrupted = asyncio.ensure_future(self._interrupted.wait())
+        try:
+            await asyncio.wait({task, interrupted}, return_when=asyncio.FIRST_COMPLETED)
+            if self._failure is not None:
+                raise self._failure
+            if not task.done():
+                raise Interrupted
+            return task.result()
+        finally:
+            task.cancel()
+            interrupted.cancel()
+            await asyncio.gather(task, interrupted, return_exceptions=True)
+
+    def _fail(self, error: BatonError) -> None:
+        self._failure = self._failure or error
+        self._interrupted.set()
+
+    def _blame(self, name: str, child: Child, what: str) -> StartFailed:
+        lines = "".join(f"\n  {line}" for line in child.tail)
+        return StartFailed(f"{name} {what}{':' if lines else ' without a word'}{lines}")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for number in numbers:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        if self._interrupted.is_set():
+            self._hurry.set()
+        self._interrupted.set()
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def _local(address: str) -> str:
+    """The address as processes of this machine reach it."""
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]", "::", "") else address

@@ -1,0 +1,1 @@
+"""A small typed client over HTTP. No torch, no gRPC."""

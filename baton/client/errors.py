@@ -1,0 +1,59 @@
+"""Errors as the server said them: an OpenAI-shaped body becomes an exception of baton.errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from baton import errors
+from baton.errors import BatonError, InvalidRequest, NoWorker, Overloaded, Unauthenticated
+
+_BY_CODE: dict[str, type[BatonError]] = {
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, BatonError) and kind is not BatonError
+}
+_BY_STATUS: dict[int, type[BatonError]] = {
+    401: Unauthenticated,
+    403: Unauthenticated,
+    429: Overloaded,
+    503: NoWorker,
+}
+
+
+def error_from(status: int, body: bytes, headers: Mapping[str, str]) -> BatonError:
+    """The exception for a response with an error status, whoever wrote its body."""
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        parsed = None
+    detail = parsed.get("error") if isinstance(parsed, dict) else None
+    if not isinstance(detail, dict):
+        text = body[:200].decode("utf-8", "replace").strip()
+        detail = {"message": f"the server answered {status}: {text or 'no text'}"}
+    return error_in(detail, status, headers.get("retry-after"))
+
+
+def error_in(
+    detail: Mapping[str, Any], status: int = 500, retry_after: str | None = None
+) -> BatonError:
+    """The exception for an OpenAI-shaped `error` object, of a response or inside a stream."""
+    message = str(detail.get("message") or "the server gave no reason")
+    code = detail.get("code") or detail.get("type")
+    kind = _BY_CODE.get(str(code)) or _BY_STATUS.get(status)
+    if kind is None:
+        kind = InvalidRequest if 400 <= status < 500 else errors.InternalError
+    if issubclass(kind, Overloaded):
+        return kind(message, _seconds(retry_after))
+    if issubclass(kind, InvalidRequest):
+        return kind(message, param=detail.get("param"), code=str(code) if code else None)
+    return kind(message)
+
+
+def _seconds(retry_after: str | None) -> float:
+    try:
+        return float(retry_after or 1.0)
+    except ValueError:  # the header may also be a date; then a second is as good as any
+        return 1.0

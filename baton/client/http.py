@@ -1,0 +1,218 @@
+"""Streamed completions, fleet status and traces from a running cluster."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import httpx
+import orjson
+
+from baton.client.errors import error_from, error_in
+from baton.errors import BatonError, DeadlineExceeded, InternalError, PeerGone
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One event of a stream. `usage` comes once, with the last event."""
+
+    text: str = ""
+    index: int = 0
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to ask: text, token ids, or (with `chat`) messages of {role, content}.
+
+    `options` are further request fields as the HTTP API names them (temperature, seed, stop, …).
+    """
+
+    content: str | tuple[int, ...] | tuple[Mapping[str, str], ...]
+    max_tokens: int | None = None
+    chat: bool = False
+    model: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+    def body(self, model: str) -> dict[str, Any]:
+        content = self.content if isinstance(self.content, str) else list(self.content)
+        body: dict[str, Any] = {
+            "model": self.model or model,
+            "messages" if self.chat else "prompt": content,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.options,
+        }
+        if self.max_tokens is not None:
+            body["max_tokens"] = self.max_tokens
+        return body
+
+
+class Client:
+    """Use as an async context manager. Every method raises a BatonError when it fails.
+
+    `timeout_s` bounds the wait for a connection and for each next event of a stream, not a whole
+    stream.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        timeout_s: float = 120.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._model = ""
+        # Proxies of the environment are for the outside world; a cluster is addressed directly.
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            transport=transport,
+            trust_env=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End every connection. Only for those who do not use the context manager."""
+        await self._http.aclose()
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
+        """The answer as it is generated. Closing the iterator early cancels the request."""
+        body = prompt.body("" if prompt.model else await self.default_model())
+        async with (
+            self._translated(),
+            self._http.stream(
+                "POST",
+                prompt.path,
+                content=orjson.dumps(body),
+                headers={"content-type": "application/json"},
+            ) as response,
+        ):
+            if response.is_error:
+                raise error_from(response.status_code, await response.aread(), response.headers)
+            finished = False
+            async for line in response.aiter_lines():
+                if not line.startswith("data:"):
+                    continue
+                data = line[5:].strip()
+                if data == "[DONE]":
+                    finished = True
+                    break
+                for piece in _pieces(data, prompt.chat):
+                    yield piece
+            if not finished:
+                raise PeerGone(f"{self.url} ended the stream before the answer was complete")
+
+    async def default_model(self) -> str:
+        """The id of the first model that the cluster serves."""
+        if not self._model:
+            models = (await self._get("/v1/models")).get("data") or []
+            if not models:
+                raise InternalError(f"{self.url} lists no model")
+            self._model = str(models[0]["id"])
+        return self._model
+
+    async def cluster(self) -> dict[str, Any]:
+        """Conductors, workers and stores as `GET /cluster` lists them."""
+        return await self._get("/cluster")
+
+    async def trace(self, request_id: str) -> dict[str, Any]:
+        """Spans of one recent request. Raises InvalidRequest when it is not known (any more)."""
+        return await self._get(f"/trace/{request_id}")
+
+    async def ready(self) -> bool:
+        """Whether a request would succeed now. False also when nothing answers."""
+        try:
+            response = await self._http.get("/ready")
+        except httpx.HTTPError:
+            return False
+        return response.status_code == 200
+
+    async def _get(self, path: str) -> dict[str, Any]:
+        async with self._translated():
+            response = await self._http.get(path)
+            if response.is_error:
+                raise error_from(response.status_code, response.content, response.headers)
+            return _object(response.content)
+
+    @asynccontextmanager
+    async def _translated(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except httpx.ConnectError as error:
+            raise PeerGone(
+                f"nothing answers at {self.url}: start a cluster with `baton serve`, "
+                "or name another with --url"
+            ) from error
+        except httpx.TimeoutException as error:
+            raise DeadlineExceeded(f"{self.url} did not answer in time") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            reason = str(error) or type(error).__name__
+            raise PeerGone(f"the connection to {self.url} failed: {reason}") from error
+
+
+def _object(data: bytes | str) -> dict[str, Any]:
+    try:
+        parsed = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InternalError("the server sent something that is not JSON") from error
+    if not isinstance(parsed, dict):
+        raise InternalError("the server sent JSON that is not an object")
+    return parsed
+
+
+def _pieces(data: str, chat: bool) -> list[Piece]:
+    event = _object(data)
+    if (detail := event.get("error")) is not None:
+        raise _stream_error(detail)
+    request_id = str(event.get("id") or "")
+    pieces = [
+        Piece(
+            text=(choice.get("delta", {}).get("content") if chat else choice.get("text")) or "",
+            index=int(choice.get("index", 0)),
+            finish_reason=choice.get("finish_reason"),
+            request_id=request_id,
+        )
+        for choice in event.get("choices") or ()
+    ]
+    if chat:  # the event that only names the role is not part of the answer
+        pieces = [piece for piece in pieces if piece.text or piece.finish_reason]
+    if usage := event.get("usage"):
+        pieces.append(Piece(usage=_usage(usage), request_id=request_id))
+    return pieces
+
+
+def _stream_error(detail: object) -> BatonError:
+    return error_in(detail if isinstance(detail, Mapping) else {"message": str(detail)})
+
+
+def _usage(usage: Mapping[str, Any]) -> Usage:
+    details = usage.get("prompt_tokens_details") or {}
+    return Usage(
+        prompt_tokens=int(usage.get("prompt_tokens", 0)),
+        completion_tokens=int(usage.get("completion_tokens", 0)),
+        cached_tokens=int(details.get("cached_tokens") or 0),
+    )
