@@ -73,8 +73,8 @@ class Transport(Protocol):
         outside of either pool."""
 
     def serving(self, peer: str) -> AbstractContextManager[None]:
-        """While entered, this side makes whatever progress `peer`'s reads need (NIXL over TCP). Idle
-        transports burn no CPU. Re-entrant."""
+        """While entered, this side makes whatever progress `peer`'s reads need (NIXL over TCP).
+        Idle transports burn no CPU. Re-entrant."""
 
     async def close(self) -> None:
         """Abort transfers, disconnect everybody, free the pool. Idempotent."""

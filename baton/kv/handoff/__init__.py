@@ -1,0 +1,1 @@
+"""The handoff protocol: prefill publishes KV under a lease, decode reads and releases it."""

@@ -1,0 +1,104 @@
+"""Digests of published KV, so that the reader can tell what it read from what was published.
+
+A digest covers one block's run of layers. `full` hashes every byte; `sample` hashes PIECES short
+pieces spread evenly over the run, which finds blocks that are torn, missing or in the wrong place
+at a cost that does not grow with the block. The first byte names the mode, so a reader needs no
+setting of its own: it verifies whatever the publisher says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+
+import xxhash
+
+from baton.errors import DigestMismatch
+from baton.kv.layout import byte_range
+from baton.kv.transport.base import PoolMemory
+from baton.kv.transport.memory import Bytes, host_bytes
+from baton.types.fleet import KvLayout
+
+PIECES = 16
+PIECE_BYTES = 256
+
+Cell = tuple[int, int, bytes]
+"""(logical block, first layer, digest): what the digest of a whole attempt is made of."""
+
+
+class Verify(StrEnum):
+    OFF = "off"
+    SAMPLE = "sample"
+    FULL = "full"
+
+
+_TAGS = {Verify.SAMPLE: b"s", Verify.FULL: b"f"}
+_MODES = {tag: mode for mode, tag in _TAGS.items()}
+
+
+def block_digests(
+    memory: PoolMemory,
+    layout: KvLayout,
+    blocks: Sequence[int],
+    layer_begin: int,
+    layer_end: int,
+    mode: Verify,
+) -> tuple[bytes, ...]:
+    """One digest per block (17 bytes), or none when the mode is off."""
+    if mode is Verify.OFF:
+        return ()
+    return tuple(
+        _digest(host_bytes(memory, *byte_range(layout, block, layer_begin, layer_end)), mode)
+        for block in blocks
+    )
+
+
+def check_digests(
+    memory: PoolMemory,
+    layout: KvLayout,
+    blocks: Sequence[int],
+    layer_begin: int,
+    layer_end: int,
+    expected: Sequence[bytes],
+    source: str,
+) -> None:
+    """Raises DigestMismatch when local `blocks` are not what `source` published."""
+    if not expected:
+        return
+    if len(expected) != len(blocks):
+        raise DigestMismatch(f"{source} sent {len(expected)} digests for {len(blocks)} blocks")
+    for block, digest in zip(blocks, expected, strict=True):
+        mode = _MODES.get(digest[:1])
+        if mode is None:
+            raise DigestMismatch(f"{source} sent a digest of an unknown kind: {digest[:1]!r}")
+        offset, length = byte_range(layout, block, layer_begin, layer_end)
+        if _digest(host_bytes(memory, offset, length), mode) != digest:
+            raise DigestMismatch(
+                f"layers [{layer_begin}, {layer_end}) of block {block} differ from what {source} "
+                "published; the read is discarded"
+            )
+
+
+def combine(cells: Iterable[Cell]) -> bytes:
+    """Digest of an attempt, whatever order its ranges came in. Empty for no digests."""
+    hasher = xxhash.xxh3_128()
+    empty = True
+    for block, layer, digest in sorted(cells):
+        hasher.update(b"%d:%d:" % (block, layer))
+        hasher.update(digest)
+        empty = False
+    return b"" if empty else hasher.digest()
+
+
+def cells_of(first_block: int, layer_begin: int, digests: Sequence[bytes]) -> list[Cell]:
+    return [(first_block + n, layer_begin, digest) for n, digest in enumerate(digests)]
+
+
+def _digest(data: Bytes, mode: Verify) -> bytes:
+    if mode is Verify.FULL or data.nbytes <= PIECES * PIECE_BYTES:
+        return _TAGS[mode] + xxhash.xxh3_128_digest(data)
+    hasher = xxhash.xxh3_128()
+    for piece in range(PIECES):
+        start = piece * (data.nbytes - PIECE_BYTES) // (PIECES - 1)
+        hasher.update(data[start : start + PIECE_BYTES])
+    return _TAGS[mode] + hasher.digest()

@@ -1,0 +1,68 @@
+"""Pool memory: anonymous and committed on the CPU, a torch tensor on CUDA devices."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from baton.errors import ConfigError
+from baton.kv.transport.base import PoolMemory
+
+Bytes = npt.NDArray[np.uint8]
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; missing from the mmap module
+
+
+def commit(area: mmap.mmap) -> None:
+    """Take the pages now, so that a pool too large fails at start and no read pays for faults."""
+    try:
+        area.madvise(_MADV_POPULATE_WRITE)
+    except OSError:
+        np.frombuffer(area, dtype=np.uint8)[:: mmap.PAGESIZE] = 0  # older kernels
+
+
+def cpu_pool(nbytes: int) -> PoolMemory:
+    """Zeroed private memory. It lives as long as something refers to `buffer`."""
+    area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    commit(area)
+    return pool_of(np.frombuffer(area, dtype=np.uint8))
+
+
+def pool_of(array: Bytes) -> PoolMemory:
+    return PoolMemory(array.ctypes.data, array.nbytes, "cpu", array)
+
+
+def cuda_pool(nbytes: int, device: str) -> PoolMemory:
+    """Zeroed memory of a CUDA device as a torch uint8 tensor."""
+    import torch
+
+    tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    return PoolMemory(tensor.data_ptr(), nbytes, str(tensor.device), tensor)
+
+
+def make_pool(nbytes: int, device: str) -> PoolMemory:
+    """A pool on `device`. Raises ConfigError for a device that no transport knows."""
+    if device == "cpu":
+        return cpu_pool(nbytes)
+    if device.startswith("cuda"):
+        return cuda_pool(nbytes, device)
+    raise ConfigError(f"KV pools can be on cpu or cuda:N, not on {device!r}")
+
+
+def require_cpu(transport: str, device: str) -> None:
+    if device != "cpu":
+        raise ConfigError(
+            f"transport {transport} serves CPU memory only; for {device} use nixl or nccl"
+        )
+
+
+def host_bytes(memory: PoolMemory, offset: int, length: int) -> Bytes:
+    """Bytes [offset, offset + length) of a pool: a view on the CPU, a copy from CUDA."""
+    buffer: Any = memory.buffer
+    part = buffer[offset : offset + length]
+    if memory.device == "cpu":
+        return np.frombuffer(part, dtype=np.uint8)
+    return np.asarray(part.cpu().numpy(), dtype=np.uint8)
