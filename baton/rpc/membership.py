@@ -1,0 +1,79 @@
+"""A worker's place in the fleet: register, renew a lease, register again when it was lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from baton.errors import BatonError, LayoutMismatch, Unauthenticated
+from baton.rpc.services import FleetService
+from baton.types.fleet import FleetLease, WorkerInfo, WorkerLoad
+
+log = logging.getLogger("baton.rpc.membership")
+
+FIRST_RETRY_S = 0.1
+LAST_RETRY_S = 2.0
+
+
+class Membership:
+    """Keeps one worker registered with one conductor while `run` runs.
+
+    The lease is renewed every third of its time to live, so two renewals may fail before it ends.
+    """
+
+    def __init__(
+        self, fleet: FleetService, info: WorkerInfo, load: Callable[[], WorkerLoad]
+    ) -> None:
+        self._fleet = fleet
+        self._info = info
+        self._load = load
+        self.registered = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled. Raises LayoutMismatch or Unauthenticated, which waiting cannot mend."""
+        while True:
+            lease = await self._register()
+            self.registered.set()
+            log.info("registered name=%s incarnation=%s", self._info.name, self._info.incarnation)
+            await self._renew_while_accepted(lease)
+            self.registered.clear()
+
+    async def leave(self) -> None:
+        """Tell the conductor that this worker goes. One try: the lease ends by itself otherwise."""
+        try:
+            await self._fleet.leave(self._info.name, self._info.incarnation)
+        except BatonError as error:
+            log.info("could not say goodbye to the conductor: %s", error.message)
+
+    async def _register(self) -> FleetLease:
+        delay = FIRST_RETRY_S
+        while True:
+            try:
+                lease = await self._fleet.register(self._info)
+                if lease.accepted:
+                    return lease
+                log.warning("the conductor did not accept the registration; trying again")
+            except (LayoutMismatch, Unauthenticated):
+                raise
+            except BatonError as error:
+                log.warning("cannot register, trying again in %g s: %s", delay, error.message)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LAST_RETRY_S)
+
+    async def _renew_while_accepted(self, lease: FleetLease) -> None:
+        """Return when the conductor says that it does not know us, or the lease has run out."""
+        loop = asyncio.get_running_loop()
+        expires = loop.time() + lease.ttl_s
+        while loop.time() < expires:
+            await asyncio.sleep(lease.ttl_s / 3)
+            try:
+                lease = await self._fleet.renew(
+                    self._info.name, self._info.incarnation, self._load()
+                )
+            except BatonError as error:
+                log.warning("cannot renew the lease: %s", error.message)
+                continue
+            if not lease.accepted:
+                return
+            expires = loop.time() + lease.ttl_s

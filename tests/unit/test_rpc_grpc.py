@@ -1,0 +1,325 @@
+"""The gRPC adapter over loopback: streams, deadlines, the token, how errors arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from baton.errors import ConfigError, InternalError, LayoutMismatch, PeerGone, Unauthenticated
+from baton.rpc.grpc_client import GrpcFleetClient, GrpcHandoffDialer, GrpcWorkerDialer
+from baton.rpc.grpc_server import RpcServer
+from baton.rpc.services import Duplex
+from baton.types.fleet import FleetLease, KvLayout, Role, WorkerInfo, WorkerLoad
+from baton.types.handoff import Attach, DecodeMessage, PrefillMessage, Released
+from baton.types.link import Cancel, ConductorMessage, Drain, StepReport, WorkerMessage
+from baton.types.request import AttemptId, AttemptOutput
+
+TOKEN = "secret"
+LAYOUT = KvLayout("ab", "float32", 2, 2, 16, 32)
+INFO = WorkerInfo("w", Role.DECODE, "i1", "127.0.0.1:1", 7, "demo", LAYOUT, 8, 64, "shm")
+
+WorkerEnd = Duplex[WorkerMessage, ConductorMessage]
+
+
+class Worker:
+    def __init__(self, handle: Callable[[WorkerEnd], Awaitable[None]]) -> None:
+        self._handle = handle
+
+    async def link(self, stream: WorkerEnd) -> None:
+        await self._handle(stream)
+
+
+def report(name: str) -> StepReport:
+    return StepReport((AttemptOutput(AttemptId(name)),), WorkerLoad(running=1))
+
+
+async def echo(stream: WorkerEnd) -> None:
+    """Answer every Cancel until the stream ends."""
+    try:
+        while True:
+            message = await stream.receive()
+            assert isinstance(message, Cancel)
+            await stream.send(report(message.attempt.request_id))
+    except PeerGone:
+        return
+
+
+@asynccontextmanager
+async def serving(handle: Callable[[WorkerEnd], Awaitable[None]]) -> AsyncIterator[str]:
+    server = RpcServer("127.0.0.1:0", TOKEN)
+    server.add_worker(Worker(handle))
+    address = await server.start()
+    try:
+        yield address
+    finally:
+        await server.stop(0.1)
+
+
+async def test_messages_keep_their_order_both_ways() -> None:
+    async with serving(echo) as address:
+        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        names = [f"r{number}" for number in range(200)]
+
+        async def send_all() -> None:
+            for name in names:
+                await stream.send(Cancel(AttemptId(name), "test"))
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(send_all())
+            for name in names:
+                assert await stream.receive() == report(name)
+        await stream.aclose()
+
+
+async def test_a_cancelled_receive_loses_nothing() -> None:
+    async with serving(echo) as address:
+        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await stream.receive()
+        await stream.send(Cancel(AttemptId("late"), "test"))
+        assert await stream.receive() == report("late")
+        await stream.aclose()
+
+
+async def test_close_delivers_what_was_sent_and_then_ends_both_sides() -> None:
+    seen: list[ConductorMessage] = []
+    ended = asyncio.Event()
+
+    async def collect(stream: WorkerEnd) -> None:
+        try:
+            while True:
+                seen.append(await stream.receive())
+        except PeerGone:
+            ended.set()
+
+    async with serving(collect) as address:
+        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        sent = [Cancel(AttemptId(str(number)), "bye") for number in range(50)]
+        for message in sent:
+            await stream.send(message)
+        await stream.aclose()
+        await stream.aclose()
+        await asyncio.wait_for(ended.wait(), 5)
+        assert seen == sent
+        with pytest.raises(PeerGone):
+            await stream.receive()
+        with pytest.raises(PeerGone):
+            await stream.send(Drain())
+
+
+async def test_what_the_server_said_before_it_closed_arrives() -> None:
+    async def talk(stream: WorkerEnd) -> None:
+        for number in range(20):
+            await stream.send(report(str(number)))
+        await stream.aclose()
+        with pytest.raises(PeerGone):
+            await stream.send(report("late"))
+
+    async with serving(talk) as address:
+        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        for number in range(20):
+            assert await stream.receive() == report(str(number))
+        with pytest.raises(PeerGone):
+            await stream.receive()
+        await stream.aclose()
+
+
+async def test_the_service_sees_a_vanished_client_as_peer_gone() -> None:
+    outcome: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+
+    async def wait(stream: WorkerEnd) -> None:
+        try:
+            await stream.receive()
+        except BaseException as error:
+            outcome.set_result(error)
+
+    async with serving(wait) as address:
+        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        stream._call.cancel()  # type: ignore[attr-defined]
+        assert isinstance(await asyncio.wait_for(outcome, 5), PeerGone)
+        await stream.aclose()
+
+
+async def test_a_stopped_server_is_peer_gone_for_its_clients() -> None:
+    async with serving(echo) as address:
+        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+    with pytest.raises(PeerGone):
+        await asyncio.wait_for(stream.receive(), 5)
+    await stream.aclose()
+
+
+async def test_a_full_stream_makes_the_sender_wait_and_ends_with_peer_gone() -> None:
+    async def sleep(stream: WorkerEnd) -> None:
+        await stream.receive()
+        await stream.aclose()
+
+    async with serving(sleep) as address:
+        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        bulk = Cancel(AttemptId("big"), "x" * 200_000)
+
+        async def send_for_ever() -> None:
+            while True:
+                await stream.send(bulk)
+
+        with pytest.raises(PeerGone):
+            await asyncio.wait_for(send_for_ever(), 20)
+        await stream.aclose()
+
+
+async def test_a_failing_service_reaches_the_caller_with_its_message() -> None:
+    async def fail(stream: WorkerEnd) -> None:
+        raise LayoutMismatch("layouts A and B differ")
+
+    async with serving(fail) as address:
+        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        with pytest.raises(PeerGone, match="layouts A and B differ"):
+            await asyncio.wait_for(stream.receive(), 5)
+        await stream.aclose()
+
+
+async def test_dialing_nobody_is_peer_gone() -> None:
+    async with serving(echo) as address:
+        pass
+    with pytest.raises(PeerGone):
+        await GrpcWorkerDialer(TOKEN).link(address, 2)
+
+
+async def test_dialing_a_silent_port_ends_at_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with pytest.raises(PeerGone, match=r"within 0\.2 s"):
+            await GrpcWorkerDialer(TOKEN).link(f"127.0.0.1:{port}", 0.2)
+
+
+async def test_internal_services_need_the_token() -> None:
+    async with serving(echo) as address:
+        with pytest.raises(Unauthenticated, match="BATON_CLUSTER_TOKEN"):
+            await GrpcWorkerDialer("wrong").link(address, 5)
+
+
+async def test_a_server_without_a_token_is_refused() -> None:
+    with pytest.raises(ConfigError, match="BATON_CLUSTER_TOKEN"):
+        RpcServer("127.0.0.1:0", "")
+
+
+async def test_two_servers_on_one_port_are_refused() -> None:
+    async with serving(echo) as address:
+        with pytest.raises(ConfigError, match="cannot listen"):
+            await RpcServer(address, TOKEN).start()
+
+
+async def test_a_message_of_an_unknown_kind_ends_the_stream() -> None:
+    ended = asyncio.Event()
+
+    async def wait(stream: WorkerEnd) -> None:
+        with pytest.raises(PeerGone, match="does not know"):
+            await stream.receive()
+        ended.set()
+
+    async with serving(wait) as address, grpc.aio.insecure_channel(address) as channel:
+        method = channel.stream_stream("/baton.v1.Worker/Link", bytes, bytes)
+        call = method(metadata=(("authorization", f"Bearer {TOKEN}"),))
+        await call.write(b"\xfa\x3e\x00")  # field 1007, which no version has
+        await asyncio.wait_for(ended.wait(), 5)
+        call.cancel()
+
+
+class Prefill:
+    async def pair(self, stream: Duplex[PrefillMessage, DecodeMessage]) -> None:
+        message = await stream.receive()
+        assert isinstance(message, Attach)
+        await stream.send(Released(message.attempt))
+
+
+async def test_handoff_streams() -> None:
+    server = RpcServer("127.0.0.1:0", TOKEN)
+    server.add_handoff(Prefill())
+    address = await server.start()
+    stream = await GrpcHandoffDialer(TOKEN).pair(address, 5)
+    await stream.send(Attach(AttemptId("a", 2)))
+    assert await stream.receive() == Released(AttemptId("a", 2))
+    await stream.aclose()
+    await server.stop(0.1)
+
+
+class Fleet:
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+        self.block = False
+
+    async def register(self, info: WorkerInfo) -> FleetLease:
+        self.calls.append(info)
+        if info.name == "misfit":
+            raise LayoutMismatch("this fleet has another layout")
+        if info.name == "bug":
+            raise ValueError("oops")
+        return FleetLease(True, 3.0)
+
+    async def renew(self, name: str, incarnation: str, load: WorkerLoad) -> FleetLease:
+        self.calls.append((name, incarnation, load))
+        if self.block:
+            await asyncio.Event().wait()
+        return FleetLease(False, 3.0)
+
+    async def leave(self, name: str, incarnation: str) -> None:
+        self.calls.append((name, incarnation))
+
+
+@asynccontextmanager
+async def fleet(timeout_s: float = 5.0) -> AsyncIterator[tuple[Fleet, GrpcFleetClient]]:
+    service = Fleet()
+    server = RpcServer("127.0.0.1:0", TOKEN)
+    server.add_fleet(service)
+    client = GrpcFleetClient(await server.start(), TOKEN, timeout_s)
+    try:
+        yield service, client
+    finally:
+        await client.aclose()
+        await server.stop(0.1)
+
+
+async def test_fleet_calls() -> None:
+    async with fleet() as (service, client):
+        load = WorkerLoad(running=2)
+        assert await client.register(INFO) == FleetLease(True, 3.0)
+        assert await client.renew("w", "i1", load) == FleetLease(False, 3.0)
+        await client.leave("w", "i1")
+        assert service.calls == [INFO, ("w", "i1", load), ("w", "i1")]
+
+
+async def test_a_unary_error_arrives_as_the_class_that_was_raised() -> None:
+    async with fleet() as (_, client):
+        misfit = WorkerInfo("misfit", Role.DECODE, "i", "a:1", 1, "demo", LAYOUT, 8, 64, "shm")
+        with pytest.raises(LayoutMismatch, match="another layout"):
+            await client.register(misfit)
+        bug = WorkerInfo("bug", Role.DECODE, "i", "a:1", 1, "demo", LAYOUT, 8, 64, "shm")
+        with pytest.raises(InternalError, match="ValueError: oops"):
+            await client.register(bug)
+
+
+async def test_every_unary_call_has_a_deadline() -> None:
+    async with fleet(timeout_s=0.2) as (service, client):
+        service.block = True
+        with pytest.raises(PeerGone, match="in time"):
+            await client.renew("w", "i1", WorkerLoad())
+
+
+async def test_health_follows_readiness_and_needs_no_token() -> None:
+    server = RpcServer("127.0.0.1:0", TOKEN)
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest()
+        status = health_pb2.HealthCheckResponse
+        assert (await stub.Check(request)).status == status.NOT_SERVING
+        await server.set_ready(True)
+        assert (await stub.Check(request)).status == status.SERVING
+    await server.stop(0.1)
