@@ -7,10 +7,13 @@ import sys
 import typer
 
 from baton import __version__
+from baton.cli.bench import BenchServeOptions, bench_serve
 from baton.cli.chat import chat
 from baton.cli.generate import generate
 from baton.cli.options import command
 from baton.cli.serve import ServeOptions, serve
+from baton.cli.status import status
+from baton.cli.top import top
 from baton.errors import BatonError
 
 app = typer.Typer(
@@ -40,6 +43,11 @@ def _baton(
 app.command("serve")(command(ServeOptions, serve))
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("status")(status)
+app.command("top")(top)
+bench = typer.Typer(help="Measure one part next to its limit.", no_args_is_help=True)
+bench.command("serve")(command(BenchServeOptions, bench_serve))
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -108,8 +108,8 @@ async def _serve(options: ServeOptions) -> None:
     for port, flag in ((options.port, "--port"), (options.grpc_port, "--grpc-port")):
         _check_free(options.host, port, flag)
     with Reporter(options.json, options.verbose) as reporter:
-        model = await _find_model(options, reporter)
-        plan = make_plan(options, model, _environ(options))
+        model = await find_model(options, reporter)
+        plan = make_plan(options, model, new_environ())
         supervisor = Supervisor(plan, reporter)
 
         async def when_ready(addresses: Addresses) -> None:
@@ -123,7 +123,7 @@ async def _serve(options: ServeOptions) -> None:
         await supervisor.run(when_ready)
 
 
-async def _find_model(options: ServeOptions, reporter: Reporter) -> Path:
+async def find_model(options: ServeOptions, reporter: Reporter) -> Path:
     """Find (or download) the model and read its config before any process is started."""
     reporter.step("model", f"looking for {options.model or 'the demo model'}")
     model = await asyncio.to_thread(resolve_model, options.model)
@@ -155,8 +155,10 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
         grpc_port = _port(listening.grpc) if listening else options.grpc_port
         return ChildSpec(
             "conductor",
-            _python("conductor", "--host", options.host, "--port", str(http_port))
-            + ("--grpc-port", str(grpc_port), "--announce", *common),
+            _python(
+                *("conductor", "--host", options.host, "--port", str(http_port)),
+                *("--grpc-port", str(grpc_port), "--announce", *common),
+            ),
             environ,
         )
 
@@ -167,8 +169,10 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
         return [
             ChildSpec(
                 f"{role}-{i}",
-                _python(f"{role}_worker", "--name", f"{role}-{i}", "--conductor", addresses.grpc)
-                + ("--listen", "127.0.0.1:0", *common, *flags),
+                _python(
+                    *(f"{role}_worker", "--name", f"{role}-{i}", "--conductor", addresses.grpc),
+                    *("--listen", "127.0.0.1:0", *common, *flags),
+                ),
                 environ,
             )
             for role, i in roles
@@ -193,7 +197,8 @@ def _flag(options: ServeOptions, name: str) -> Iterator[str]:
         yield from (f"--{name.replace('_', '-')}", str(value))
 
 
-def _environ(options: ServeOptions) -> dict[str, str]:
+def new_environ() -> dict[str, str]:
+    """The environment of a cluster's processes: ours and a token of its own."""
     environ = dict(os.environ)
     # Whoever knows this token may speak for a worker; it lives as long as this cluster.
     environ.setdefault("BATON_CLUSTER_TOKEN", secrets.token_urlsafe(32))

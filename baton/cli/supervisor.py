@@ -107,6 +107,10 @@ class Supervisor:
         if self._failure is not None:
             raise self._failure
 
+    def stop(self) -> None:
+        """Let `run` drain, stop everything and return."""
+        self._interrupted.set()
+
     async def _start(self, group: asyncio.TaskGroup) -> Addresses:
         conductor = self._spawn(group, lambda: self.plan.conductor(self._addresses))
         self.reporter.step("conductor", "starting")

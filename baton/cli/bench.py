@@ -1,0 +1,188 @@
+"""`baton bench`: measure one part next to its limit."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from baton.bench.load import PromptShape
+from baton.bench.serve import LoadPlan, as_json, measure, rows
+from baton.bench.stats import LoadSummary, Slo
+from baton.cli.report import Reporter
+from baton.cli.serve import ServeOptions, find_model, make_plan, new_environ
+from baton.cli.supervisor import Addresses, Supervisor
+
+_CLUSTER = "Own cluster (when no --url is given)"
+_JsonFile = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the result there; - = stdout.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchServeOptions:
+    """The flags of `baton bench serve`."""
+
+    url: Annotated[
+        str | None,
+        typer.Option("--url", metavar="URL", help="A running cluster; else one is started."),
+    ] = None
+    requests: Annotated[int, typer.Option(min=1, help="Measured requests.")] = 64
+    concurrency: Annotated[int, typer.Option(min=1, help="Closed loop: at once.")] = 8
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Open loop: requests/s, Poisson arrivals.")
+    ] = None
+    input_tokens: Annotated[int, typer.Option(min=1, help="Prompt length, tokens.")] = 256
+    output_tokens: Annotated[int, typer.Option(min=1, help="Answer length, tokens.")] = 64
+    shared_prefix: Annotated[
+        int, typer.Option(min=0, help="Tokens that all prompts begin with, on top.")
+    ] = 0
+    spread: Annotated[float, typer.Option(min=0, max=1, help="Lengths vary by this share.")] = 0.0
+    vocab_size: Annotated[int, typer.Option(min=2, help="Prompts use ids below this.")] = 1000
+    seed: Annotated[int, typer.Option(help="Prompts and arrivals follow from it.")] = 0
+    warmup: Annotated[int, typer.Option(min=0, help="Requests before the measured ones.")] = 4
+    slo_ttft: Annotated[float | None, typer.Option(help="Bound for goodput, ms.")] = None
+    slo_tpot: Annotated[float | None, typer.Option(help="Bound for goodput, ms.")] = None
+    json: _JsonFile = None
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id.", rich_help_panel=_CLUSTER)
+    ] = None
+    prefill: Annotated[int, typer.Option(min=1, rich_help_panel=_CLUSTER)] = 1
+    decode: Annotated[int, typer.Option(min=1, rich_help_panel=_CLUSTER)] = 1
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Then the same load on as many co-located workers.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = False
+    colocated: Annotated[
+        bool, typer.Option("--colocated", help="Only that.", rich_help_panel=_CLUSTER)
+    ] = False
+    device: Annotated[str, typer.Option(rich_help_panel=_CLUSTER)] = "auto"
+    dtype: Annotated[str, typer.Option(rich_help_panel=_CLUSTER)] = "auto"
+    transport: Annotated[str, typer.Option(rich_help_panel=_CLUSTER)] = "auto"
+
+    def plan(self) -> LoadPlan:
+        return LoadPlan(
+            PromptShape(
+                self.input_tokens,
+                self.output_tokens,
+                self.vocab_size,
+                self.shared_prefix,
+                self.spread,
+                self.seed,
+            ),
+            self.requests,
+            self.concurrency,
+            self.rate,
+            self.warmup,
+            Slo(_seconds(self.slo_ttft), _seconds(self.slo_tpot)),
+        )
+
+    def clusters(self) -> dict[str, ServeOptions]:
+        """What to start, by the name that its results get."""
+        common: dict[str, Any] = {
+            "model": self.model,
+            "port": 0,
+            "grpc_port": 0,
+            "device": self.device,
+            "dtype": self.dtype,
+            "transport": self.transport,
+        }
+        split = ServeOptions(prefill=self.prefill, decode=self.decode, **common)
+        workers = self.prefill + self.decode
+        colocated = ServeOptions(colocated=True, decode=workers, **common)
+        names = {f"{self.prefill}P{self.decode}D": split, f"{workers} co-located": colocated}
+        if self.compare:
+            return names
+        wanted = colocated if self.colocated else split
+        return {name: options for name, options in names.items() if options is wanted}
+
+
+def bench_serve(options: BenchServeOptions) -> None:
+    """Load a cluster: TTFT, TPOT, ITL, tokens/s and goodput, as its clients see them."""
+    runs = asyncio.run(_runs(options))
+    if options.json is not None:
+        write_json(as_json(options.plan(), runs, sys.argv[1:]), options.json)
+    if options.json != "-":
+        _print_table(runs)
+
+
+async def _runs(options: BenchServeOptions) -> dict[str, LoadSummary]:
+    if options.url is not None:
+        return {options.url: await _measure(options.url, options.url, options.plan())}
+    return {
+        name: await _with_cluster(name, cluster, options.plan())
+        for name, cluster in options.clusters().items()
+    }
+
+
+async def _with_cluster(name: str, cluster: ServeOptions, plan: LoadPlan) -> LoadSummary:
+    """Start a cluster for one load, and end it."""
+    summary: LoadSummary | None = None
+    with Reporter(as_json=False, verbose=False) as reporter:
+        model = await find_model(cluster, reporter)
+        supervisor = Supervisor(make_plan(cluster, model, new_environ()), reporter)
+
+        async def load(addresses: Addresses) -> None:
+            nonlocal summary
+            reporter.settle()
+            summary = await _measure(name, addresses.url, plan)
+            supervisor.stop()
+
+        await supervisor.run(load)
+    if summary is None:
+        raise KeyboardInterrupt
+    return summary
+
+
+async def _measure(name: str, url: str, plan: LoadPlan) -> LoadSummary:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        task = progress.add_task(f"{name}: warm-up", total=None)
+
+        def advance(ended: int, total: int) -> None:
+            progress.update(task, description=name, completed=ended, total=total)
+
+        return await measure(url, plan, advance)
+
+
+def _print_table(runs: Mapping[str, LoadSummary]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("")
+    columns = []
+    for name, summary in runs.items():
+        table.add_column(name, justify="right")
+        columns.append(dict(rows(summary)))
+    labels = list(dict.fromkeys(label for column in columns for label in column))
+    for label in labels:
+        table.add_row(label, *(column.get(label, "") for column in columns))
+    Console().print(table)
+
+
+def write_json(result: Mapping[str, Any], target: str) -> None:
+    data = orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n"
+    if target == "-":
+        sys.stdout.write(data.decode())
+    else:
+        Path(target).write_bytes(data)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
