@@ -1,0 +1,195 @@
+"""From logits to tokens, for a batch whose rows may all want something else.
+
+Order, as in Hugging Face's processors: penalties, logit bias, `min_tokens` mask, temperature,
+top-k, top-p, min-p. Randomness is one number per (seed, output index) from a hash, so a row's token
+depends on nothing but its own logits and parameters: neither on its neighbours, nor on the process
+that computes it, nor on what was sampled before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from baton.engine.batch import SampleRequest
+from baton.errors import InternalError
+from baton.types.request import SampledToken, SamplingParams, TokenLogprob
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy: dividing by them would overflow float32 (as in vLLM)."""
+
+_CANDIDATES = 1024
+"""Tokens that top-p looks at first. Sorting a whole vocabulary costs ten times as much and is only
+needed for distributions so flat that these do not reach the mass."""
+
+
+def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken]:
+    """One token per row of `logits` `[rows, vocab]` float32. Does not modify `logits`.
+
+    Raises InternalError when a row holds NaN or its best logit is not finite.
+    """
+    if not requests:
+        return []
+    adjusted = _adjust(logits, requests)
+    best = adjusted.argmax(dim=-1)  # the lowest id on ties; a NaN is the greatest
+    if not bool(adjusted.gather(1, best[:, None]).isfinite().all()):
+        raise InternalError("the model produced logits that are not finite (NaN or infinity)")
+    tokens = best.tolist()
+    random_rows = [row for row, request in enumerate(requests) if not _is_greedy(request.params)]
+    if random_rows:
+        drawn = _draw(adjusted[random_rows], [requests[row] for row in random_rows])
+        for row, token in zip(random_rows, drawn, strict=True):
+            tokens[row] = token
+    logprobs = dict(_logprobs(logits, requests, tokens))
+    return [
+        SampledToken(token, request.index, logprobs.get(row))
+        for row, (token, request) in enumerate(zip(tokens, requests, strict=True))
+    ]
+
+
+def uniform(seed: int, index: int) -> float:
+    """The random number of an output position, in [0, 1): the first 53 bits of BLAKE2b over
+    `seed` (unsigned 64 bit) and `index`, both little-endian. Part of the wire contract: every
+    worker of a cluster must draw the same."""
+    key = seed.to_bytes(8, "little") + index.to_bytes(8, "little")
+    digest = hashlib.blake2b(key, digest_size=8, person=b"baton.sample").digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < GREEDY_BELOW
+
+
+def _adjust(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> torch.Tensor:
+    """Penalties, logit bias and the `min_tokens` mask; `logits` itself when no row has any."""
+    rows = [row for row, request in enumerate(requests) if _is_adjusted(request)]
+    if not rows:
+        return logits
+    adjusted = logits.clone()
+    for row in rows:
+        _adjust_row(adjusted[row], requests[row])
+    return adjusted
+
+
+def _is_adjusted(request: SampleRequest) -> bool:
+    params = request.params
+    return bool(
+        params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.logit_bias
+        or request.index < params.min_tokens
+    )
+
+
+def _adjust_row(row: torch.Tensor, request: SampleRequest) -> None:
+    """In place, on `[vocab]`."""
+    params = request.params
+    if params.repetition_penalty != 1.0 and (request.prompt or request.output):
+        seen = _ids(sorted({*request.prompt, *request.output}), row)
+        values = row[seen]
+        penalty = params.repetition_penalty
+        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if (params.presence_penalty or params.frequency_penalty) and request.output:
+        said, counts = torch.unique(_ids(request.output, row), return_counts=True)
+        row[said] -= params.presence_penalty + params.frequency_penalty * counts
+    for token, bias in params.logit_bias:
+        row[token] += bias
+    if request.index < params.min_tokens and request.stop_ids:
+        row[_ids(request.stop_ids, row)] = -torch.inf
+
+
+def _ids(tokens: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(tokens, dtype=torch.int64, device=like.device)
+
+
+def _draw(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[int]:
+    """Inverse of the filtered distribution's cumulative sum, one number per row.
+
+    The sum runs in order of token id, not of probability: then a rounding difference in the logits
+    moves every boundary by no more than itself, while it could swap two tokens of nearly equal
+    probability in a sorted order.
+    """
+
+    def column(values: Iterator[float]) -> torch.Tensor:
+        return torch.tensor(list(values), device=logits.device)[:, None]
+
+    params = [request.params for request in requests]
+    probs = (logits / column(p.temperature for p in params)).softmax(dim=-1)
+    filtered = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+    if filtered:
+        kept = probs[filtered]
+        thresholds = _thresholds(kept, [params[row] for row in filtered])
+        probs[filtered] = kept.where(kept >= thresholds[:, None], 0.0)
+    mass = probs.cumsum(dim=-1, dtype=torch.float64)
+    numbers = torch.tensor(
+        [uniform(request.params.seed, request.index) for request in requests],
+        dtype=torch.float64,
+        device=logits.device,
+    )
+    total = mass[:, -1:]
+    # Rounding up to the total would run past the last token that has any probability.
+    target = (numbers[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
+    drawn: list[int] = torch.searchsorted(mass, target, right=True)[:, 0].tolist()
+    return drawn
+
+
+def _thresholds(probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """The least probability that each row keeps, `[rows]`: the strictest of top-k, top-p, min-p.
+
+    Tokens with exactly the same probability are kept or dropped together, so no order among them
+    has to be invented.
+    """
+    vocab = probs.shape[-1]
+    width = min(vocab, max(_CANDIDATES, *(p.top_k for p in params)))
+    ranked = probs.topk(width, dim=-1).values
+    thresholds = []
+    for row, p in enumerate(params):
+        best = ranked[row]
+        threshold = p.min_p * best[0]
+        if 0 < p.top_k < vocab:
+            threshold = threshold.maximum(best[p.top_k - 1])
+        if p.top_p < 1:
+            threshold = threshold.maximum(_nucleus(probs[row], best, p))
+        thresholds.append(threshold)
+    return torch.stack(thresholds)
+
+
+def _nucleus(probs: torch.Tensor, ranked: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The probability of the last token of the smallest set that reaches `top_p`, counted over
+    what top-k leaves (arXiv:1904.09751). `ranked` are the best of `probs`, descending."""
+    if 0 < params.top_k < len(probs):
+        ranked = ranked[: params.top_k]
+        wanted = params.top_p * ranked.sum(dtype=torch.float64)
+    else:
+        wanted = params.top_p * probs.sum(dtype=torch.float64)
+    mass = ranked.cumsum(dim=-1, dtype=torch.float64)
+    if mass[-1] < wanted and len(ranked) < len(probs) and not params.top_k:
+        ranked = probs.sort(descending=True).values
+        mass = ranked.cumsum(dim=-1, dtype=torch.float64)
+    position = torch.searchsorted(mass, wanted).clamp(max=len(ranked) - 1)
+    return ranked[position]
+
+
+def _logprobs(
+    logits: torch.Tensor, requests: Sequence[SampleRequest], tokens: Sequence[int]
+) -> Iterator[tuple[int, TokenLogprob]]:
+    """Row number and logprob of the rows that asked, under the model's own distribution."""
+    for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+        count = request.params.logprobs
+        if count is not None:
+            values = logits[row].log_softmax(dim=-1)
+            yield row, TokenLogprob(float(values[token]), _best(values, count))
+
+
+def _best(values: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` greatest of `[vocab]` with their ids, best first, lower ids first on ties."""
+    count = min(count, len(values))
+    if count == 0:
+        return ()
+    least = values.topk(count).values[-1]
+    ids = (values >= least).nonzero()[:, 0]  # ascending
+    ranked, order = values[ids].sort(descending=True, stable=True)
+    return tuple(zip(ids[order[:count]].tolist(), ranked[:count].tolist(), strict=True))
