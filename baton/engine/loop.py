@@ -1,0 +1,451 @@
+"""The engine: schedule, execute, commit, until somebody stops it.
+
+The process that owns the engine awaits `run()`; every other method belongs to the same event loop
+and returns at once, `reserve` aside. Only `Runner.execute` runs elsewhere, in the engine's one
+thread. Listener calls of one step come in this order: on_kv_ready, on_outputs, on_prefilled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+
+from baton.engine.batch import Batch, BatchResult, Runner
+from baton.engine.block_pool import BlockPool
+from baton.engine.config import EngineConfig
+from baton.engine.events import EngineListener, KvReady
+from baton.engine.publish import Publisher
+from baton.engine.scheduler import Advance, Scheduler
+from baton.engine.sequence import Ending, Sequence
+from baton.engine.step import StepThread
+from baton.engine.waiting import Reservation
+from baton.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    StaleAttempt,
+)
+from baton.types.fleet import WorkerLoad
+from baton.types.request import (
+    AttemptId,
+    AttemptOutput,
+    Finish,
+    FinishReason,
+    GenerationTask,
+    SampledToken,
+    WireError,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_FAILURES = 3
+"""Steps that may fail one after the other before the engine gives up, and with it the process."""
+
+_CANCELLED = Ending(FinishReason.CANCELLED)
+_HANDED_OFF = Ending(FinishReason.HANDED_OFF)
+
+
+class Engine:
+    """One model on one device: prefill, decode, or both.
+
+    Every attempt that `submit` or `admit` accepted, or `reserve` took in, ends in exactly one of:
+    a Finish through `on_outputs`; `release` (handed off); an exception of `reserve`; `unreserve`
+    or `end_quarantine`.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        pool: BlockPool,
+        config: EngineConfig,
+        listener: EngineListener,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        if pool.num_blocks != config.num_blocks:
+            raise InternalError(
+                f"The pool has {pool.num_blocks} blocks, the configuration {config.num_blocks}."
+            )
+        self._runner = runner
+        self._config = config
+        self._listener = listener
+        self._wall_clock = wall_clock
+        self._scheduler = Scheduler(pool, config)
+        self._publisher = Publisher(pool, config.layout)
+        self._sequences: dict[AttemptId, Sequence] = {}  # live ones, handed-off ones included
+        self._reservations: dict[AttemptId, Reservation] = {}
+        self._deadlines: dict[AttemptId, asyncio.TimerHandle] = {}
+        self._numbers = count(1)
+        self._wake = asyncio.Event()
+        self._stopped = False
+        self._failures = 0  # steps in a row
+        self._unix_offset: float | None = None
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until `stop()`; then end whatever is left.
+
+        Cancelling works too; both wait for the step that is running, which nothing can interrupt.
+        Raises InternalError when MAX_FAILURES steps failed in a row.
+        """
+        last_word = _CANCELLED
+        try:
+            with StepThread(self._runner) as thread:
+                while not self._stopped:
+                    batch = self._scheduler.schedule(_now())
+                    if batch is None:
+                        await self._wait_for_work()
+                    else:
+                        await self._step(batch, thread)
+        except Exception as error:
+            last_word = _error(error)
+            raise
+        finally:
+            self._stopped = True
+            self._end_everything(last_word)
+
+    def stop(self) -> None:
+        """Ask `run` to end after the step that is running."""
+        self._stopped = True
+        self._wake.set()
+
+    async def _wait_for_work(self) -> None:
+        """Without a deadline on purpose: whatever changes the state sets the event."""
+        await self._wake.wait()
+        self._wake.clear()
+
+    async def _step(self, batch: Batch, thread: StepThread) -> None:
+        self._announce(self._publisher.begin(self._scheduler.scheduled(batch)))
+        by_layers = self._publisher.busy and self._config.layer_groups > 1
+        try:
+            result = await thread.execute(batch, self._layers_ready if by_layers else None)
+        except asyncio.CancelledError:
+            self._discard(batch, _CANCELLED)
+            raise
+        except Exception as error:
+            self._fail(batch, error)
+        else:
+            self._commit(batch, result)
+
+    def _layers_ready(self, layer_end: int) -> None:
+        self._announce(self._publisher.layers_ready(layer_end))
+
+    def _commit(self, batch: Batch, result: BatchResult) -> None:
+        self._failures = 0
+        self._announce(self._publisher.end())
+        self._report(self._scheduler.commit(batch, result, _now()))
+
+    def _fail(self, batch: Batch, error: Exception) -> None:
+        self._failures += 1
+        log.error(
+            "Step %d with %d sequences failed (%d in a row).",
+            batch.step,
+            len(batch.items),
+            self._failures,
+            exc_info=error,
+        )
+        self._discard(batch, _error(error))
+        if self._failures == MAX_FAILURES:
+            raise InternalError(
+                f"{MAX_FAILURES} steps in a row failed; the last one with: {error}"
+            ) from error
+
+    def _discard(self, batch: Batch, ending: Ending) -> None:
+        self._publisher.abandon()
+        self._report(self._scheduler.discard(batch, ending))
+
+    # -- generating -------------------------------------------------------------------------
+
+    def submit(self, task: GenerationTask, hand_off: bool = False) -> None:
+        """Compute the task's context and generate; with `hand_off`, only the first token, and keep
+        the KV for another worker until `release`.
+
+        Raises InvalidRequest when the context can never fit, Overloaded when too many wait or the
+        engine has stopped, StaleAttempt when the attempt is known already.
+        """
+        self._require_new(task.attempt)
+        self._require_fit(task)
+        sequence = self._sequence(next(self._numbers), task, hand_off)
+        ending = self._scheduler.ending_of(sequence)
+        if ending is None:
+            self._scheduler.enqueue(sequence)
+        self._track(sequence)
+        if ending is not None:  # a resumed answer that was complete
+            self._report((Advance(sequence, ending=ending),))
+        self._wake.set()
+
+    def cancel(self, attempt: AttemptId) -> None:
+        """End a live attempt with Finish(CANCELLED); at once, or with the step that uses it.
+        Harmless when it is unknown.
+
+        A granted reservation's blocks go into quarantine, since a transfer may be writing to them:
+        its owner still has to call `unreserve` or `end_quarantine`.
+        """
+        self._end(attempt, _CANCELLED)
+
+    def release(self, attempt: AttemptId) -> Finish | None:
+        """The handed-off KV is no longer needed. Returns the attempt's Finish(HANDED_OFF), for the
+        caller to report, or None when it is unknown. Before on_prefilled, this is `cancel`."""
+        sequence = self._sequences.get(attempt)
+        if sequence is None:
+            return None
+        if not self._scheduler.is_handed_off(attempt):
+            self.cancel(attempt)
+            return None
+        self._scheduler.remove(sequence, _HANDED_OFF)
+        self._state_changed()
+        return self._finish(sequence, _HANDED_OFF)
+
+    # -- KV from elsewhere ------------------------------------------------------------------
+
+    async def reserve(
+        self, attempt: AttemptId, num_tokens: int, timeout_s: float, priority: int = 0
+    ) -> tuple[int, ...]:
+        """Blocks for `num_tokens` tokens of KV that a transfer will bring, in line with everybody
+        else who waits. The caller must end every reservation that it got with `admit`, `unreserve`
+        or `quarantine` and `end_quarantine`.
+
+        Raises InvalidRequest, Overloaded and StaleAttempt like `submit`; DeadlineExceeded after
+        `timeout_s`; Cancelled after `cancel` (which reports the Finish).
+        """
+        self._require_new(attempt)
+        num_blocks = self._config.layout.blocks_for(num_tokens)
+        self._require_blocks(num_blocks)
+        granted: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
+        number = next(self._numbers)
+        reservation = Reservation(
+            number, attempt, num_blocks, (priority, number), partial(_settle, granted)
+        )
+        self._scheduler.enqueue(reservation)
+        self._reservations[attempt] = reservation
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await granted
+        except TimeoutError:
+            self.unreserve(attempt)
+            raise DeadlineExceeded(
+                f"No {num_blocks} KV blocks became free in {timeout_s:g} s: retry later."
+            ) from None
+        except asyncio.CancelledError:
+            self.unreserve(attempt)
+            raise
+
+    def admit(
+        self,
+        task: GenerationTask,
+        blocks: tuple[int, ...],
+        first: SampledToken,
+        cached_tokens: int = 0,
+    ) -> None:
+        """Go on after `first`, with the KV of everything before it in the attempt's reserved
+        blocks, which belong to the sequence from here on. `first` itself is not reported again.
+        The task's `timeout_s` counts from now.
+
+        Raises StaleAttempt when the reservation has gone or was cancelled.
+        """
+        reservation = self._reservations.get(task.attempt)
+        if reservation is None or reservation.quarantined or not reservation.blocks:
+            raise StaleAttempt(f"{task.attempt} holds no reserved blocks (any more).")
+        needed = self._config.layout.blocks_for(len(task.prompt) + len(task.output))
+        if blocks != reservation.blocks or needed > len(blocks) or first.index != len(task.output):
+            raise InternalError(f"{task.attempt} was admitted with KV that is not its own.")
+        del self._reservations[task.attempt]
+        sequence = self._sequence(reservation.number, task, hand_off=False)
+        sequence.started_at = sequence.submitted_at
+        sequence.append(first, sequence.submitted_at)
+        self._scheduler.admit(sequence, reservation, cached_tokens)
+        self._track(sequence)
+        ending = self._scheduler.ending_of(sequence)
+        if ending is not None:
+            self._end(task.attempt, ending)
+        self._wake.set()
+
+    def unreserve(self, attempt: AttemptId) -> None:
+        """Free the reservation's blocks: nothing writes to them. Ignored when it is unknown, and
+        while the blocks are in quarantine by `quarantine`."""
+        reservation = self._reservations.get(attempt)
+        if reservation is not None and not reservation.transfer_pending:
+            self._drop(reservation)
+
+    def quarantine(self, attempt: AttemptId) -> None:
+        """Give a reservation up while its transfer may still write: its blocks stay out of use
+        until `end_quarantine`. Ignored when it is unknown."""
+        reservation = self._reservations.get(attempt)
+        if reservation is not None and reservation.blocks:
+            reservation.transfer_pending = True
+            self._scheduler.quarantine(reservation)
+            self._state_changed()
+
+    def end_quarantine(self, attempt: AttemptId) -> None:
+        """The transport confirmed that nothing writes to the blocks. Ignored when unknown."""
+        reservation = self._reservations.get(attempt)
+        if reservation is not None:
+            self._drop(reservation)
+
+    # -- inspection -------------------------------------------------------------------------
+
+    def load(self) -> WorkerLoad:
+        return self._scheduler.load()
+
+    def check_integrity(self) -> None:
+        """Raises InternalError when blocks or attempts are not accounted for. O(pool)."""
+        self._scheduler.check_integrity()
+        live = self._scheduler.attempts()
+        known = Counter([*self._sequences, *self._reservations])
+        if live != known:
+            raise InternalError(f"The scheduler has {live - known}, the engine {known - live}.")
+        if not self._deadlines.keys() <= self._sequences.keys():
+            raise InternalError("A deadline outlived its attempt.")
+
+    # -- endings ----------------------------------------------------------------------------
+
+    def _end(self, attempt: AttemptId, ending: Ending) -> None:
+        sequence = self._sequences.get(attempt)
+        reservation = self._reservations.get(attempt)
+        if sequence is not None:
+            if self._scheduler.remove(sequence, ending):
+                self._report((Advance(sequence, ending=ending),))
+        elif reservation is not None and not reservation.quarantined:
+            if reservation.blocks:
+                self._scheduler.quarantine(reservation)
+            else:
+                self._drop(reservation)
+                reservation.settle(None)
+            finish = Finish(ending.reason, ending.error)
+            self._listener.on_outputs((AttemptOutput(attempt, finish=finish),))
+        self._state_changed()
+
+    def _end_everything(self, ending: Ending) -> None:
+        for attempt in (*self._sequences, *self._reservations):
+            self._end(attempt, ending)
+
+    def _drop(self, reservation: Reservation) -> None:
+        del self._reservations[reservation.attempt]
+        self._scheduler.drop_reservation(reservation)
+        self._state_changed()
+
+    def _finish(self, sequence: Sequence, ending: Ending) -> Finish:
+        """The attempt is no longer live."""
+        attempt = sequence.task.attempt
+        del self._sequences[attempt]
+        self._stop_deadline(attempt)
+        spans = sequence.spans(_now(), self._unix_epoch())
+        return Finish(ending.reason, ending.error, sequence.cached_tokens, spans)
+
+    # -- telling the listener ---------------------------------------------------------------
+
+    def _announce(self, ready: tuple[KvReady, ...]) -> None:
+        if ready:
+            self._listener.on_kv_ready(ready)
+
+    def _report(self, advances: tuple[Advance, ...]) -> None:
+        """Books first, then calls: the listener may call the engine back."""
+        outputs = []
+        prefilled = []
+        for advance in advances:
+            sequence, token = advance.sequence, advance.token
+            finish = self._finish(sequence, advance.ending) if advance.ending else None
+            if token is not None or finish is not None:
+                tokens = () if token is None else (token,)
+                outputs.append(AttemptOutput(sequence.task.attempt, tokens, finish))
+            if advance.handed_off and token is not None:
+                self._stop_deadline(sequence.task.attempt)
+                prefilled.append((sequence, token))
+        if outputs:
+            self._listener.on_outputs(tuple(outputs))
+        for sequence, token in prefilled:
+            attempt = sequence.task.attempt
+            if attempt in self._sequences:
+                self._listener.on_prefilled(
+                    attempt, token, len(sequence.blocks), sequence.cached_tokens
+                )
+
+    # -- books ------------------------------------------------------------------------------
+
+    def _sequence(self, number: int, task: GenerationTask, hand_off: bool) -> Sequence:
+        return Sequence(number, task, self._config.eos_token_ids, _now(), hand_off)
+
+    def _track(self, sequence: Sequence) -> None:
+        task = sequence.task
+        self._sequences[task.attempt] = sequence
+        if task.timeout_s is not None:
+            error = WireError(
+                DeadlineExceeded.code, f"The deadline passed after {task.timeout_s:g} s."
+            )
+            self._deadlines[task.attempt] = asyncio.get_running_loop().call_later(
+                task.timeout_s, self._end, task.attempt, Ending(FinishReason.ERROR, error)
+            )
+
+    def _stop_deadline(self, attempt: AttemptId) -> None:
+        deadline = self._deadlines.pop(attempt, None)
+        if deadline is not None:
+            deadline.cancel()
+
+    def _state_changed(self) -> None:
+        """Blocks may have become free."""
+        if not self._stopped:
+            self._scheduler.grant_reservations()
+        self._wake.set()
+
+    def _unix_epoch(self) -> float:
+        """What turns loop time into unix time, from one look at both clocks."""
+        if self._unix_offset is None:
+            self._unix_offset = self._wall_clock() - _now()
+        return self._unix_offset
+
+    def _require_new(self, attempt: AttemptId) -> None:
+        if self._stopped:
+            raise Overloaded("This worker is shutting down: use another one.")
+        if attempt in self._sequences or attempt in self._reservations:
+            raise StaleAttempt(f"{attempt} is already being worked on.")
+
+    def _require_fit(self, task: GenerationTask) -> None:
+        if not task.prompt:
+            raise InvalidRequest("The prompt has no tokens: send at least one.", param="prompt")
+        if len(task.prompt) >= self._config.max_model_len:
+            raise InvalidRequest(
+                f"The prompt has {len(task.prompt)} tokens, but prompt and answer together may "
+                f"have at most {self._config.max_model_len}: shorten the prompt.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        context = len(task.prompt) + len(task.output)
+        self._require_blocks(self._config.layout.blocks_for(context))
+
+    def _require_blocks(self, num_blocks: int) -> None:
+        if num_blocks > self._config.num_blocks:
+            raise InvalidRequest(
+                f"The prompt needs {num_blocks} KV blocks, but this worker has "
+                f"{self._config.num_blocks}: shorten the prompt or give the worker more blocks.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _settle(granted: asyncio.Future[tuple[int, ...]], blocks: tuple[int, ...] | None) -> None:
+    if granted.done():  # cancelled or timed out just now: its owner gives the blocks back
+        return
+    if blocks is None:
+        granted.set_exception(Cancelled("The attempt was cancelled while it waited for blocks."))
+    else:
+        granted.set_result(blocks)
+
+
+def _error(error: Exception) -> Ending:
+    if isinstance(error, BatonError):
+        wire = WireError(error.code, error.message, error.retryable)
+    else:
+        wire = WireError(InternalError.code, f"{type(error).__name__}: {error}")
+    return Ending(FinishReason.ERROR, wire)

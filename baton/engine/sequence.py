@@ -1,0 +1,132 @@
+"""One attempt's progress through an engine, from its prompt to its last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.engine.batch import SampleRequest
+from baton.types.request import (
+    FinishReason,
+    GenerationTask,
+    SampledToken,
+    Span,
+    WireError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a sequence leaves the engine. `error` is set exactly when the reason is ERROR."""
+
+    reason: FinishReason
+    error: WireError | None = None
+
+
+class Sequence:
+    """Mutable; changed only by the scheduler (and the publisher, for `leased`).
+
+    Always true:
+    - `context` is prompt + answer so far; its KV is computed for [0, computed), and
+      computed < len(context): the last token's KV is never there yet, its logits are wanted.
+    - `blocks` is empty while the sequence waits and covers at least `computed` tokens.
+    - blocks[:leased] are published to a handoff; without `hand_off`, leased is 0.
+    """
+
+    __slots__ = (
+        "blocks",
+        "cached_tokens",
+        "computed",
+        "context",
+        "ending",
+        "first_token_at",
+        "hand_off",
+        "keys",
+        "leased",
+        "number",
+        "order",
+        "penalized",
+        "preemptions",
+        "started_at",
+        "stop_ids",
+        "submitted_at",
+        "task",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        task: GenerationTask,
+        eos_token_ids: tuple[int, ...],
+        now: float,
+        hand_off: bool = False,
+    ) -> None:
+        params = task.sampling
+        self.number = number  # engine-wide; also the order of arrival
+        self.task = task
+        self.hand_off = hand_off
+        self.order = (task.priority, number)
+        self.context = [*task.prompt, *task.output]
+        self.blocks: tuple[int, ...] = ()
+        self.computed = 0
+        self.leased = 0
+        self.keys: list[bytes] = []  # of the leading full blocks, as far as anybody asked
+        self.cached_tokens = 0
+        self.preemptions = 0
+        self.ending: Ending | None = None  # decided while a step was running; the commit acts
+        self.stop_ids = (() if params.ignore_eos else eos_token_ids) + params.stop_token_ids
+        self.penalized = (
+            params.presence_penalty != 0
+            or params.frequency_penalty != 0
+            or params.repetition_penalty != 1
+        )
+        self.submitted_at = now
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+
+    @property
+    def remaining(self) -> int:
+        """Context tokens whose KV is still to be computed. 1 for a decode."""
+        return len(self.context) - self.computed
+
+    @property
+    def num_output(self) -> int:
+        """Answer tokens so far; also the output index of the next token."""
+        return len(self.context) - len(self.task.prompt)
+
+    def sample_request(self) -> SampleRequest:
+        task = self.task
+        if not self.penalized:
+            return SampleRequest(task.sampling, self.num_output, self.stop_ids)
+        output = tuple(self.context[len(task.prompt) :])
+        return SampleRequest(task.sampling, len(output), self.stop_ids, task.prompt, output)
+
+    def append(self, token: SampledToken, now: float) -> None:
+        self.context.append(token.token_id)
+        if self.first_token_at is None:
+            self.first_token_at = now
+
+    def natural_end(self, max_model_len: int) -> FinishReason | None:
+        """STOP or LENGTH when the answer so far is complete.
+
+        The end-of-sequence or stop token is part of the answer's tokens; whoever makes text of
+        them leaves it out.
+        """
+        output, params = self.num_output, self.task.sampling
+        if output > params.min_tokens and self.context[-1] in self.stop_ids:
+            return FinishReason.STOP
+        if output >= params.max_tokens or len(self.context) >= max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def spans(self, now: float, unix_offset: float) -> tuple[Span, ...]:
+        """Where the time went until `now`; `unix_offset` turns loop time into unix seconds."""
+        marks = [("queue", self.submitted_at)]
+        if self.started_at is not None:
+            marks.append(("prefill", self.started_at))
+        if self.first_token_at is not None:
+            marks.append(("handoff" if self.hand_off else "decode", self.first_token_at))
+        ends = [start for _, start in marks[1:]] + [now]
+        return tuple(
+            Span(name, start + unix_offset, end + unix_offset)
+            for (name, start), end in zip(marks, ends, strict=True)
+        )
