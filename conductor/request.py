@@ -69,6 +69,7 @@ class Answer:
     """One of the answers that a request asks for: (number of prompts) x `n` in all."""
 
     index: int
+    prompt_index: int
     prompt: tuple[int, ...]
     sampling: SamplingParams
 
@@ -96,5 +97,5 @@ class Request:
     def prompt_tokens(self) -> int:
         """Tokens of all prompts; a prompt with several answers counts once."""
         return sum(
-            len(prompt) for prompt in {id(a.prompt): a.prompt for a in self.answers}.values()
+            len(prompt) for prompt in {a.prompt_index: a.prompt for a in self.answers}.values()
         )

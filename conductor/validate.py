@@ -92,11 +92,11 @@ def build_request(
     """Join what `check_ask` returned with the tokenized prompts. Raises InvalidRequest."""
     n = ask.options.n or 1
     answers: list[Answer] = []
-    for prompt in prompts:
+    for place, prompt in enumerate(prompts):
         fitted = _fit(ask, sampling, prompt, limits)
         for choice in range(n):
             seed = (fitted.seed + choice) % 2**64
-            answers.append(Answer(len(answers), prompt, replace(fitted, seed=seed)))
+            answers.append(Answer(len(answers), place, prompt, replace(fitted, seed=seed)))
     made = secrets.token_hex(12)
     chosen = ask.request_id
     return Request(

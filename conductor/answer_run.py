@@ -1,0 +1,184 @@
+"""One answer in the making: a state machine that workers' outputs go into and text comes out of.
+
+    start -> tokens ... -> finish of the worker that ends the answer -> done
+                       \\-> a stop string -> settling: cancelled, waiting for the last words -> done
+                       \\-> error or loss -> failed (dispatch may start another attempt)
+
+Tokens come from two workers over two links, so they are ordered by index here and repeats are
+dropped. Nothing here waits or sends: dispatch does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from baton.errors import BatonError, WorkerLost
+from baton.rpc.errors import from_wire
+from baton.tokenizer import Tokenizer
+from baton.types.fleet import Role
+from baton.types.request import AttemptId, AttemptOutput, Finish, FinishReason, SampledToken
+from conductor.answer_text import AnswerText
+from conductor.detokenize import make_detokenizer
+from conductor.request import Answer, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What has become known of one answer.
+
+    `tokens` may be ahead of `text` (held-back characters). `offsets[i]` is where token i begins in
+    the answer, in characters. The last `hidden` tokens ended the answer and have no text.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[SampledToken, ...] = ()
+    offsets: tuple[int, ...] = ()
+    hidden: int = 0
+    finish_reason: str | None = None  # "stop" | "length"
+
+
+class Phase(StrEnum):
+    RUNNING = "running"
+    SETTLING = "settling"  # the client has everything; the workers were told to stop
+    DONE = "done"
+    FAILED = "failed"
+
+
+class AnswerRun:
+    """The current attempt at one answer, and what the client has seen of it."""
+
+    def __init__(
+        self, request: Request, answer: Answer, tokenizer: Tokenizer, eos_ids: tuple[int, ...]
+    ) -> None:
+        sampling = answer.sampling
+        self.answer = answer
+        self.attempt = AttemptId(f"{request.key}.{answer.index}")
+        self.phase = Phase.RUNNING
+        self.error: BatonError | None = None
+        self.num_tokens = 0
+        self.cached_tokens = 0
+        self._split = False
+        self._stop_ids = frozenset(sampling.stop_token_ids) | frozenset(
+            () if sampling.ignore_eos else eos_ids
+        )
+        detokenizer = make_detokenizer(tokenizer, answer.prompt, request.skip_special_tokens)
+        self._text = AnswerText(detokenizer, request.stop, sampling.min_tokens)
+        self._early: dict[int, SampledToken] = {}
+        self._ending: FinishReason | None = None
+        self._prefill_done = False
+        self._decoding = False
+        self._awaiting: str | None = None
+
+    def begin(self, number: int, split: bool) -> None:
+        """A (new) attempt starts; `split` when a prefill worker takes part."""
+        self.attempt = AttemptId(self.attempt.request_id, number)
+        self.phase = Phase.RUNNING
+        self.error = None
+        self._split = split
+        self._early.clear()
+        self._ending = None
+        self._prefill_done = False
+        self._decoding = False
+        self._awaiting = None
+
+    @property
+    def awaiting_peer(self) -> bool:
+        """One worker has said its last word, and only the other one can end the answer."""
+        return self.phase is Phase.RUNNING and self._awaiting is not None
+
+    def fail_awaiting(self) -> None:
+        """The other worker has not ended the answer in time."""
+        self._fail(WorkerLost(self._awaiting or "a worker stopped answering"))
+
+    def on_output(self, duty: Role, output: AttemptOutput) -> Delta | None:
+        """Take what a worker says about the current attempt."""
+        if output.finish is not None:
+            self.cached_tokens = max(self.cached_tokens, output.finish.cached_tokens)
+        if self.phase is Phase.SETTLING:
+            if output.finish is not None and duty is Role.DECODE:
+                self.phase = Phase.DONE
+            return None
+        if self.phase is not Phase.RUNNING:
+            return None
+        if duty is Role.DECODE and output.tokens:
+            self._awaiting = None
+            self._decoding = True
+        ready = self._in_order(output.tokens)
+        if output.finish is not None:
+            self._on_finish(duty, output.finish)
+        return self._make_delta(ready)
+
+    def on_lost(self, duty: Role, worker: str, reason: str) -> None:
+        """The link to a worker broke."""
+        if self.phase is Phase.SETTLING:
+            self.phase = Phase.DONE
+        if self.phase is not Phase.RUNNING:
+            return
+        lost = f"worker {worker} was lost while it held the request: {reason}"
+        if duty is Role.DECODE:
+            self._fail(WorkerLost(lost))
+        elif not self._prefill_done and not (self._decoding and self.num_tokens):
+            self._awaiting = lost  # the KV may have been handed over: the decode worker knows
+
+    def _in_order(self, tokens: tuple[SampledToken, ...]) -> list[SampledToken]:
+        ready: list[SampledToken] = []
+        for token in tokens:
+            if token.index >= self.num_tokens + len(ready):
+                self._early[token.index] = token
+            while (following := self._early.pop(self.num_tokens + len(ready), None)) is not None:
+                ready.append(following)
+        return ready
+
+    def _on_finish(self, duty: Role, finish: Finish) -> None:
+        if finish.reason is FinishReason.ERROR:
+            error = finish.error
+            self._fail(from_wire(error) if error else WorkerLost("a worker failed without a word"))
+        elif finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._ending = finish.reason
+            if self._early:
+                self._awaiting = "the first token of the answer was lost with its worker"
+        elif finish.reason is FinishReason.HANDED_OFF and duty is Role.PREFILL:
+            self._prefill_done = True
+        elif duty is Role.DECODE and self._split and not self._prefill_done:
+            # The first token may have ended the answer: then the prefill worker says so.
+            self._awaiting = self._awaiting or "the decode worker gave the request up"
+        else:
+            self._fail(WorkerLost(f"the {duty} worker gave the request up ({finish.reason})"))
+
+    def _make_delta(self, ready: list[SampledToken]) -> Delta | None:
+        text: list[str] = []
+        offsets: list[int] = []
+        shown = 0
+        hidden = 0
+        for token in ready:
+            shown += 1
+            offsets.append(self._text.length)
+            if token.token_id in self._stop_ids:
+                hidden = 1
+                break
+            text.append(self._text.push(token.token_id))
+            if self._text.stopped:
+                break
+        self.num_tokens += shown
+        finish_reason = self._end_of_answer(text)
+        if not shown and finish_reason is None:
+            return None
+        tokens = tuple(ready[:shown])
+        index = self.answer.index
+        return Delta(index, "".join(text), tokens, tuple(offsets), hidden, finish_reason)
+
+    def _end_of_answer(self, text: list[str]) -> str | None:
+        if self._text.stopped:
+            self.phase = Phase.DONE if self._ending else Phase.SETTLING
+            return "stop"
+        if self._ending is None or self._early or self.phase is not Phase.RUNNING:
+            return None
+        text.append(self._text.flush())
+        self.phase = Phase.DONE
+        return "stop" if self._text.stopped else self._ending.value
+
+    def _fail(self, error: BatonError) -> None:
+        self.phase = Phase.FAILED
+        self.error = error

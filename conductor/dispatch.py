@@ -1,0 +1,309 @@
+"""One coroutine per request: start attempts, merge what workers say, end exactly once.
+
+    route -> StartPrefill + StartDecode -> outputs -> deltas -> end
+                 ^                            |
+                 +---- another attempt -------+  a retryable error before the first token
+
+Workers' messages and timers arrive in one inbox, so the coroutine has a single place where it
+waits, and the timer of the deadline is always armed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from baton.errors import BatonError, DeadlineExceeded, InternalError, Overloaded
+from baton.tokenizer import Tokenizer
+from baton.types.fleet import Peer, Role
+from baton.types.link import StartDecode, StartPrefill
+from baton.types.request import AttemptId, AttemptOutput, GenerationTask
+from conductor.answer_run import AnswerRun, Delta, Phase
+from conductor.fleet import Fleet
+from conductor.link import Assignment
+from conductor.metrics import Metrics, Stopwatch
+from conductor.request import Request
+from conductor.router import Decision, RouteRequest, route
+from conductor.trace import Timeline, Traces
+
+MAX_ATTEMPTS = 3
+PEER_GRACE_S = 5.0  # how long the other worker may take to end an answer after its peer has gone
+SETTLE_GRACE_S = 1.0  # how long the usage waits for the worker's last words after a stop string
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    duty: Role
+    worker: str
+    output: AttemptOutput
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    duty: Role
+    worker: str
+    attempt: AttemptId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """A timer has run out: of an attempt in some phase, or (neither) the request's deadline."""
+
+    attempt: AttemptId | None = None
+    phase: Phase | None = None
+
+
+_Event = _Output | _Lost | _Late
+
+
+class _Inbox:
+    """Events for one request; `take` returns all that have arrived."""
+
+    def __init__(self) -> None:
+        self._events: deque[_Event] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: _Event) -> None:
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[_Event]:
+        while not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+
+class Dispatcher:
+    """Makes a `Serving` for each request."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        tokenizer: Tokenizer,
+        eos_ids: tuple[int, ...],
+        metrics: Metrics,
+        traces: Traces,
+    ) -> None:
+        self.fleet = fleet
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
+        self.metrics = metrics
+        self.traces = traces
+
+    def serve(self, request: Request) -> Serving:
+        return Serving(self, request)
+
+
+class Serving:
+    """One request on its way through the workers. Also the listener of its attempts."""
+
+    def __init__(self, parts: Dispatcher, request: Request) -> None:
+        self._parts = parts
+        self._request = request
+        self._inbox = _Inbox()
+        self._runs = {
+            f"{request.key}.{answer.index}": AnswerRun(
+                request, answer, parts.tokenizer, parts.eos_ids
+            )
+            for answer in request.answers
+        }
+        self._placed: dict[AttemptId, Decision] = {}
+        self._avoid: set[str] = set()
+        self._timers: list[asyncio.TimerHandle] = []
+        self._armed: set[_Late] = set()
+        self._stopwatch = Stopwatch(parts.metrics, request.received)
+        self.timeline: Timeline = parts.traces.begin(request.id, request.model, request.received)
+        self.timeline.prompt_tokens = request.prompt_tokens
+
+    @property
+    def usage(self) -> Usage:
+        """Complete once `deltas` has ended; prompts with several answers count once."""
+        first_of_prompt = {run.answer.prompt_index: run for run in reversed(self._runs.values())}
+        return Usage(
+            prompt_tokens=self._request.prompt_tokens,
+            completion_tokens=sum(run.num_tokens for run in self._runs.values()),
+            cached_tokens=sum(
+                min(run.cached_tokens, len(run.answer.prompt)) for run in first_of_prompt.values()
+            ),
+        )
+
+    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
+        """What becomes known, in order; ends when every answer has ended.
+
+        Raises the error that ended the request. Closing the generator early cancels all attempts
+        at all workers; nothing in its clean-up waits.
+        """
+        try:
+            self._arm(self._request.deadline, _Late())
+            for run in self._runs.values():
+                self._begin(run, 0)
+            while any(run.phase is not Phase.DONE for run in self._runs.values()):
+                batch = self._absorb(await self._inbox.take())
+                if batch:
+                    yield batch
+        finally:
+            for timer in self._timers:
+                timer.cancel()
+            for attempt in list(self._placed):
+                self._cancel(attempt, "the request has ended")
+            self._stopwatch.end(asyncio.get_running_loop().time())
+
+    def on_output(self, duty: Role, worker: str, output: AttemptOutput) -> None:
+        """Called by a link. Spans are kept even when the request has already ended."""
+        if output.finish is not None:
+            for span in output.finish.spans:
+                self.timeline.add_span(worker, str(output.attempt), span)
+        self._inbox.put(_Output(duty, worker, output))
+
+    def on_lost(self, duty: Role, worker: str, attempt: AttemptId, reason: str) -> None:
+        """Called by a link."""
+        self._inbox.put(_Lost(duty, worker, attempt, reason))
+
+    def _begin(self, run: AnswerRun, number: int) -> None:
+        """Route and start an attempt. Raises NoWorker or WorkerLost."""
+        request, answer = self._request, run.answer
+        now = asyncio.get_running_loop().time()
+        decision = route(
+            RouteRequest(
+                run.attempt.request_id,
+                answer.prompt,
+                answer.sampling.max_tokens,
+                frozenset(self._avoid),
+            ),
+            self._parts.fleet.view(),
+            now,
+        )
+        run.begin(number, split=decision.prefill is not None)
+        task = GenerationTask(
+            attempt=run.attempt,
+            prompt=answer.prompt,
+            sampling=answer.sampling,
+            priority=request.priority,
+            timeout_s=max(request.deadline - now, 0.0),
+            cache_salt=request.cache_salt,
+        )
+        self.timeline.add_decision(str(run.attempt), decision)
+        self._placed[run.attempt] = decision
+        self._start(task, decision)
+
+    def _start(self, task: GenerationTask, decision: Decision) -> None:
+        fleet, tokens = self._parts.fleet, len(task.prompt)
+        peer: Peer | None = None
+        if decision.prefill is not None:
+            peer = decision.prefill.peer
+            duty = Assignment(Role.PREFILL, self, tokens)
+            fleet.start(peer, task.attempt, duty, StartPrefill(task))
+        duty = Assignment(Role.DECODE, self, 0 if peer else tokens)
+        fleet.start(decision.decode.peer, task.attempt, duty, StartDecode(task, peer))
+
+    def _absorb(self, events: list[_Event]) -> list[Delta]:
+        batch: list[Delta] = []
+        for event in events:
+            run = self._run_of(event)
+            if run is None:
+                continue
+            delta: Delta | None = None
+            if isinstance(event, _Output):
+                delta = run.on_output(event.duty, event.output)
+            elif isinstance(event, _Lost):
+                self._avoid.add(event.worker)
+                run.on_lost(event.duty, event.worker, event.reason)
+            else:
+                self._on_late(run, event)
+            if delta is not None:
+                self._note_progress(delta)
+                batch.append(delta)
+            self._follow_up(run)
+        return batch
+
+    def _run_of(self, event: _Event) -> AnswerRun | None:
+        """The answer an event is about; None for events of attempts that were given up."""
+        attempt = event.output.attempt if isinstance(event, _Output) else event.attempt
+        if attempt is None:
+            raise DeadlineExceeded("the request's deadline passed before it was answered")
+        run = self._runs[attempt.request_id]
+        return run if run.attempt == attempt else None
+
+    def _follow_up(self, run: AnswerRun) -> None:
+        """What an answer's new phase asks for."""
+        if run.phase is Phase.FAILED:
+            self._retry(run)
+        elif run.phase is Phase.SETTLING:
+            self._cancel(run.attempt, "a stop string was found")
+            self._arm_grace(run, SETTLE_GRACE_S)
+        elif run.phase is Phase.DONE:
+            self._cancel(run.attempt, "the answer is complete")
+        elif run.awaiting_peer:
+            self._arm_grace(run, PEER_GRACE_S)
+
+    def _retry(self, run: AnswerRun) -> None:
+        """Start another attempt, or raise the error that ended this one."""
+        error = run.error or InternalError("an attempt failed without an error")
+        failed = self._placed[run.attempt]
+        self._cancel(run.attempt, "the attempt failed")
+        number = run.attempt.number + 1
+        if not error.retryable or run.num_tokens or number >= MAX_ATTEMPTS:
+            raise error
+        if isinstance(error, Overloaded):
+            self._avoid.update(_names(failed))
+        try:
+            self._begin(run, number)
+        except BatonError:
+            raise error from None  # what went wrong first says more
+        if isinstance(error, Overloaded) and _names(self._placed[run.attempt]) == _names(failed):
+            raise error  # nobody else is there to take it
+        self._parts.metrics.retries.inc()
+
+    def _cancel(self, attempt: AttemptId, reason: str) -> None:
+        decision = self._placed.pop(attempt, None)
+        if decision is None:
+            return
+        for worker in (decision.prefill, decision.decode):
+            if worker is not None:
+                self._parts.fleet.cancel(worker.peer, attempt, reason)
+
+    def _on_late(self, run: AnswerRun, late: _Late) -> None:
+        self._armed.discard(late)
+        if run.phase is not late.phase:
+            return
+        if run.phase is Phase.SETTLING:
+            run.phase = Phase.DONE
+        elif run.awaiting_peer:
+            run.fail_awaiting()
+
+    def _arm_grace(self, run: AnswerRun, seconds: float) -> None:
+        late = _Late(run.attempt, run.phase)
+        if late not in self._armed:
+            self._armed.add(late)
+            self._arm(asyncio.get_running_loop().time() + seconds, late)
+
+    def _arm(self, when: float, event: _Late) -> None:
+        loop = asyncio.get_running_loop()
+        self._timers.append(loop.call_at(when, self._inbox.put, event))
+
+    def _note_progress(self, delta: Delta) -> None:
+        now = asyncio.get_running_loop().time()
+        self.timeline.output_tokens += len(delta.tokens)
+        if delta.tokens and self._stopwatch.first_at is None:
+            span = self._parts.traces.span("first_token", self._request.received, now)
+            self.timeline.add_span("conductor", "", span)
+        self._stopwatch.note(delta.index, len(delta.tokens), delta.finish_reason is not None, now)
+
+
+def _names(decision: Decision) -> frozenset[str]:
+    workers = (decision.prefill, decision.decode)
+    return frozenset(worker.info.name for worker in workers if worker is not None)

@@ -1,0 +1,134 @@
+"""One stream to one worker, and the attempts that run over it.
+
+    post -> outbox -> writer -> worker          worker -> reader -> the attempt's listener
+
+`post` never waits: starting and cancelling must work from any place, also while a request is being
+cancelled itself. The outbox stays small because admission bounds the attempts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.errors import PeerGone
+from baton.rpc.services import Duplex
+from baton.types.fleet import Role, WorkerLoad
+from baton.types.link import Cancel, ConductorMessage, WorkerMessage
+from baton.types.request import AttemptId, AttemptOutput
+
+SEND_TIMEOUT_S = 5.0
+SETTLE_S = 30.0  # how long a cancelled attempt's last words are waited for
+
+
+class Listener(Protocol):
+    """Who hears about an attempt. `duty` is what the worker does for it."""
+
+    def on_output(self, duty: Role, worker: str, output: AttemptOutput) -> None: ...
+
+    def on_lost(self, duty: Role, worker: str, attempt: AttemptId, reason: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Assignment:
+    duty: Role
+    listener: Listener
+    prompt_tokens: int
+    cancelled_at: float | None = None
+
+
+class Link:
+    """Owned by the fleet, which awaits `run`."""
+
+    def __init__(
+        self,
+        worker: str,
+        stream: Duplex[ConductorMessage, WorkerMessage],
+        on_report: Callable[[WorkerLoad], None],
+    ) -> None:
+        self._worker = worker
+        self._stream = stream
+        self._on_report = on_report
+        self._outbox: asyncio.Queue[ConductorMessage] = asyncio.Queue()
+        self._assignments: dict[AttemptId, Assignment] = {}
+        self._farewell = "the conductor closed the link"
+        self.attempts = 0  # neither finished nor cancelled
+        self.prompt_tokens = 0  # of those
+
+    def start(self, attempt: AttemptId, assignment: Assignment, message: ConductorMessage) -> None:
+        """Hand an attempt to the worker; its listener hears of it until its Finish or the loss."""
+        self._assignments[attempt] = assignment
+        self._count(assignment, 1)
+        self._outbox.put_nowait(message)
+
+    def cancel(self, attempt: AttemptId, reason: str) -> None:
+        """Tell the worker to stop, unless it has finished. What it still says is passed on."""
+        held = self._assignments.get(attempt)
+        if held is not None and held.cancelled_at is None:
+            self._count(held, -1)
+            held.cancelled_at = asyncio.get_running_loop().time()
+            self._outbox.put_nowait(Cancel(attempt, reason))
+
+    def say_why(self, reason: str) -> None:
+        """What listeners are told when `run` is cancelled."""
+        self._farewell = reason
+
+    def sweep(self, now: float) -> None:
+        """Forget cancelled attempts of which nothing more was heard."""
+        for attempt, held in list(self._assignments.items()):
+            if held.cancelled_at is not None and now - held.cancelled_at > SETTLE_S:
+                del self._assignments[attempt]
+
+    async def run(self) -> str:
+        """Move messages until the stream ends; tell every listener; return why it ended."""
+        reason: str | None = None
+        writer = asyncio.create_task(self._write(), name=f"link-writer {self._worker}")
+        try:
+            reason = await self._read()
+        finally:
+            writer.cancel()
+            self._lose(reason or self._farewell)
+            await asyncio.wait([writer])
+            await self._stream.aclose()
+        return reason
+
+    def _count(self, held: Assignment, sign: int) -> None:
+        if held.cancelled_at is None:
+            self.attempts += sign
+            self.prompt_tokens += sign * held.prompt_tokens
+
+    def _lose(self, reason: str) -> None:
+        assignments, self._assignments = self._assignments, {}
+        for attempt, held in assignments.items():
+            held.listener.on_lost(held.duty, self._worker, attempt, reason)
+
+    async def _read(self) -> str:
+        # No deadline of its own: the fleet ends the link when the worker's lease runs out.
+        try:
+            while True:
+                report = await self._stream.receive()
+                self._on_report(report.load)
+                for output in report.outputs:
+                    self._deliver(output)
+        except PeerGone as error:
+            return error.message
+
+    def _deliver(self, output: AttemptOutput) -> None:
+        held = self._assignments.get(output.attempt)
+        if held is None:
+            return  # finished or forgotten: a stale message
+        if output.finish is not None:
+            del self._assignments[output.attempt]
+            self._count(held, -1)
+        held.listener.on_output(held.duty, self._worker, output)
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                message = await self._outbox.get()
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await self._stream.send(message)
+        except (PeerGone, TimeoutError):
+            await self._stream.aclose()  # the reader sees the end and reports it

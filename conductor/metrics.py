@@ -1,0 +1,117 @@
+"""Prometheus metrics of the conductor, all named `baton_*`. Times are in seconds."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from conductor.fleet import Fleet
+
+_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """One registry per conductor, so that several can live in one process."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "baton_requests",
+            "Requests by how they ended (ok, or an error code).",
+            ["outcome"],
+            registry=self._registry,
+        )
+        self.running = Gauge(
+            "baton_requests_running", "Requests being worked on.", registry=self._registry
+        )
+        self.ttft = self._histogram("baton_ttft_seconds", "Time to the first token.", _LONG)
+        self.tpot = self._histogram(
+            "baton_tpot_seconds", "Time per output token after the first, by request.", _SHORT
+        )
+        self.itl = self._histogram(
+            "baton_itl_seconds", "Time between two deliveries of tokens of an answer.", _SHORT
+        )
+        self.e2e = self._histogram("baton_e2e_seconds", "Time from receipt to the end.", _LONG)
+        self.prompt_tokens = self._counter("baton_prompt_tokens", "Prompt tokens received.")
+        self.cached_tokens = self._counter(
+            "baton_cached_prompt_tokens", "Prompt tokens whose KV was found in a cache."
+        )
+        self.output_tokens = self._counter("baton_output_tokens", "Tokens generated.")
+        self.retries = self._counter("baton_attempt_retries", "Attempts after the first one.")
+        self._registry.register(_FleetCollector(fleet))
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, buckets=buckets, registry=self._registry)
+
+
+class Stopwatch:
+    """Observes one request's latencies. All times are loop times."""
+
+    def __init__(self, metrics: Metrics, received: float) -> None:
+        self._metrics = metrics
+        self._received = received
+        self._answers: dict[int, tuple[float, float, int]] = {}  # first, last, tokens
+        self.first_at: float | None = None
+
+    def note(self, answer: int, tokens: int, finished: bool, now: float) -> None:
+        """`tokens` more tokens of an answer have arrived."""
+        metrics = self._metrics
+        if self.first_at is None and tokens:
+            self.first_at = now
+            metrics.ttft.observe(now - self._received)
+        if tokens:
+            first, last, count = self._answers.get(answer, (now, now, 0))
+            if count:
+                metrics.itl.observe(now - last)
+            self._answers[answer] = (first, now, count + tokens)
+            metrics.output_tokens.inc(tokens)
+        if finished and answer in self._answers:
+            first, last, count = self._answers[answer]
+            if count > 1:
+                metrics.tpot.observe((last - first) / (count - 1))
+
+    def end(self, now: float) -> None:
+        self._metrics.e2e.observe(now - self._received)
+
+
+class _FleetCollector(Collector):
+    """Reads the fleet when it is scraped."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        workers = GaugeMetricFamily(
+            "baton_workers", "Workers by role and state.", labels=["role", "state"]
+        )
+        blocks = GaugeMetricFamily(
+            "baton_worker_blocks", "KV blocks by worker and state.", labels=["worker", "state"]
+        )
+        sequences = GaugeMetricFamily(
+            "baton_worker_sequences",
+            "Sequences in workers, running or waiting.",
+            labels=["worker", "state"],
+        )
+        views = self._fleet.view().workers
+        tally = Tally((view.info.role.value, view.state.value) for view in views)
+        for (role, state), count in tally.items():
+            workers.add_metric([role, state], count)
+        for view in views:
+            name = view.info.name
+            sequences.add_metric([name, "running"], view.load.running)
+            sequences.add_metric([name, "waiting"], view.load.waiting)
+            for block_state, count in view.load.blocks:
+                blocks.add_metric([name, block_state.value], count)
+        return workers, blocks, sequences

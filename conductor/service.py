@@ -1,0 +1,172 @@
+"""The conductor's core, the same behind HTTP and gRPC: prepare a request, then stream it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeVar
+
+from baton.errors import BatonError, Cancelled
+from baton.rpc.services import WorkerDialer
+from baton.tokenizer import Tokenizer
+from baton.types.fleet import Role
+from conductor.admission import Admission
+from conductor.answer_run import Delta
+from conductor.dispatch import Dispatcher, Serving, Usage
+from conductor.fleet import Fleet
+from conductor.metrics import Metrics
+from conductor.request import Ask, Chat, Prompt, Request
+from conductor.trace import Traces
+from conductor.validate import Limits, build_request, check_ask
+
+INLINE_CHARACTERS = 2_000  # shorter texts are tokenized faster than a thread is woken
+TOKENIZER_THREADS = 2
+
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What the conductor knows of the model. `fingerprint` None trusts the first worker."""
+
+    name: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_model_len: int  # tokens
+    eos_ids: tuple[int, ...]
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Bounds that an operator sets. Times in seconds."""
+
+    lease_ttl_s: float = 10.0
+    max_answers: int = 1024
+    default_deadline_s: float = 600.0
+    min_prefill: int = 0
+    min_decode: int = 1
+
+
+class Conductor:
+    """Make it inside the running loop; `run` owns everything that it starts."""
+
+    def __init__(self, model: ServedModel, dialer: WorkerDialer, policy: Policy) -> None:
+        self.model = model
+        self.policy = policy
+        self.fleet = Fleet(dialer, policy.lease_ttl_s, model.fingerprint)
+        self.metrics = Metrics(self.fleet)
+        self.traces = Traces(asyncio.get_running_loop().time())
+        self.admission = Admission(policy.max_answers)
+        self._dispatcher = Dispatcher(
+            self.fleet, model.tokenizer, model.eos_ids, self.metrics, self.traces
+        )
+        self._threads: ThreadPoolExecutor | None = None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        with ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer") as threads:
+            self._threads = threads
+            try:
+                await self.fleet.run()
+            finally:
+                self._threads = None
+
+    @property
+    def limits(self) -> Limits:
+        """The context is what the model and the largest decode pool allow."""
+        capacity = self.fleet.capacity()
+        longest = self.model.max_model_len
+        context = longest if capacity is None else min(longest, capacity)
+        return Limits(self.model.name, self.model.vocab_size, context)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would succeed now (and as many workers as asked for have come)."""
+        view = self.fleet.view()
+        return (
+            not self.admission.closed
+            and len(view.live(Role.DECODE)) >= max(self.policy.min_decode, 1)
+            and len(view.live(Role.PREFILL)) >= self.policy.min_prefill
+        )
+
+    async def prepare(self, ask: Ask, id_prefix: str, timeout_s: float | None = None) -> Request:
+        """Validate and tokenize. Raises InvalidRequest, ModelNotFound, Overloaded or NoWorker."""
+        loop = asyncio.get_running_loop()
+        received = loop.time()
+        limits = self.limits
+        sampling = check_ask(ask, limits)
+        self.admission.check_open()
+        allowed = self.policy.default_deadline_s
+        prompts = [await self._to_ids(prompt, ask.add_special_tokens) for prompt in ask.prompts]
+        return build_request(
+            ask,
+            sampling,
+            prompts,
+            limits,
+            id_prefix=id_prefix,
+            received=received,
+            deadline=received + (allowed if timeout_s is None else min(timeout_s, allowed)),
+        )
+
+    async def generate(self, request: Request) -> AsyncGenerator[list[Delta] | Usage, None]:
+        """Deltas as they come, the usage last. Raises the one error that ended the request."""
+        outcome = Cancelled.code
+        with self.admission.admit(request), self.metrics.running.track_inprogress():
+            serving = self._dispatcher.serve(request)
+            try:
+                async with aclosing(serving.deltas()) as deltas:
+                    async for batch in deltas:
+                        yield batch
+                outcome = "ok"
+                yield serving.usage
+            except BatonError as error:
+                outcome = error.code
+                raise
+            finally:
+                self._note_end(request, serving, outcome)
+
+    async def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Raises InvalidRequest when the chat template refuses the messages."""
+        return await self._to_ids(prompt, add_special_tokens)
+
+    async def detokenize(self, ids: tuple[int, ...]) -> str:
+        decode = functools.partial(self.model.tokenizer.decode, ids, skip_special_tokens=False)
+        return await self._offload(decode, len(ids))
+
+    def _note_end(self, request: Request, serving: Serving, outcome: str) -> None:
+        usage = serving.usage
+        now = asyncio.get_running_loop().time()
+        serving.timeline.outcome = outcome
+        span = self.traces.span("request", request.received, now)
+        serving.timeline.add_span("conductor", "", span)
+        self.metrics.requests.labels(outcome).inc()
+        self.metrics.prompt_tokens.inc(usage.prompt_tokens)
+        self.metrics.cached_tokens.inc(usage.cached_tokens)
+
+    async def _to_ids(self, prompt: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
+        if isinstance(prompt, tuple):
+            return prompt
+        tokenizer = self.model.tokenizer
+        if isinstance(prompt, Chat):
+            messages = prompt.messages
+            size = sum(len(message["content"]) for message in messages)
+            text = await self._offload(lambda: tokenizer.render_chat(messages), size)
+            add_special_tokens = False  # the template has put them where they belong
+        else:
+            text = prompt
+        encode = functools.partial(tokenizer.encode, text, add_special_tokens)
+        return tuple(await self._offload(encode, len(text)))
+
+    async def _offload(self, work: Callable[[], Result], size: int) -> Result:
+        """Run `work` here when it is short, else in a thread, so that streams do not stutter."""
+        if size <= INLINE_CHARACTERS or self._threads is None:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -1,0 +1,87 @@
+"""Timelines of the last requests: which workers served them, why, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from baton.types.request import Span
+from conductor.router import Decision
+
+
+@dataclass(slots=True)
+class Timeline:
+    """One request's history; filled by dispatch, spans of workers may arrive after its end."""
+
+    request_id: str
+    model: str
+    received_s: float
+    outcome: str = "running"
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    spans: list[tuple[str, str, Span]] = field(default_factory=list)
+
+    def add_decision(self, attempt: str, decision: Decision) -> None:
+        self.attempts.append(
+            {
+                "attempt": attempt,
+                "prefill": decision.prefill.info.name if decision.prefill else None,
+                "decode": decision.decode.info.name,
+                "reasons": list(decision.reasons),
+            }
+        )
+
+    def add_span(self, source: str, attempt: str, span: Span) -> None:
+        self.spans.append((source, attempt, span))
+
+    def as_json(self) -> dict[str, Any]:
+        spans = sorted(self.spans, key=lambda entry: entry[2].start_s)
+        return {
+            "request_id": self.request_id,
+            "model": self.model,
+            "outcome": self.outcome,
+            "received_s": self.received_s,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            "attempts": self.attempts,
+            "spans": [
+                {
+                    "source": source,
+                    "attempt": attempt,
+                    "name": span.name,
+                    "start_s": span.start_s,
+                    "end_s": span.end_s,
+                }
+                for source, attempt, span in spans
+            ],
+        }
+
+
+class Traces:
+    """A ring: the oldest timeline goes when `capacity` is reached.
+
+    `epoch_s` turns loop time into Unix seconds, which spans from other processes are in.
+    """
+
+    def __init__(self, loop_now: float, capacity: int = 1000) -> None:
+        self._capacity = capacity
+        self._timelines: OrderedDict[str, Timeline] = OrderedDict()
+        self.epoch_s = time.time() - loop_now
+
+    def begin(self, request_id: str, model: str, received: float) -> Timeline:
+        timeline = Timeline(request_id, model, received_s=self.epoch_s + received)
+        self._timelines.pop(request_id, None)
+        self._timelines[request_id] = timeline
+        if len(self._timelines) > self._capacity:
+            self._timelines.popitem(last=False)
+        return timeline
+
+    def span(self, name: str, start: float, end: float) -> Span:
+        """A span of this process; `start` and `end` are loop times."""
+        return Span(name, self.epoch_s + start, self.epoch_s + end)
+
+    def get(self, request_id: str) -> Timeline | None:
+        return self._timelines.get(request_id)
