@@ -1,0 +1,233 @@
+"""Every message survives the wire; unknown kinds are clear errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from google.protobuf.message import Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.errors import InternalError
+from baton.rpc import codec_fleet, codec_handoff, codec_link, codec_request
+from baton.types.fleet import BlockState, FleetLease, KvLayout, Peer, WorkerInfo, WorkerLoad
+from baton.types.handoff import (
+    Abort,
+    Attach,
+    Expired,
+    Hello,
+    Prefilled,
+    Ranges,
+    Refused,
+    Release,
+    Released,
+    Renew,
+)
+from baton.types.link import Cancel, Drain, StartDecode, StartPrefill, StepReport
+from baton.types.request import (
+    AttemptId,
+    AttemptOutput,
+    Finish,
+    GenerationTask,
+    SampledToken,
+    SamplingParams,
+    Span,
+    TokenLogprob,
+    WireError,
+)
+from baton.v1 import common_pb2, fleet_pb2, handoff_pb2, worker_pb2
+
+u32 = st.integers(0, 2**32 - 1)
+text = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+real = st.floats(allow_nan=False)
+tokens = st.lists(u32, max_size=20).map(tuple)
+pairs = st.lists(st.tuples(u32, real), max_size=4).map(tuple)
+
+st.register_type_strategy(
+    SamplingParams,
+    st.builds(
+        SamplingParams,
+        temperature=real,
+        top_p=real,
+        top_k=u32,
+        min_p=real,
+        presence_penalty=real,
+        frequency_penalty=real,
+        repetition_penalty=real,
+        logit_bias=pairs,
+        seed=st.integers(0, 2**64 - 1),
+        max_tokens=u32,
+        min_tokens=u32,
+        ignore_eos=st.booleans(),
+        stop_token_ids=tokens,
+        logprobs=st.none() | u32,
+    ),
+)
+attempts = st.builds(AttemptId, request_id=text, number=u32)
+tasks = st.builds(
+    GenerationTask,
+    attempt=attempts,
+    prompt=tokens,
+    output=tokens,
+    priority=st.integers(-(2**31), 2**31 - 1),
+    timeout_s=st.none() | real,
+    cache_salt=text,
+)
+logprobs = st.builds(TokenLogprob, logprob=real, top=pairs)
+sampled = st.builds(SampledToken, token_id=u32, index=u32, logprob=st.none() | logprobs)
+errors = st.builds(WireError, text, text, st.booleans(), st.booleans())
+spans = st.builds(Span, name=text, start_s=real, end_s=real)
+finishes = st.builds(
+    Finish,
+    error=st.none() | errors,
+    cached_tokens=u32,
+    spans=st.lists(spans, max_size=3).map(tuple),
+)
+outputs = st.builds(
+    AttemptOutput,
+    attempt=attempts,
+    tokens=st.lists(sampled, max_size=3).map(tuple),
+    finish=st.none() | finishes,
+)
+layouts = st.builds(KvLayout, text, text, u32, u32, u32, u32, text)
+loads = st.builds(
+    WorkerLoad,
+    running=u32,
+    waiting=u32,
+    waiting_tokens=st.integers(0, 2**63),
+    blocks=st.lists(st.tuples(st.sampled_from(BlockState), u32), max_size=5).map(tuple),
+)
+peers = st.builds(Peer, text, text, text)
+infos = st.builds(
+    WorkerInfo,
+    name=text,
+    incarnation=text,
+    address=text,
+    pid=u32,
+    model_name=text,
+    layout=layouts,
+    num_blocks=u32,
+    max_model_len=u32,
+    transport=text,
+    device=text,
+)
+hellos = st.builds(
+    Hello,
+    worker=text,
+    incarnation=text,
+    layout=layouts,
+    transport=text,
+    endpoint=st.binary(max_size=20),
+    lease_ttl_s=real,
+    expected_incarnation=text,
+)
+ranges = st.builds(
+    Ranges,
+    attempt=attempts,
+    first_block=u32,
+    blocks=tokens,
+    layer_begin=u32,
+    layer_end=u32,
+    digests=st.lists(st.binary(max_size=16), max_size=4).map(tuple),
+)
+prefilleds = st.builds(
+    Prefilled, attempt=attempts, first=sampled, num_blocks=u32, cached_tokens=u32
+)
+
+
+def check(value: Any, to_pb: Callable[[Any], Message], from_pb: Callable[[Any], object]) -> None:
+    encoded = to_pb(value)
+    decoded = type(encoded).FromString(encoded.SerializeToString())
+    assert from_pb(decoded) == value
+
+
+few = settings(max_examples=40, deadline=None)
+
+
+@few
+@given(
+    st.builds(StartPrefill, tasks)
+    | st.builds(StartDecode, tasks, st.none() | peers)
+    | st.builds(Cancel, attempts, text)
+    | st.just(Drain())
+)
+def test_conductor_messages(message: Any) -> None:
+    check(message, codec_link.conductor_to_pb, codec_link.conductor_from_pb)
+
+
+@few
+@given(st.builds(StepReport, st.lists(outputs, max_size=4).map(tuple), loads))
+def test_worker_messages(message: Any) -> None:
+    check(message, codec_link.worker_to_pb, codec_link.worker_from_pb)
+
+
+@few
+@given(
+    hellos
+    | st.builds(Attach, attempts)
+    | st.builds(Renew, st.lists(attempts, max_size=3).map(tuple))
+    | st.builds(Release, attempts, st.binary(max_size=16))
+    | st.builds(Abort, attempts, text)
+)
+def test_decode_messages(message: Any) -> None:
+    check(message, codec_handoff.decode_to_pb, codec_handoff.decode_from_pb)
+
+
+@few
+@given(
+    hellos
+    | ranges
+    | prefilleds
+    | st.builds(Released, attempts)
+    | st.builds(Expired, attempts)
+    | st.builds(Refused, st.none() | attempts, errors)
+)
+def test_prefill_messages(message: Any) -> None:
+    check(message, codec_handoff.prefill_to_pb, codec_handoff.prefill_from_pb)
+
+
+@few
+@given(infos)
+def test_worker_info(info: WorkerInfo) -> None:
+    check(info, codec_fleet.info_to_pb, codec_fleet.info_from_pb)
+
+
+@few
+@given(st.booleans(), real)
+def test_fleet_lease(accepted: bool, ttl_s: float) -> None:
+    check(FleetLease(accepted, ttl_s), codec_fleet.lease_to_pb, codec_fleet.lease_from_pb)
+
+
+def test_token_lists_are_packed() -> None:
+    task = GenerationTask(AttemptId("r"), tuple([1] * 1000), SamplingParams())
+    assert len(codec_request.task_to_pb(task).SerializeToString()) < 1200
+
+
+@pytest.mark.parametrize(
+    ("decode", "empty"),
+    [
+        (codec_link.conductor_from_pb, worker_pb2.ConductorMessage()),
+        (codec_link.worker_from_pb, worker_pb2.WorkerMessage()),
+        (codec_handoff.decode_from_pb, handoff_pb2.DecodeMessage()),
+        (codec_handoff.prefill_from_pb, handoff_pb2.PrefillMessage()),
+    ],
+)
+def test_a_message_without_a_known_kind_is_a_clear_error(
+    decode: Callable[[Any], object], empty: Message
+) -> None:
+    with pytest.raises(InternalError, match="same version of baton"):
+        decode(empty)
+
+
+def test_unknown_enum_values_are_clear_errors() -> None:
+    load = common_pb2.WorkerLoad(blocks=[common_pb2.BlockCount(state=77, count=1)])
+    with pytest.raises(InternalError, match="block state 77"):
+        codec_fleet.load_from_pb(load)
+    with pytest.raises(InternalError, match="role 0"):
+        codec_fleet.info_from_pb(fleet_pb2.WorkerInfo())
+    output = worker_pb2.AttemptOutput(finish=worker_pb2.Finish())
+    report = worker_pb2.StepReport(outputs=[output])
+    with pytest.raises(InternalError, match="finish message"):
+        codec_link.worker_from_pb(worker_pb2.WorkerMessage(step_report=report))
