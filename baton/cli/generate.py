@@ -76,12 +76,20 @@ async def print_answer(client: Client, prompt: Prompt, timing: bool, echo: bool 
 
     With `echo` the prompt's text comes first, so that a completion reads as one text.
     """
+    written = 0
+
+    def write(text: str) -> None:
+        nonlocal written
+        written += len(text)
+        _write(text)
+
     if echo and isinstance(prompt.content, str):
-        _write(prompt.content)
+        write(prompt.content)
     try:
-        answer = await collect(client, prompt, on_text=_write)
+        answer = await collect(client, prompt, on_text=write)
     finally:
-        _write("\n")
+        if written:
+            _write("\n")
     if timing:
         sys.stderr.write(answer.timing.describe() + "\n")
         sys.stderr.flush()

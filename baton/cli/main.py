@@ -9,11 +9,13 @@ import typer
 from baton import __version__
 from baton.cli.bench import BenchServeOptions, bench_serve
 from baton.cli.chat import chat
+from baton.cli.doctor import doctor
 from baton.cli.generate import generate
 from baton.cli.options import command
 from baton.cli.serve import ServeOptions, serve
 from baton.cli.status import status
 from baton.cli.top import top
+from baton.cli.trace import trace
 from baton.errors import BatonError
 
 app = typer.Typer(
@@ -45,6 +47,8 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("status")(status)
 app.command("top")(top)
+app.command("trace")(trace)
+app.command("doctor")(doctor)
 bench = typer.Typer(help="Measure one part next to its limit.", no_args_is_help=True)
 bench.command("serve")(command(BenchServeOptions, bench_serve))
 app.add_typer(bench, name="bench")

@@ -1,0 +1,87 @@
+"""`baton trace`: where the time of one request went."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from baton.cli.options import Json, Url
+from baton.client.http import DEFAULT_URL, Client
+
+_BAR_WIDTH = 44
+_COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
+
+
+def trace(
+    request_id: Annotated[str, typer.Argument(help="As in the response's `id`.")],
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Show one recent request's timeline: workers, reasons, spans."""
+    timeline = asyncio.run(_fetch(url, request_id))
+    if as_json:
+        sys.stdout.write(orjson.dumps(timeline).decode() + "\n")
+    else:
+        Console().print(render(timeline))
+
+
+async def _fetch(url: str, request_id: str) -> dict[str, Any]:
+    async with Client(url) as client:
+        return await client.trace(request_id)
+
+
+def render(timeline: Mapping[str, Any]) -> RenderableType:
+    """A header, the choice of workers with its reasons, and one bar for each span."""
+    header = Text.assemble(
+        (str(timeline.get("request_id", "")), "bold"),
+        f"  {timeline.get('model', '')}  {timeline.get('outcome', '')}  "
+        f"{timeline.get('prompt_tokens', 0)} prompt tokens, "
+        f"{timeline.get('output_tokens', 0)} output tokens",
+    )
+    return Group(header, *_choices(timeline), _bars(timeline))
+
+
+def _choices(timeline: Mapping[str, Any]) -> list[Text]:
+    lines = []
+    for attempt in timeline.get("attempts") or ():
+        pair = " → ".join(str(attempt[key]) for key in ("prefill", "decode") if attempt.get(key))
+        reasons = "; ".join(attempt.get("reasons") or ())
+        lines.append(Text(f"attempt {attempt.get('attempt', '')}: {pair}  ({reasons})"))
+    return lines
+
+
+def _bars(timeline: Mapping[str, Any]) -> Table:
+    spans = timeline.get("spans") or []
+    start = min([timeline.get("received_s", 0.0), *(span["start_s"] for span in spans)])
+    end = max((span["end_s"] for span in spans), default=start)
+    total = max(end - start, 1e-9)
+    sources = list(dict.fromkeys(span["source"] for span in spans))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("source", "span", "", "start ms", "ms"):
+        table.add_column(column, justify="right" if "ms" in column else "left", no_wrap=True)
+    for span in spans:
+        begin, length = span["start_s"] - start, span["end_s"] - span["start_s"]
+        colour = _COLOURS[sources.index(span["source"]) % len(_COLOURS)]
+        table.add_row(
+            span["source"],
+            span["name"],
+            Text(bar(begin / total, length / total), style=colour),
+            f"{begin * 1e3:.1f}",
+            f"{length * 1e3:.1f}",
+        )
+    return table
+
+
+def bar(begin: float, length: float, width: int = _BAR_WIDTH) -> str:
+    """`width` characters with a bar over the share [begin, begin + length]; at least one mark."""
+    left = min(round(begin * width), width - 1)
+    marks = max(1, round((begin + length) * width) - left)
+    return (" " * left + "█" * min(marks, width - left)).ljust(width)
