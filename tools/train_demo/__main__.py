@@ -51,11 +51,16 @@ def main(arguments: Sequence[str]) -> None:
         export_tokenizer(prepared.tokenizer, Shape(), options.out)
         counts = {name: len(stream.ids) for name, stream in prepared.streams.items()}
         reporter.say(f"tokens: {counts}")
-        model, counters = _train(prepared, options, reporter)
+        model = Decoder(Shape())
+        trainer = _trainer(prepared, model, options)
+        if trainer.resume():
+            reporter.say(f"resumed: {trainer.counters}")
+        counters = trainer.run(reporter)
         export_model(model, prepared.tokenizer, options.out)
         reporter.say(f"largest difference to transformers: {verify_export(options.out):.2e}")
         card = _card(prepared, _rounded(model), counters, arguments)
         write_card(render_card(card, options.out), options.out)
+        trainer.discard_checkpoint()
         for row in card.rows:
             reporter.say(f"{row.name}: {row.model}")
 
@@ -67,7 +72,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("baton/demo/model"), help="model directory"
     )
-    parser.add_argument("--checkpoints", type=Path, default=Path("demo_checkpoints"))
+    parser.add_argument("--checkpoints", type=Path, default=Path("build/demo"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="where there is no C++ compiler")
@@ -81,12 +86,9 @@ def _prepare(seed: int) -> Prepared:
     return Prepared(files, tokenizer, build_streams(tokenizer, files, seed))
 
 
-def _train(
-    prepared: Prepared, options: argparse.Namespace, reporter: Reporter
-) -> tuple[Decoder, Counters]:
-    model = Decoder(Shape())
+def _trainer(prepared: Prepared, model: Decoder, options: argparse.Namespace) -> Trainer:
     held_out = prepared.held_out(Pool.LIBRARY)
-    trainer = Trainer(
+    return Trainer(
         model,
         WindowSampler(prepared.streams, find_splits(prepared.tokenizer), options.seed),
         Schedule(int(options.tokens), options.minutes * 60),
@@ -94,9 +96,6 @@ def _train(
         lambda model: mean_loss(model, held_out, QUICK_HELD_OUT_TOKENS),
         compiled=not options.no_compile,
     )
-    if trainer.resume():
-        reporter.say(f"resumed: {trainer.counters}")
-    return model, trainer.run(reporter)
 
 
 def _rounded(model: Decoder) -> Decoder:

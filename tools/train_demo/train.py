@@ -108,6 +108,10 @@ class Trainer:
         self._stop_file.unlink(missing_ok=True)
         return self.counters
 
+    def discard_checkpoint(self) -> None:
+        """Call when the result is safe elsewhere, so that the next run starts afresh."""
+        self._checkpoint.unlink(missing_ok=True)
+
     def _step(self, progress: float) -> float:
         """One optimizer step; returns the training loss in nats per token."""
         length = context_length(progress)
