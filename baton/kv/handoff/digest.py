@@ -16,7 +16,7 @@ import xxhash
 from baton.errors import DigestMismatch
 from baton.kv.layout import byte_range
 from baton.kv.transport.base import PoolMemory
-from baton.kv.transport.memory import Bytes, host_bytes
+from baton.kv.transport.memory import host_bytes
 from baton.types.fleet import KvLayout
 
 PIECES = 16
@@ -94,7 +94,7 @@ def cells_of(first_block: int, layer_begin: int, digests: Sequence[bytes]) -> li
     return [(first_block + n, layer_begin, digest) for n, digest in enumerate(digests)]
 
 
-def _digest(data: Bytes, mode: Verify) -> bytes:
+def _digest(data: memoryview, mode: Verify) -> bytes:
     if mode is Verify.FULL or data.nbytes <= PIECES * PIECE_BYTES:
         return _TAGS[mode] + xxhash.xxh3_128_digest(data)
     hasher = xxhash.xxh3_128()

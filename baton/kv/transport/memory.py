@@ -59,10 +59,10 @@ def require_cpu(transport: str, device: str) -> None:
         )
 
 
-def host_bytes(memory: PoolMemory, offset: int, length: int) -> Bytes:
+def host_bytes(memory: PoolMemory, offset: int, length: int) -> memoryview:
     """Bytes [offset, offset + length) of a pool: a view on the CPU, a copy from CUDA."""
     buffer: Any = memory.buffer
     part = buffer[offset : offset + length]
     if memory.device == "cpu":
-        return np.frombuffer(part, dtype=np.uint8)
-    return np.asarray(part.cpu().numpy(), dtype=np.uint8)
+        return memoryview(part)
+    return memoryview(part.cpu().numpy())

@@ -1,0 +1,325 @@
+"""The decode side of the handoff: attach, read what is published, verify, release.
+
+    fetch:   Attach -> Ranges* -> Prefilled -> (all reads done) Release -> Released
+                         |
+                         '-> read by transport while prefill computes the next chunk
+
+A fetch that fails hands its running transfers to the reader, which waits until they are idle:
+
+    fetch raises --> quarantine(attempt) --> Abort sent, transfers idle --> end_quarantine(attempt)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from baton.errors import (
+    BatonError,
+    DeadlineExceeded,
+    InternalError,
+    LeaseExpired,
+    PeerGone,
+    TransportError,
+)
+from baton.kv.handoff.digest import Cell, cells_of, check_digests, combine
+from baton.kv.handoff.options import HandoffOptions, Identity
+from baton.kv.handoff.pair import Inbox, Pair
+from baton.kv.layout import Coverage, copies_for
+from baton.kv.transport.base import PoolMemory, Transfer, Transport
+from baton.rpc.errors import from_wire
+from baton.rpc.services import HandoffDialer
+from baton.types.fleet import Peer
+from baton.types.handoff import (
+    Abort,
+    Attach,
+    Expired,
+    Prefilled,
+    Ranges,
+    Refused,
+    Release,
+    Released,
+)
+from baton.types.request import AttemptId
+
+ABORT_TIMEOUT_S = 5.0
+
+Reserve = Callable[[], Awaitable[tuple[int, ...]]]
+"""Local blocks for the attempt's whole context, in order. Cancelling it must give them back."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffStats:
+    """When things happened (loop time, seconds) and how much was read."""
+
+    started_s: float
+    attached_s: float
+    reserved_s: float
+    first_range_s: float
+    prefilled_s: float  # everything is published; the first token is known
+    last_byte_s: float
+    released_s: float
+    nbytes: int
+    ranges: int
+
+    @property
+    def exposed_s(self) -> float:
+        """How long reading went on after prefill had ended: what overlap did not hide."""
+        return max(0.0, self.last_byte_s - self.prefilled_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """KV of a whole context is in `blocks`, verified and released by the prefill worker."""
+
+    prefilled: Prefilled
+    blocks: tuple[int, ...]
+    stats: HandoffStats
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """One attempt under way."""
+
+    attempt: AttemptId
+    pair: Pair
+    inbox: Inbox
+    coverage: Coverage
+    started_s: float
+    attached_s: float = 0.0
+    reserved_s: float = 0.0
+    first_range_s: float = 0.0
+    prefilled_s: float = 0.0
+    last_byte_s: float = 0.0
+    nbytes: int = 0
+    blocks: tuple[int, ...] | None = None
+    reserved: asyncio.Event = field(default_factory=asyncio.Event)
+    prefilled: Prefilled | None = None
+    reads: list[asyncio.Task[None]] = field(default_factory=list)
+    running: set[Transfer] = field(default_factory=set)
+    cells: list[Cell] = field(default_factory=list)
+
+
+class HandoffReader:
+    """One per decode worker. `fetch` needs `run` to be running.
+
+    `quarantine(attempt)` is called before `fetch` raises, if blocks had been reserved, and
+    `end_quarantine(attempt)` exactly once later, when no transfer can write them any more.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        transport: Transport,
+        memory: PoolMemory,
+        dialer: HandoffDialer,
+        quarantine: Callable[[AttemptId], None],
+        end_quarantine: Callable[[AttemptId], None],
+        options: HandoffOptions,
+    ) -> None:
+        self._identity = identity
+        self._transport = transport
+        self._memory = memory
+        self._dialer = dialer
+        self._quarantine = quarantine
+        self._end_quarantine = end_quarantine
+        self._options = options
+        self._slots = asyncio.Semaphore(options.max_reads)
+        self._pairs: dict[Peer, Pair] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def run(self) -> None:
+        """Own the streams and the waiting for aborted transfers. Runs until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                self._tasks = None
+
+    async def fetch(
+        self, attempt: AttemptId, peer: Peer, reserve: Reserve, timeout_s: float
+    ) -> Fetched:
+        """Bring the KV of `attempt` from `peer` into the blocks that `reserve` returns.
+
+        The attempt is attached (so its lease is renewed) while `reserve` waits for room. Raises
+        PeerGone, StaleAttempt, LayoutMismatch, LeaseExpired, TransportError, DigestMismatch,
+        DeadlineExceeded, what `reserve` raised, or the error with which the peer refused (code
+        "finished": the first token ended the answer). Cancelling it frees both sides.
+        """
+        started = self._now()
+        fetch: _Fetch | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                pair = await self._pair(peer)
+                coverage = Coverage(self._identity.layout.num_layers)
+                fetch = _Fetch(attempt, pair, pair.open(attempt), coverage, started)
+                fetched = await self._fetch(fetch, reserve)
+        except TimeoutError:
+            late = DeadlineExceeded(f"{attempt}: no KV from {peer.name} within {timeout_s:g} s")
+            self._abandon(fetch, late.message)
+            raise late from None
+        except BaseException as error:
+            self._abandon(fetch, str(error) or type(error).__name__)
+            raise
+        pair.close(attempt)
+        return fetched
+
+    async def _pair(self, peer: Peer) -> Pair:
+        """The stream to this life of `peer`, dialled if need be. Raises why there is none."""
+        if self._tasks is None:
+            raise InternalError("HandoffReader.run is not running")
+        pair = self._pairs.get(peer)
+        if pair is None:
+            pair = Pair(peer, self._identity, self._transport, self._dialer, self._options)
+            self._pairs[peer] = pair
+            self._tasks.create_task(pair.run(self._forget), name=f"handoff stream {pair.key}")
+        await pair.ready()
+        return pair
+
+    def _forget(self, pair: Pair) -> None:
+        if self._pairs.get(pair.peer) is pair:
+            del self._pairs[pair.peer]
+
+    async def _fetch(self, fetch: _Fetch, reserve: Reserve) -> Fetched:
+        await fetch.pair.send(Attach(fetch.attempt))
+        fetch.attached_s = self._now()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._reserve(fetch, reserve))
+                await self._receive(fetch, tasks)
+        except BaseExceptionGroup as group:
+            raise _verdict(group) from None
+        if fetch.prefilled is None or fetch.blocks is None:
+            raise InternalError(f"{fetch.attempt} was released before it was read")
+        return Fetched(fetch.prefilled, fetch.blocks, _stats(fetch, self._now()))
+
+    async def _reserve(self, fetch: _Fetch, reserve: Reserve) -> None:
+        fetch.blocks = await reserve()
+        fetch.reserved_s = self._now()
+        fetch.reserved.set()
+
+    async def _receive(self, fetch: _Fetch, tasks: asyncio.TaskGroup) -> None:
+        """Follow the attempt to `Released`; raise whatever ends it otherwise."""
+        releasing = False
+        while True:
+            message = await fetch.inbox.get()
+            match message:
+                case Ranges() if not releasing:
+                    fetch.first_range_s = fetch.first_range_s or self._now()
+                    fetch.coverage.add(
+                        message.first_block,
+                        len(message.blocks),
+                        message.layer_begin,
+                        message.layer_end,
+                    )
+                    fetch.reads.append(tasks.create_task(self._read(fetch, message)))
+                case Prefilled() if not releasing:
+                    releasing = True
+                    fetch.prefilled = message
+                    fetch.prefilled_s = self._now()
+                    tasks.create_task(self._release(fetch, message))
+                case Released():
+                    return
+                case Expired():
+                    raise LeaseExpired(
+                        f"the lease of {fetch.attempt} on {fetch.pair.peer.name} ended before it "
+                        "was released; what was read is discarded"
+                    )
+                case Refused():
+                    raise from_wire(message.error)
+                case BatonError():
+                    raise message
+                case _:
+                    raise TransportError(f"{fetch.pair.peer.name} said {message!r} out of turn")
+
+    async def _read(self, fetch: _Fetch, ranges: Ranges) -> None:
+        """Bring one published range into its local blocks and verify it."""
+        await fetch.reserved.wait()
+        layout, peer = self._identity.layout, fetch.pair.peer.name
+        end = ranges.first_block + len(ranges.blocks)
+        local = (fetch.blocks or ())[ranges.first_block : end]
+        if len(local) != len(ranges.blocks):
+            raise TransportError(
+                f"{peer} published blocks up to {end} of {fetch.attempt}, which needs "
+                f"{len(fetch.blocks or ())}"
+            )
+        layers = ranges.layer_begin, ranges.layer_end
+        copies = copies_for(layout, ranges.blocks, local, *layers)
+        async with self._slots:
+            transfer = self._transport.read(fetch.pair.key, copies)
+            fetch.running.add(transfer)
+            await transfer.wait()
+            fetch.running.discard(transfer)
+        check_digests(self._memory, layout, local, *layers, ranges.digests, peer)
+        fetch.cells += cells_of(ranges.first_block, ranges.layer_begin, ranges.digests)
+        fetch.nbytes += sum(copy.length for copy in copies)
+        fetch.last_byte_s = self._now()
+
+    async def _release(self, fetch: _Fetch, prefilled: Prefilled) -> None:
+        """When everything is here and nothing is missing, tell the prefill worker."""
+        await fetch.reserved.wait()
+        count, needed = prefilled.num_blocks, len(fetch.blocks or ())
+        if count != needed:
+            raise TransportError(f"{fetch.attempt}: {count} blocks published, {needed} needed")
+        if missing := fetch.coverage.missing(count):
+            raise TransportError(
+                f"{fetch.attempt}: {fetch.pair.peer.name} says that prefill is complete, but "
+                f"blocks {missing[:8]} were not published in all layers, or not asked for"
+            )
+        await asyncio.gather(*fetch.reads)
+        await fetch.pair.send(Release(fetch.attempt, combine(fetch.cells)))
+
+    def _abandon(self, fetch: _Fetch | None, reason: str) -> None:
+        """Give up: from here on the reader's own task owns what still runs."""
+        if fetch is None:
+            return
+        fetch.pair.close(fetch.attempt)
+        if fetch.blocks is not None:
+            self._quarantine(fetch.attempt)
+        if self._tasks is not None:  # else closing: transport.close waits for the transfers
+            self._tasks.create_task(self._settle(fetch, reason), name=f"settle {fetch.attempt}")
+
+    async def _settle(self, fetch: _Fetch, reason: str) -> None:
+        """Tell the peer, wait until nothing writes into the blocks, and say so."""
+        async with asyncio.TaskGroup() as tasks:
+            for transfer in fetch.running:
+                tasks.create_task(transfer.abort())
+            tasks.create_task(_send_abort(fetch, reason))
+        if fetch.blocks is not None:
+            self._end_quarantine(fetch.attempt)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+async def _send_abort(fetch: _Fetch, reason: str) -> None:
+    try:
+        async with asyncio.timeout(ABORT_TIMEOUT_S):
+            await fetch.pair.send(Abort(fetch.attempt, reason))
+    except (PeerGone, TimeoutError):
+        pass  # a broken stream frees the other side as well
+
+
+def _stats(fetch: _Fetch, released_s: float) -> HandoffStats:
+    return HandoffStats(
+        fetch.started_s,
+        fetch.attached_s,
+        fetch.reserved_s,
+        fetch.first_range_s,
+        fetch.prefilled_s,
+        fetch.last_byte_s,
+        released_s,
+        fetch.nbytes,
+        len(fetch.reads),
+    )
+
+
+def _verdict(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that says most: when a stream breaks, transfers fail too, but only as a result."""
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves.append(_verdict(error) if isinstance(error, BaseExceptionGroup) else error)
+    causes = [error for error in leaves if type(error) is not TransportError]
+    return (causes or leaves)[0]
