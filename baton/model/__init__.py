@@ -1,0 +1,1 @@
+"""Models: what one is (spec, torch-free), its weights, and the decoder that runs them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from baton.demo import demo_model_path
 from baton.errors import ModelLoadError
 
 # What serving needs of a repository; leaves out duplicates in other formats.
@@ -30,8 +31,6 @@ def resolve_model(name: str | None) -> Path:
     hub cannot be reached.
     """
     if name is None:
-        from baton.demo import demo_model_path
-
         return demo_model_path()
     path = Path(name).expanduser()
     if path.is_dir():
