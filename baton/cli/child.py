@@ -42,6 +42,7 @@ class Child:
         self._announced: asyncio.Event = asyncio.Event()
         self._exited: asyncio.Event = asyncio.Event()
         self._announcement: dict[str, Any] = {}
+        self._unwanted = False  # `stop` came before there was a process
 
     @property
     def pid(self) -> int | None:
@@ -65,6 +66,8 @@ class Child:
             # order.
             start_new_session=True,
         )
+        if self._unwanted:
+            self._signal(signal.SIGKILL)
         try:
             async with asyncio.TaskGroup() as group:
                 relays = [
@@ -94,6 +97,7 @@ class Child:
         Returns whether it ended by itself.
         """
         if self._process is None or self._exited.is_set():
+            self._unwanted = True
             return True
         self._signal(signal.SIGTERM)
         if await _first_of(self._exited, hurry, grace_s):

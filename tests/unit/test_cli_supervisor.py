@@ -1,0 +1,169 @@
+"""The supervisor with processes that only look like a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.cli.child import ChildSpec
+from baton.cli.report import Reporter
+from baton.cli.supervisor import Addresses, ClusterPlan, StartFailed, Supervisor
+from tests.unit import fake_cluster
+
+FAKE = str(Path(fake_cluster.__file__))
+
+
+@dataclass
+class Recorder(Reporter):
+    """Keeps what it is told instead of printing it."""
+
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    on_event: Callable[[str], None] = lambda event: None
+
+    def __post_init__(self) -> None:
+        super().__init__(as_json=True, verbose=True)
+
+    def event(self, event: str, text: str, /, **fields: Any) -> None:
+        self.events.append((event, fields))
+        self.on_event(event)
+
+    def log(self, name: str, line: str) -> None:
+        self.lines.append((name, line))
+
+    def names(self) -> list[str]:
+        return [event for event, _ in self.events]
+
+
+def plan(directory: Path, conductor: str = "well", worker: str = "well") -> ClusterPlan:
+    def spec(role: str, behaviour: str, name: str) -> ChildSpec:
+        argv = (sys.executable, FAKE, role, behaviour, str(directory), name)
+        return ChildSpec(name, argv, dict(os.environ))
+
+    return ClusterPlan(
+        conductor=lambda listening: spec("conductor", conductor, "conductor"),
+        workers=lambda addresses: [spec("worker", worker, f"decode-{i}") for i in range(2)],
+        start_timeout_s=20.0,
+        drain_timeout_s=10.0,
+    )
+
+
+async def run(
+    supervisor: Supervisor, when_ready: Callable[[Addresses], Awaitable[None]] | None = None
+) -> None:
+    async def stop(addresses: Addresses) -> None:
+        supervisor.stop()
+
+    async with asyncio.timeout(60):
+        await supervisor.run(when_ready or stop)
+
+
+def pids(directory: Path) -> list[int]:
+    return [int(path.read_text()) for path in directory.iterdir()]
+
+
+def assert_gone(directory: Path) -> None:
+    assert pids(directory)
+    for pid in pids(directory):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+async def test_starts_everything_then_drains_and_stops_it(tmp_path: Path) -> None:
+    recorder = Recorder()
+    await run(Supervisor(plan(tmp_path), recorder))
+    assert recorder.names()[-3:] == ["draining", "stopping", "stopped"]
+    assert recorder.events[-1][1] == {"killed": []}
+    done = {fields["name"] for event, fields in recorder.events if event == "done"}
+    assert done == {"conductor", "decode-0", "decode-1"}
+    assert ("conductor", "WARNING fake conductor drained") in recorder.lines
+    assert_gone(tmp_path)
+
+
+async def test_a_worker_that_cannot_start_is_blamed_with_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(StartFailed) as failure:
+        await run(Supervisor(plan(tmp_path, worker="dies"), Recorder()))
+    assert "decode-" in failure.value.message
+    assert "ended with exit code 1" in failure.value.message
+    assert "the fake reason why it cannot start" in failure.value.message
+
+
+async def test_a_conductor_that_cannot_start_ends_everything(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(StartFailed, match="conductor ended with exit code 1"):
+        await run(Supervisor(plan(tmp_path, conductor="dies"), recorder))
+    assert "draining" not in recorder.names()
+
+
+async def test_a_silent_conductor_meets_a_deadline(tmp_path: Path) -> None:
+    silent = plan(tmp_path, conductor="silent")
+    short = ClusterPlan(silent.conductor, silent.workers, start_timeout_s=0.5)
+    with pytest.raises(StartFailed, match="did not announce"):
+        await run(Supervisor(short, Recorder()))
+
+
+async def test_a_worker_that_dies_later_is_started_again(tmp_path: Path) -> None:
+    recorder = Recorder()
+    supervisor = Supervisor(plan(tmp_path), recorder)
+
+    async def kill_one(addresses: Addresses) -> None:
+        victim = int((tmp_path / "decode-1").read_text())
+        os.kill(victim, signal.SIGKILL)
+        while int((tmp_path / "decode-1").read_text() or victim) == victim:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        supervisor.stop()
+
+    await run(supervisor, kill_one)
+    exits = [fields for event, fields in recorder.events if event == "process_exited"]
+    assert exits == [{"name": "decode-1", "code": -signal.SIGKILL}]
+    assert_gone(tmp_path)
+
+
+async def test_a_signal_stops_and_a_second_one_hurries(tmp_path: Path) -> None:
+    recorder = Recorder()
+    recorder.on_event = lambda event: (
+        os.kill(os.getpid(), signal.SIGTERM) if event == "stopping" else None
+    )
+    supervisor = Supervisor(plan(tmp_path, worker="stubborn"), recorder)
+
+    async def interrupt(addresses: Addresses) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+
+    started = asyncio.get_running_loop().time()
+    await run(supervisor, interrupt)
+    assert recorder.events[-1] == ("stopped", {"killed": ["decode-0", "decode-1"]})
+    assert asyncio.get_running_loop().time() - started < 30
+    assert_gone(tmp_path)
+
+
+async def test_a_signal_while_starting_stops_quietly(tmp_path: Path) -> None:
+    recorder = Recorder()
+    supervisor = Supervisor(plan(tmp_path, conductor="silent"), recorder)
+    recorder.on_event = lambda event: supervisor.stop() if event == "progress" else None
+    await run(supervisor)
+    assert recorder.names()[-1] == "stopped"
+
+
+async def test_cancelling_leaves_no_process(tmp_path: Path) -> None:
+    ready = asyncio.Event()
+
+    async def wait(addresses: Addresses) -> None:
+        ready.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(run(Supervisor(plan(tmp_path), Recorder()), wait))
+    async with asyncio.timeout(60):
+        await ready.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert_gone(tmp_path)
