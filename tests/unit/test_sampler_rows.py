@@ -1,0 +1,146 @@
+"""Greedy rows, the generator, independence of the batch, logprobs, bad logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from baton.engine.batch import SampleRequest
+from baton.engine.sampler import sample, uniform
+from baton.errors import InternalError
+from baton.types.request import SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def rows(count: int, vocab: int = 200) -> torch.Tensor:
+    return 2 * torch.randn(count, vocab, generator=torch.Generator().manual_seed(count))
+
+
+def test_greedy_takes_the_best_and_the_lowest_id_on_ties() -> None:
+    logits = torch.tensor([[0.0, 7.0, 7.0, 1.0], [-1.0, -3.0, -2.0, -1.0], [0.0, 0.0, 0.0, 0.1]])
+    tokens = sample(logits, [SampleRequest(GREEDY, i, ()) for i in range(3)])
+    assert [(t.token_id, t.index) for t in tokens] == [(1, 0), (0, 1), (3, 2)]
+
+
+def test_nothing_to_sample() -> None:
+    assert sample(torch.empty(0, 10), []) == []
+
+
+def test_tiny_temperature_is_greedy() -> None:
+    logits = 1000 * rows(5)
+    params = SamplingParams(temperature=1e-9)
+    tokens = sample(logits, [SampleRequest(params, i, ()) for i in range(5)])
+    assert [t.token_id for t in tokens] == logits.argmax(-1).tolist()
+
+
+def test_a_row_depends_on_nothing_but_itself() -> None:
+    logits = rows(6)
+    requests = [
+        SampleRequest(GREEDY, 0, ()),
+        SampleRequest(SamplingParams(seed=1, top_p=0.8), 4, ()),
+        SampleRequest(SamplingParams(temperature=0.0, repetition_penalty=9.0), 1, (), (5,), (6,)),
+        SampleRequest(SamplingParams(seed=3, temperature=3.0), 0, ()),
+        SampleRequest(SamplingParams(seed=3, min_p=0.1, logprobs=3), 9, ()),
+        SampleRequest(SamplingParams(seed=2**64 - 1, top_k=7, frequency_penalty=1.0), 7, ()),
+    ]
+    together = sample(logits, requests)
+    alone = [sample(logits[i : i + 1], [requests[i]])[0] for i in range(6)]
+    assert together == alone
+    backwards = sample(logits.flip(0), requests[::-1])
+    assert backwards[::-1] == together
+
+
+def test_an_interrupted_answer_continues_the_same() -> None:
+    """Sampling index i anew, elsewhere, gives what an uninterrupted run gave."""
+    logits = rows(30)
+    params = SamplingParams(seed=77, temperature=1.3, top_p=0.9)
+    whole = [sample(logits[i : i + 1], [SampleRequest(params, i, ())])[0] for i in range(30)]
+    resumed = sample(logits[12:], [SampleRequest(params, i, ()) for i in range(12, 30)])
+    assert resumed == whole[12:]
+    other = SamplingParams(seed=78, temperature=1.3, top_p=0.9)
+    assert sample(logits, [SampleRequest(other, i, ()) for i in range(30)]) != whole
+
+
+def test_generator_is_the_documented_one() -> None:
+    """These values are a contract between processes and versions."""
+    assert uniform(0, 0) == float.fromhex("0x1.341dc628ae790p-4")
+    assert uniform(0, 1) == float.fromhex("0x1.2afd188a11c26p-2")
+    assert uniform(1, 0) == float.fromhex("0x1.bb90f3b07bc38p-2")
+    assert uniform(2**64 - 1, 10**6) == float.fromhex("0x1.c3be5263bab88p-3")
+
+
+def test_generator_is_uniform_over_seeds_and_indices() -> None:
+    for numbers in (
+        [uniform(9, index) for index in range(4000)],
+        [uniform(seed, 3) for seed in range(4000)],
+    ):
+        values = torch.tensor(numbers, dtype=torch.float64)
+        assert values.min() >= 0
+        assert values.max() < 1
+        observed = torch.histc(values, bins=20, min=0, max=1)
+        chi_square = ((observed - 200) ** 2 / 200).sum()
+        assert chi_square < 43.8  # 99.9 % quantile at 19 degrees of freedom
+        neighbours = torch.corrcoef(torch.stack((values[:-1], values[1:])))[0, 1]
+        assert abs(neighbours) < 0.06
+
+
+def test_the_last_token_can_be_drawn_but_never_one_without_probability(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = torch.tensor([[0.0, 0.0, -torch.inf, 0.0, -torch.inf]])
+    for number, expected in ((0.0, 0), (0.34, 1), (0.67, 3), (1 - 2**-53, 3)):
+        monkeypatch.setattr("baton.engine.sampler.uniform", lambda *_, number=number: number)
+        token = sample(logits, [SampleRequest(SamplingParams(), 0, ())])[0]
+        assert token.token_id == expected
+
+
+def test_logprobs_are_of_the_raw_distribution() -> None:
+    logits = rows(2)
+    params = SamplingParams(
+        temperature=0.0, logprobs=3, logit_bias=((17, 100.0),), repetition_penalty=1.5
+    )
+    first, second = sample(
+        logits, [SampleRequest(params, 0, (), (1,), (2,)), SampleRequest(GREEDY, 0, ())]
+    )
+    assert second.logprob is None
+    assert first.token_id == 17
+    assert first.logprob is not None
+    raw = logits[0].double().log_softmax(-1)
+    assert first.logprob.logprob == pytest.approx(raw[17].item(), abs=1e-5)
+    best = raw.topk(3)
+    assert [token for token, _ in first.logprob.top] == best.indices.tolist()
+    assert [value for _, value in first.logprob.top] == pytest.approx(
+        best.values.tolist(), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, []), (2, [1, 3]), (4, [1, 3, 4, 0])])
+def test_logprobs_order_ties_by_id(count: int, expected: list[int]) -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.0, 2.0, 2.0]])
+    params = SamplingParams(temperature=0.0, logprobs=count)
+    token = sample(logits, [SampleRequest(params, 0, ())])[0]
+    assert token.logprob is not None
+    assert [token for token, _ in token.logprob.top] == expected
+
+
+def test_more_logprobs_than_tokens() -> None:
+    params = SamplingParams(temperature=0.0, logprobs=20)
+    token = sample(torch.zeros(1, 3), [SampleRequest(params, 0, ())])[0]
+    assert token.logprob is not None
+    assert len(token.logprob.top) == 3
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=1, top_p=0.5)])
+def test_bad_logits_are_an_error(bad: float, params: SamplingParams) -> None:
+    logits = rows(3)
+    logits[1, 50] = bad
+    with pytest.raises(InternalError, match="not finite"):
+        sample(logits, [SampleRequest(params, 0, ()) for _ in range(3)])
+
+
+def test_a_row_with_everything_masked_is_an_error() -> None:
+    params = SamplingParams(temperature=0.0, min_tokens=5)
+    with pytest.raises(InternalError, match="not finite"):
+        sample(torch.zeros(1, 2), [SampleRequest(params, 0, (0, 1))])
