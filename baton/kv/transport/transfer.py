@@ -18,11 +18,17 @@ class PendingTransfer:
     The transport calls `end` exactly once, on the event loop. `stopped` may be read by its threads.
     """
 
-    def __init__(self, peer: str, on_stop: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        peer: str,
+        on_stop: Callable[[], None] | None = None,
+        on_end: Callable[[PendingTransfer], None] | None = None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.peer = peer
         self.stopped = False
         self._on_stop = on_stop
+        self._on_end = on_end
         self._outcome: asyncio.Future[TransportError | None] = loop.create_future()
         self._idle: asyncio.Future[None] = loop.create_future()
 
@@ -55,6 +61,8 @@ class PendingTransfer:
         self.settle(error)
         if not self._idle.done():
             self._idle.set_result(None)
+            if self._on_end is not None:
+                self._on_end(self)
 
 
 def check_copies(copies: Sequence[Copy], local_bytes: int, remote_bytes: int, peer: str) -> int:

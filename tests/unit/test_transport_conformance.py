@@ -1,0 +1,162 @@
+"""What every transport promises (baton.kv.transport.base), run against each of them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from baton.errors import ConfigError, TransportError
+from baton.kv.transport.base import Copy
+from baton.kv.transport.registry import NAMES, available, make_transport
+from tests.unit.transport_kit import POOL, TransportPair, transport_pair
+
+pytestmark = pytest.mark.parametrize("name", NAMES)
+
+
+async def read(pair: TransportPair, *copies: Copy) -> None:
+    with pair.source.serving("reader/1"):
+        async with asyncio.timeout(20):
+            await pair.reader.read("source/1", copies).wait()
+
+
+async def test_scattered_copies_arrive_and_nothing_else_changes(name: str) -> None:
+    async with transport_pair(name) as pair:
+        pair.local[:] = 7
+        expected = pair.local.copy()
+        copies = [Copy(4096, 0, 100), Copy(0, 8192, 4096), Copy(POOL - 5, POOL - 5, 5)]
+        for c in copies:
+            expected[c.local : c.local + c.length] = pair.remote[c.remote : c.remote + c.length]
+        await read(pair, *copies)
+        assert np.array_equal(pair.local, expected)
+
+
+async def test_paged_copies_of_one_size(name: str) -> None:
+    async with transport_pair(name) as pair:
+        unit = 16384
+        order = np.random.default_rng(0).permutation(POOL // unit)
+        copies = [Copy(int(r) * unit, n * unit, unit) for n, r in enumerate(order)]
+        await read(pair, *copies)
+        expected = pair.remote.reshape(-1, unit)[order].reshape(-1)
+        assert np.array_equal(pair.local, expected)
+        pair.remote[:] ^= 0xFF  # a second read sees what is there by then
+        await read(pair, Copy(0, 0, 2 * unit), Copy(3 * unit, 2 * unit, unit))
+        assert np.array_equal(pair.local[: 2 * unit], pair.remote[: 2 * unit])
+
+
+async def test_a_read_larger_than_any_slice(name: str) -> None:
+    size = 20 << 20
+    async with transport_pair(name, pool=size) as pair:
+        await read(pair, Copy(0, 0, size - 3))
+        assert np.array_equal(pair.local[: size - 3], pair.remote[: size - 3])
+
+
+async def test_many_reads_at_once(name: str) -> None:
+    async with transport_pair(name) as pair:
+        with pair.source.serving("reader/1"), pair.source.serving("reader/1"):
+            transfers = [
+                pair.reader.read("source/1", [Copy(n * 8192, n * 8192, 8192)]) for n in range(64)
+            ]
+            async with asyncio.timeout(20):
+                await asyncio.gather(*(t.wait() for t in transfers))
+        assert np.array_equal(pair.local[: 64 * 8192], pair.remote[: 64 * 8192])
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [Copy(POOL, 0, 1), Copy(0, POOL - 1, 2), Copy(-1, 0, 1), Copy(0, 0, 0), Copy(0, -4, 4)],
+)
+async def test_a_range_outside_of_a_pool_is_refused_at_once(name: str, copy: Copy) -> None:
+    async with transport_pair(name) as pair:
+        with pytest.raises(TransportError):
+            pair.reader.read("source/1", [copy])
+
+
+async def test_strangers_and_former_peers_are_refused(name: str) -> None:
+    async with transport_pair(name) as pair:
+        with pytest.raises(TransportError, match="stranger"):
+            pair.reader.read("stranger/1", [Copy(0, 0, 1)])
+        await pair.reader.disconnect("source/1")
+        await pair.reader.disconnect("source/1")
+        with pytest.raises(TransportError):
+            pair.reader.read("source/1", [Copy(0, 0, 1)])
+
+
+async def test_a_bad_endpoint_is_a_transport_error(name: str) -> None:
+    async with transport_pair(name) as pair:
+        for endpoint in (b"", b"nonsense", b"\xff\x00"):
+            with pytest.raises(TransportError, match="other/1"):
+                await pair.reader.connect("other/1", endpoint)
+
+
+async def test_connecting_again_replaces_the_connection(name: str) -> None:
+    async with transport_pair(name) as pair:
+        await pair.source.connect("reader/1", pair.reader.endpoint())
+        with pair.source.serving("reader/1"):
+            await pair.reader.connect("source/1", pair.source.endpoint())
+        await read(pair, Copy(0, 0, 64))
+        assert np.array_equal(pair.local[:64], pair.remote[:64])
+
+
+async def test_after_abort_memory_is_not_written(name: str) -> None:
+    size = 64 << 20
+    async with transport_pair(name, pool=size) as pair:
+        with pair.source.serving("reader/1"):
+            transfer = pair.reader.read("source/1", [Copy(0, 0, size)])
+            waiting = asyncio.create_task(transfer.wait())
+            await asyncio.sleep(0)
+            async with asyncio.timeout(20):
+                await transfer.abort()
+            pair.local[:] = 0
+            await asyncio.sleep(0.02)
+            assert not pair.local.any()
+            await asyncio.wait([waiting])
+            if (error := waiting.exception()) is not None:
+                assert isinstance(error, TransportError)
+            await transfer.abort()  # harmless after the end
+
+
+async def test_cancelling_wait_does_not_stop_the_transfer(name: str) -> None:
+    async with transport_pair(name) as pair:
+        with pair.source.serving("reader/1"):
+            transfer = pair.reader.read("source/1", [Copy(0, 0, POOL)])
+            waiting = asyncio.create_task(transfer.wait())
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            async with asyncio.timeout(20):
+                await transfer.wait()
+        assert np.array_equal(pair.local, pair.remote)
+
+
+async def test_close_ends_transfers_and_is_idempotent(name: str) -> None:
+    async with transport_pair(name) as pair:
+        with pair.source.serving("reader/1"):
+            transfer = pair.reader.read("source/1", [Copy(0, 0, POOL)])
+            async with asyncio.timeout(20):
+                await pair.reader.close()
+                await transfer.abort()
+            await pair.reader.close()
+
+
+async def test_pools_are_zeroed_and_made_once(name: str) -> None:
+    async with transport_pair(name) as pair:
+        assert not pair.local.any()
+        with pytest.raises(Exception, match="one pool"):
+            pair.reader.allocate(POOL)
+
+
+async def test_it_is_announced_by_name(name: str) -> None:
+    async with transport_pair(name) as pair:
+        assert pair.reader.name == name
+        assert {a.name: a.usable for a in available()}[name]
+
+
+async def test_unknown_names_and_devices(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        make_transport(f"no-{name}", "worker")
+    async with transport_pair(name):
+        other = make_transport("shm", "worker")
+        with pytest.raises(ConfigError, match="cuda"):
+            other.allocate(4096, "cuda:0")
