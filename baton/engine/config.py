@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.errors import ConfigError
+from baton.errors import ConfigError, InvalidRequest
 from baton.types.fleet import KvLayout
+from baton.types.request import GenerationTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +38,26 @@ class EngineConfig:
     @property
     def block_size(self) -> int:
         return self.layout.block_size
+
+    def require_fit(self, task: GenerationTask) -> None:
+        """Raise InvalidRequest for a task that this engine could never run."""
+        if not task.prompt:
+            raise InvalidRequest("The prompt has no tokens: send at least one.", param="prompt")
+        if len(task.prompt) >= self.max_model_len:
+            raise InvalidRequest(
+                f"The prompt has {len(task.prompt)} tokens, but prompt and answer together may "
+                f"have at most {self.max_model_len}: shorten the prompt.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        self.require_blocks(self.layout.blocks_for(len(task.prompt) + len(task.output)))
+
+    def require_blocks(self, num_blocks: int) -> None:
+        """Raise InvalidRequest for more blocks than the whole pool has."""
+        if num_blocks > self.num_blocks:
+            raise InvalidRequest(
+                f"The prompt needs {num_blocks} KV blocks, but this worker has "
+                f"{self.num_blocks}: shorten the prompt or give the worker more blocks.",
+                param="prompt",
+                code="context_length_exceeded",
+            )

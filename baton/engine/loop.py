@@ -29,7 +29,6 @@ from baton.errors import (
     Cancelled,
     DeadlineExceeded,
     InternalError,
-    InvalidRequest,
     Overloaded,
     StaleAttempt,
 )
@@ -172,7 +171,7 @@ class Engine:
         engine has stopped, StaleAttempt when the attempt is known already.
         """
         self._require_new(task.attempt)
-        self._require_fit(task)
+        self._config.require_fit(task)
         sequence = self._sequence(next(self._numbers), task, hand_off)
         ending = self._scheduler.ending_of(sequence)
         if ending is None:
@@ -218,7 +217,7 @@ class Engine:
         """
         self._require_new(attempt)
         num_blocks = self._config.layout.blocks_for(num_tokens)
-        self._require_blocks(num_blocks)
+        self._config.require_blocks(num_blocks)
         granted: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
         number = next(self._numbers)
         reservation = Reservation(
@@ -406,28 +405,6 @@ class Engine:
             raise Overloaded("This worker is shutting down: use another one.")
         if attempt in self._sequences or attempt in self._reservations:
             raise StaleAttempt(f"{attempt} is already being worked on.")
-
-    def _require_fit(self, task: GenerationTask) -> None:
-        if not task.prompt:
-            raise InvalidRequest("The prompt has no tokens: send at least one.", param="prompt")
-        if len(task.prompt) >= self._config.max_model_len:
-            raise InvalidRequest(
-                f"The prompt has {len(task.prompt)} tokens, but prompt and answer together may "
-                f"have at most {self._config.max_model_len}: shorten the prompt.",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        context = len(task.prompt) + len(task.output)
-        self._require_blocks(self._config.layout.blocks_for(context))
-
-    def _require_blocks(self, num_blocks: int) -> None:
-        if num_blocks > self._config.num_blocks:
-            raise InvalidRequest(
-                f"The prompt needs {num_blocks} KV blocks, but this worker has "
-                f"{self._config.num_blocks}: shorten the prompt or give the worker more blocks.",
-                param="prompt",
-                code="context_length_exceeded",
-            )
 
 
 def _now() -> float:
