@@ -57,13 +57,20 @@ class _Lost:
 
 @dataclass(frozen=True, slots=True)
 class _Late:
-    """A timer has run out: of an attempt in some phase, or (neither) the request's deadline."""
+    """An attempt has been in a phase for as long as it may."""
 
-    attempt: AttemptId | None = None
-    phase: Phase | None = None
+    attempt: AttemptId
+    phase: Phase
 
 
-_Event = _Output | _Lost | _Late
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    """The whole request ends with this error."""
+
+    error: BatonError
+
+
+_Event = _Output | _Lost | _Late | _Abort
 
 
 class _Inbox:
@@ -148,7 +155,8 @@ class Serving:
         at all workers; nothing in its clean-up waits.
         """
         try:
-            self._arm(self._request.deadline, _Late())
+            late = DeadlineExceeded("the request's deadline passed before it was answered")
+            self._arm(self._request.deadline, _Abort(late))
             for run in self._runs.values():
                 self._begin(run, 0)
             while any(run.phase is not Phase.DONE for run in self._runs.values()):
@@ -161,6 +169,10 @@ class Serving:
             for attempt in list(self._placed):
                 self._cancel(attempt, "the request has ended")
             self._stopwatch.end(asyncio.get_running_loop().time())
+
+    def abort(self, error: BatonError) -> None:
+        """End the request with `error`."""
+        self._inbox.put(_Abort(error))
 
     def on_output(self, duty: Role, worker: str, output: AttemptOutput) -> None:
         """Called by a link. Spans are kept even when the request has already ended."""
@@ -222,7 +234,7 @@ class Serving:
             elif isinstance(event, _Lost):
                 self._avoid.add(event.worker)
                 run.on_lost(event.duty, event.worker, event.reason)
-            else:
+            elif isinstance(event, _Late):
                 self._on_late(run, event)
             if delta is not None:
                 self._note_progress(delta)
@@ -232,9 +244,9 @@ class Serving:
 
     def _run_of(self, event: _Event) -> AnswerRun | None:
         """The answer an event is about; None for events of attempts that were given up."""
+        if isinstance(event, _Abort):
+            raise event.error
         attempt = event.output.attempt if isinstance(event, _Output) else event.attempt
-        if attempt is None:
-            raise DeadlineExceeded("the request's deadline passed before it was answered")
         run = self._runs[attempt.request_id]
         return run if run.attempt == attempt else None
 
@@ -291,7 +303,7 @@ class Serving:
             self._armed.add(late)
             self._arm(asyncio.get_running_loop().time() + seconds, late)
 
-    def _arm(self, when: float, event: _Late) -> None:
+    def _arm(self, when: float, event: _Event) -> None:
         loop = asyncio.get_running_loop()
         self._timers.append(loop.call_at(when, self._inbox.put, event))
 

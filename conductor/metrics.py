@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from baton import telemetry
 from conductor.fleet import Fleet
 
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -19,41 +19,30 @@ class Metrics:
     """One registry per conductor, so that several can live in one process."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self._registry = CollectorRegistry()
-        self.requests = Counter(
-            "baton_requests",
-            "Requests by how they ended (ok, or an error code).",
-            ["outcome"],
-            registry=self._registry,
+        own = self._metrics = telemetry.Metrics()
+        self.requests = own.counter(
+            "baton_requests", "Requests by how they ended (ok, or an error code).", ["outcome"]
         )
-        self.running = Gauge(
-            "baton_requests_running", "Requests being worked on.", registry=self._registry
+        self.running = own.gauge("baton_requests_running", "Requests being worked on.")
+        self.ttft = own.histogram("baton_ttft_seconds", "Time to the first token.", _LONG)
+        self.tpot = own.histogram(
+            "baton_tpot_seconds", "Time per output token after the first, by answer.", _SHORT
         )
-        self.ttft = self._histogram("baton_ttft_seconds", "Time to the first token.", _LONG)
-        self.tpot = self._histogram(
-            "baton_tpot_seconds", "Time per output token after the first, by request.", _SHORT
-        )
-        self.itl = self._histogram(
+        self.itl = own.histogram(
             "baton_itl_seconds", "Time between two deliveries of tokens of an answer.", _SHORT
         )
-        self.e2e = self._histogram("baton_e2e_seconds", "Time from receipt to the end.", _LONG)
-        self.prompt_tokens = self._counter("baton_prompt_tokens", "Prompt tokens received.")
-        self.cached_tokens = self._counter(
+        self.e2e = own.histogram("baton_e2e_seconds", "Time from receipt to the end.", _LONG)
+        self.prompt_tokens = own.counter("baton_prompt_tokens", "Prompt tokens received.")
+        self.cached_tokens = own.counter(
             "baton_cached_prompt_tokens", "Prompt tokens whose KV was found in a cache."
         )
-        self.output_tokens = self._counter("baton_output_tokens", "Tokens generated.")
-        self.retries = self._counter("baton_attempt_retries", "Attempts after the first one.")
-        self._registry.register(_FleetCollector(fleet))
+        self.output_tokens = own.counter("baton_output_tokens", "Tokens generated.")
+        self.retries = own.counter("baton_attempt_retries", "Attempts after the first one.")
+        own.registry.register(_FleetCollector(fleet))
 
     def render(self) -> bytes:
         """The text exposition format."""
-        return generate_latest(self._registry)
-
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, registry=self._registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, buckets=buckets, registry=self._registry)
+        return self._metrics.render()
 
 
 class Stopwatch:

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
-from baton.errors import BatonError, Cancelled
+from baton.errors import BatonError, Cancelled, InternalError
 from baton.rpc.services import WorkerDialer
 from baton.tokenizer import Tokenizer
 from baton.types.fleet import Role
@@ -51,8 +51,6 @@ class Policy:
     lease_ttl_s: float = 10.0
     max_answers: int = 1024
     default_deadline_s: float = 600.0
-    min_prefill: int = 0
-    min_decode: int = 1
 
 
 class Conductor:
@@ -68,6 +66,7 @@ class Conductor:
         self._dispatcher = Dispatcher(
             self.fleet, model.tokenizer, model.eos_ids, self.metrics, self.traces
         )
+        self._servings: set[Serving] = set()
         self._threads: ThreadPoolExecutor | None = None
 
     async def run(self) -> None:
@@ -89,49 +88,73 @@ class Conductor:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would succeed now (and as many workers as asked for have come)."""
-        view = self.fleet.view()
-        return (
-            not self.admission.closed
-            and len(view.live(Role.DECODE)) >= max(self.policy.min_decode, 1)
-            and len(view.live(Role.PREFILL)) >= self.policy.min_prefill
-        )
+        """Whether a request would succeed now."""
+        return not self.admission.closed and bool(self.fleet.view().live(Role.DECODE))
+
+    @property
+    def running(self) -> int:
+        """Requests being worked on."""
+        return len(self._servings)
 
     async def prepare(self, ask: Ask, id_prefix: str, timeout_s: float | None = None) -> Request:
         """Validate and tokenize. Raises InvalidRequest, ModelNotFound, Overloaded or NoWorker."""
-        loop = asyncio.get_running_loop()
-        received = loop.time()
-        limits = self.limits
-        sampling = check_ask(ask, limits)
-        self.admission.check_open()
-        allowed = self.policy.default_deadline_s
-        prompts = [await self._to_ids(prompt, ask.add_special_tokens) for prompt in ask.prompts]
-        return build_request(
-            ask,
-            sampling,
-            prompts,
-            limits,
-            id_prefix=id_prefix,
-            received=received,
-            deadline=received + (allowed if timeout_s is None else min(timeout_s, allowed)),
-        )
+        received = asyncio.get_running_loop().time()
+        try:
+            limits = self.limits
+            sampling = check_ask(ask, limits)
+            self.admission.check_open()
+            prompts = [await self._to_ids(prompt, ask.add_special_tokens) for prompt in ask.prompts]
+            allowed = self.policy.default_deadline_s
+            return build_request(
+                ask,
+                sampling,
+                prompts,
+                limits,
+                id_prefix=id_prefix,
+                received=received,
+                deadline=received + (allowed if timeout_s is None else min(timeout_s, allowed)),
+            )
+        except BatonError as error:
+            self.metrics.requests.labels(error.code).inc()
+            raise
 
     async def generate(self, request: Request) -> AsyncGenerator[list[Delta] | Usage, None]:
         """Deltas as they come, the usage last. Raises the one error that ended the request."""
-        outcome = Cancelled.code
-        with self.admission.admit(request), self.metrics.running.track_inprogress():
-            serving = self._dispatcher.serve(request)
-            try:
+        outcome = Cancelled.code  # what a generator that is closed early amounts to
+        try:
+            with self.admission.admit(request):
+                async with aclosing(self._serve(request)) as results:
+                    async for result in results:
+                        yield result
+            outcome = "ok"
+        except BatonError as error:
+            outcome = error.code
+            raise
+        except Exception:
+            outcome = InternalError.code
+            raise
+        finally:
+            self.metrics.requests.labels(outcome).inc()
+            self._note_end(request, outcome)
+
+    def abort_all(self, error: BatonError) -> None:
+        """End every running request with `error`."""
+        for serving in list(self._servings):
+            serving.abort(error)
+
+    async def _serve(self, request: Request) -> AsyncGenerator[list[Delta] | Usage, None]:
+        serving = self._dispatcher.serve(request)
+        self._servings.add(serving)
+        try:
+            with self.metrics.running.track_inprogress():
                 async with aclosing(serving.deltas()) as deltas:
                     async for batch in deltas:
                         yield batch
-                outcome = "ok"
-                yield serving.usage
-            except BatonError as error:
-                outcome = error.code
-                raise
-            finally:
-                self._note_end(request, serving, outcome)
+            yield serving.usage
+        finally:
+            self._servings.discard(serving)
+            self.metrics.prompt_tokens.inc(serving.usage.prompt_tokens)
+            self.metrics.cached_tokens.inc(serving.usage.cached_tokens)
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Raises InvalidRequest when the chat template refuses the messages."""
@@ -141,15 +164,13 @@ class Conductor:
         decode = functools.partial(self.model.tokenizer.decode, ids, skip_special_tokens=False)
         return await self._offload(decode, len(ids))
 
-    def _note_end(self, request: Request, serving: Serving, outcome: str) -> None:
-        usage = serving.usage
-        now = asyncio.get_running_loop().time()
-        serving.timeline.outcome = outcome
-        span = self.traces.span("request", request.received, now)
-        serving.timeline.add_span("conductor", "", span)
-        self.metrics.requests.labels(outcome).inc()
-        self.metrics.prompt_tokens.inc(usage.prompt_tokens)
-        self.metrics.cached_tokens.inc(usage.cached_tokens)
+    def _note_end(self, request: Request, outcome: str) -> None:
+        timeline = self.traces.get(request.id)
+        if timeline is not None:
+            now = asyncio.get_running_loop().time()
+            timeline.outcome = outcome
+            span = self.traces.span("request", request.received, now)
+            timeline.add_span("conductor", "", span)
 
     async def _to_ids(self, prompt: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
         if isinstance(prompt, tuple):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from baton.errors import InvalidRequest, ModelNotFound
 from baton.types.request import SamplingParams
-from conductor.request import Answer, Ask, Options, Request
+from conductor.request import Answer, Ask, Chat, Options, Request
 
 MAX_ANSWERS = 128
 MAX_STOP_STRINGS = 16
@@ -22,6 +22,8 @@ MAX_STOP_TOKENS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_SALT_LENGTH = 256  # characters
+ROLES = ("system", "developer", "user", "assistant")
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default where the prompt is not a conversation
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _INT32 = 2**31
 
@@ -79,6 +81,25 @@ def check_token_ids(ids: Sequence[int], limits: Limits, param: str) -> None:
         )
 
 
+def make_chat(messages: Sequence[tuple[str, str]]) -> Chat:
+    """From (role, content) pairs. Raises InvalidRequest for a role that templates do not know."""
+    if not messages:
+        raise InvalidRequest("messages is empty: give at least one message", param="messages")
+    for place, (role, _) in enumerate(messages):
+        if role not in ROLES:
+            raise InvalidRequest(
+                f"role {role!r} is not supported: use one of {', '.join(ROLES)}",
+                param=f"messages.{place}.role",
+            )
+    # `developer` is OpenAI's newer name for `system`; templates know the older one.
+    return Chat(
+        tuple(
+            {"role": "system" if role == "developer" else role, "content": content}
+            for role, content in messages
+        )
+    )
+
+
 def build_request(
     ask: Ask,
     sampling: SamplingParams,
@@ -116,7 +137,7 @@ def build_request(
 def _fit(
     ask: Ask, sampling: SamplingParams, prompt: tuple[int, ...], limits: Limits
 ) -> SamplingParams:
-    param = "messages" if "messages" in ask.names.values() else "prompt"
+    param = ask.names.get("prompt", "prompt")
     if not prompt:
         raise InvalidRequest("the prompt is empty: give at least one token", param=param)
     room = limits.context - len(prompt)

@@ -1,0 +1,93 @@
+"""`python -m conductor`: one conductor process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import orjson
+
+from baton.config import parse_config
+from baton.errors import BatonError
+from baton.model.spec import load_spec, resolve_model
+from baton.telemetry import setup_logging
+from baton.tokenizer import load_tokenizer
+from conductor.cluster import ConductorIdentity
+from conductor.config import ConductorConfig
+from conductor.server import Server
+from conductor.service import ServedModel
+
+log = logging.getLogger("conductor")
+
+
+def main() -> int:
+    try:
+        config = parse_config(ConductorConfig, sys.argv[1:], os.environ, "python -m conductor")
+        setup_logging(config.log_level, config.name)
+        model = load_model(config)
+        asyncio.run(_serve(config, model))
+    except BatonError as error:
+        sys.stderr.write(f"conductor: {error.message}\n")
+        return 2
+    return 0
+
+
+def load_model(config: ConductorConfig) -> ServedModel:
+    """Tokenizer and limits of the model. Raises ModelLoadError."""
+    path = resolve_model(config.model or None)
+    spec = load_spec(path)
+    return ServedModel(
+        name=config.model_name or _default_name(config.model),
+        tokenizer=load_tokenizer(path),
+        vocab_size=spec.vocab_size,
+        max_model_len=spec.max_model_len,
+        eos_ids=spec.eos_token_ids,
+        fingerprint=spec.fingerprint,
+    )
+
+
+def _default_name(model: str) -> str:
+    return Path(model).name if model else "demo"
+
+
+async def _serve(config: ConductorConfig, model: ServedModel) -> None:
+    server = Server(config, model, os.environ.get("BATON_CLUSTER_TOKEN", ""))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.stop)
+    if config.exit_with_parent:
+        loop.add_reader(sys.stdin.fileno(), _on_parent, server)
+
+    def on_listening(identity: ConductorIdentity) -> None:
+        log.info("listening http=%s grpc=%s", identity.http, identity.grpc)
+        if config.announce:
+            _announce(identity)
+
+    await server.run(on_listening)
+
+
+def _on_parent(server: Server) -> None:
+    """Standard input is a pipe from the parent: it ends when the parent has gone."""
+    number = sys.stdin.fileno()
+    if not os.read(number, 4096):
+        asyncio.get_running_loop().remove_reader(number)
+        server.stop(drain_s=0.0)
+
+
+def _announce(identity: ConductorIdentity) -> None:
+    event = {
+        "event": "listening",
+        "http": identity.http,
+        "grpc": identity.grpc,
+        "pid": identity.pid,
+    }
+    sys.stdout.buffer.write(orjson.dumps(event) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""`GET /cluster`: every process of the cluster as `baton status` lists it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from conductor.router import WorkerView
+from conductor.service import Conductor
+
+
+@dataclass(frozen=True, slots=True)
+class ConductorIdentity:
+    """Who this conductor is. `started_s` is in Unix seconds."""
+
+    name: str
+    pid: int
+    incarnation: str
+    http: str  # host:port
+    grpc: str
+    started_s: float
+
+
+def describe_cluster(conductor: Conductor, identity: ConductorIdentity) -> dict[str, Any]:
+    workers = sorted(conductor.fleet.view().workers, key=lambda worker: worker.info.name)
+    return {
+        "conductors": [_conductor_body(conductor, identity)],
+        "workers": [_worker_body(worker) for worker in workers],
+        "stores": [],
+    }
+
+
+def _conductor_body(conductor: Conductor, identity: ConductorIdentity) -> dict[str, Any]:
+    running = conductor.running
+    return {
+        "name": identity.name,
+        "role": "conductor",
+        "pid": identity.pid,
+        "address": identity.http,
+        "grpc_address": identity.grpc,
+        "incarnation": identity.incarnation,
+        "state": "draining" if conductor.admission.closed else "live",
+        "model": conductor.model.name,
+        "running": running,
+        "waiting": 0,
+        "load": {"running": running},
+        "blocks": {},
+    }
+
+
+def _worker_body(worker: WorkerView) -> dict[str, Any]:
+    info, load = worker.info, worker.load
+    return {
+        "name": info.name,
+        "role": info.role.value,
+        "pid": info.pid,
+        "address": info.address,
+        "incarnation": info.incarnation,
+        "state": worker.state.value,
+        "model": info.model_name,
+        "transport": info.transport,
+        "device": info.device,
+        "num_blocks": info.num_blocks,
+        "block_size": info.layout.block_size,
+        "max_model_len": info.max_model_len,
+        "running": load.running,
+        "waiting": load.waiting,
+        "load": {
+            "running": load.running,
+            "waiting": load.waiting,
+            "waiting_tokens": load.waiting_tokens,
+        },
+        "blocks": {state.value: count for state, count in load.blocks},
+    }

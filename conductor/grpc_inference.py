@@ -1,0 +1,196 @@
+"""The gRPC API, `baton.v1.Inference`: the same requests and errors as over HTTP.
+
+A failed call carries the error's stable code in the trailing metadata `baton-error-code`, and the
+field at fault, where there is one, in `baton-error-param`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any, NoReturn
+
+import grpc
+
+from baton.errors import InternalError, InvalidRequest
+from baton.rpc.errors import status_of, trailing_metadata
+from baton.tokenizer import Tokenizer
+from baton.types.request import SampledToken
+from baton.v1 import inference_pb2 as pb
+from baton.v1 import inference_pb2_grpc
+from conductor.answer_run import Delta
+from conductor.dispatch import Usage
+from conductor.http import check_key
+from conductor.request import Ask, Options, Prompt
+from conductor.service import Conductor
+from conductor.validate import DEFAULT_COMPLETION_TOKENS, check_model, make_chat
+
+SERVICE_NAME = "baton.v1.Inference"
+PARAM_KEY = "baton-error-param"
+
+log = logging.getLogger(__name__)
+
+
+def add_inference(server: grpc.aio.Server, conductor: Conductor, api_keys: Sequence[str]) -> None:
+    """Serve the public API on `server`."""
+    servicer = _InferenceServicer(conductor, [key.encode() for key in api_keys])
+    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
+
+
+class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[misc]
+    def __init__(self, conductor: Conductor, api_keys: Sequence[bytes]) -> None:
+        self._conductor = conductor
+        self._api_keys = api_keys
+
+    async def Generate(  # noqa: N802
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        """grpc cancels this coroutine when the client cancels, goes, or its deadline passes; the
+        generator's clean-up then cancels the work."""
+        conductor = self._conductor
+        try:
+            self._check_key(context)
+            timeout_s = context.time_remaining()
+            prepared = await conductor.prepare(_to_ask(request), "gen", timeout_s)
+            with_details = prepared.answers[0].sampling.logprobs is not None
+            async with aclosing(conductor.generate(prepared)) as results:
+                async for result in results:
+                    for message in _messages(
+                        prepared.id, result, conductor.model.tokenizer, with_details
+                    ):
+                        await context.write(message)
+        except Exception as error:
+            await _abort(context, error)
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TokenizeResponse:
+        try:
+            self._check_key(context)
+            limits = self._conductor.limits
+            check_model(request.model, limits)
+            prompt = _to_prompt(request, request.WhichOneof("input"))
+            ids = await self._conductor.tokenize(prompt, request.add_special_tokens)
+            return pb.TokenizeResponse(token_ids=ids, max_model_len=limits.context)
+        except Exception as error:
+            await _abort(context, error)
+
+    async def ListModels(  # noqa: N802
+        self, _request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListModelsResponse:
+        try:
+            self._check_key(context)
+            limits = self._conductor.limits
+            model = pb.Model(id=limits.model_name, max_model_len=limits.context)
+            return pb.ListModelsResponse(models=[model])
+        except Exception as error:
+            await _abort(context, error)
+
+    def _check_key(self, context: grpc.aio.ServicerContext) -> None:
+        if self._api_keys:
+            given = dict(context.invocation_metadata() or ()).get("authorization")
+            check_key(given if isinstance(given, str) else None, self._api_keys)
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+    """End the call with the status of `error`."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    status = status_of(error)
+    message = str(error)
+    if status is grpc.StatusCode.INTERNAL:
+        log.error("a gRPC call failed", exc_info=error)
+        message = message if isinstance(error, InternalError) else "an internal error occurred"
+    metadata = trailing_metadata(error)
+    param = getattr(error, "param", None)
+    if param:
+        metadata = (*metadata, (PARAM_KEY, param))
+    await context.abort(status, message, metadata)
+    raise error
+
+
+def _to_ask(request: pb.GenerateRequest) -> Ask:
+    kind = request.WhichOneof("prompt")
+    sampling = request.sampling
+    options = Options(
+        temperature=_given(sampling, "temperature"),
+        top_p=_given(sampling, "top_p"),
+        top_k=_given(sampling, "top_k"),
+        min_p=_given(sampling, "min_p"),
+        presence_penalty=_given(sampling, "presence_penalty"),
+        frequency_penalty=_given(sampling, "frequency_penalty"),
+        repetition_penalty=_given(sampling, "repetition_penalty"),
+        logit_bias=dict(sampling.logit_bias) or None,
+        seed=_given(sampling, "seed"),
+        max_tokens=_given(sampling, "max_tokens"),
+        min_tokens=_given(sampling, "min_tokens"),
+        ignore_eos=_given(sampling, "ignore_eos"),
+        stop=tuple(sampling.stop),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        logprobs=_given(sampling, "logprobs"),
+        n=_given(sampling, "n"),
+    )
+    return Ask(
+        model=request.model,
+        prompts=(_to_prompt(request, kind),),
+        options=options,
+        request_id=request.request_id or None,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        default_max_tokens=None if kind == "chat" else DEFAULT_COMPLETION_TOKENS,
+    )
+
+
+def _given(sampling: pb.SamplingOptions, name: str) -> Any:
+    """The value of an optional field; None when the client did not set it."""
+    return getattr(sampling, name) if sampling.HasField(name) else None
+
+
+def _to_prompt(request: Any, kind: str | None) -> Prompt:
+    if kind == "text":
+        text: str = request.text
+        return text
+    if kind == "token_ids":
+        return tuple(request.token_ids.ids)
+    if kind == "chat":
+        return make_chat([(message.role, message.content) for message in request.chat.messages])
+    raise InvalidRequest("the request has no prompt: set text, token_ids or chat", param="prompt")
+
+
+def _messages(
+    request_id: str, result: list[Delta] | Usage, tokenizer: Tokenizer, with_details: bool
+) -> list[pb.GenerateResponse]:
+    if isinstance(result, Usage):
+        usage = pb.Usage(
+            prompt_tokens=result.prompt_tokens,
+            completion_tokens=result.completion_tokens,
+            cached_tokens=result.cached_tokens,
+        )
+        return [pb.GenerateResponse(request_id=request_id, usage=usage)]
+    return [
+        pb.GenerateResponse(
+            request_id=request_id,
+            index=delta.index,
+            text=delta.text,
+            token_ids=[token.token_id for token in delta.tokens],
+            details=[_detail(token, tokenizer) for token in delta.tokens] if with_details else (),
+            finish_reason=delta.finish_reason or "",
+        )
+        for delta in result
+    ]
+
+
+def _detail(token: SampledToken, tokenizer: Tokenizer) -> pb.TokenDetail:
+    logprob = token.logprob
+    if logprob is None:
+        return pb.TokenDetail(chosen=_choice(token.token_id, 0.0, tokenizer))
+    return pb.TokenDetail(
+        chosen=_choice(token.token_id, logprob.logprob, tokenizer),
+        top=[_choice(number, value, tokenizer) for number, value in logprob.top],
+    )
+
+
+def _choice(token_id: int, logprob: float, tokenizer: Tokenizer) -> pb.TokenChoice:
+    text = tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+    return pb.TokenChoice(token_id=token_id, text=text, logprob=logprob)

@@ -1,0 +1,163 @@
+"""Running a request over HTTP: one body, or server-sent events; ends when the client goes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from baton.errors import BatonError
+from conductor.answer_run import Delta
+from conductor.dispatch import Usage
+from conductor.http_errors import JsonResponse, error_body, error_response
+from conductor.openai_reply import Reply, usage_body
+from conductor.request import Request
+from conductor.service import Conductor
+
+SEND_GRACE_S = 10.0  # beyond the request's deadline, for a client that reads slowly
+
+log = logging.getLogger(__name__)
+
+Results = AsyncGenerator[list[Delta] | Usage, None]
+
+
+class GenerationResponse(Response):
+    """Generates when it is sent. An error before the first token is an HTTP error; a later one
+    ends the stream with an error event."""
+
+    def __init__(self, conductor: Conductor, request: Request, reply: Reply) -> None:
+        super().__init__()
+        self._conductor = conductor
+        self._request = request
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _until_gone(receive, self._run(scope, receive, send))
+        except TimeoutError:
+            log.warning("request %s: the client did not read its answer", self._request.id)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with (
+            asyncio.timeout_at(self._request.deadline + SEND_GRACE_S),
+            aclosing(self._conductor.generate(self._request)) as results,
+        ):
+            try:
+                response = await self._respond(results, send)
+            except BatonError as error:
+                response = error_response(error, self._request.id)
+            except Exception as error:
+                log.exception("request %s failed", self._request.id)
+                response = error_response(error, self._request.id)
+            if response is not None:
+                await response(scope, receive, send)
+
+    async def _respond(self, results: Results, send: Send) -> Response | None:
+        """Collect everything, then answer."""
+        deltas: list[Delta] = []
+        usage = Usage(0, 0, 0)
+        async for result in results:
+            if isinstance(result, Usage):
+                usage = result
+            else:
+                deltas += result
+        headers = {"x-request-id": self._request.id}
+        return JsonResponse(self._reply.whole(deltas, usage), headers=headers)
+
+
+class StreamResponse(GenerationResponse):
+    """Server-sent events, one message to the socket for everything that one engine step gave."""
+
+    def __init__(
+        self,
+        conductor: Conductor,
+        request: Request,
+        reply: Reply,
+        include_usage: bool,
+        usage_in_every_chunk: bool,
+    ) -> None:
+        super().__init__(conductor, request, reply)
+        self._include_usage = include_usage
+        self._every_chunk = usage_in_every_chunk
+        self._tokens = 0
+
+    async def _respond(self, results: Results, send: Send) -> Response | None:
+        first = await anext(results)  # errors until here have a status of their own
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [
+                    (b"content-type", b"text/event-stream; charset=utf-8"),
+                    (b"cache-control", b"no-cache"),
+                    (b"x-accel-buffering", b"no"),
+                    (b"x-request-id", self._request.id.encode()),
+                ],
+            }
+        )
+        opening = self._reply.opening()
+        await _send_body(send, b"".join(map(_event, opening)) + self._events(first))
+        try:
+            async for result in results:
+                await _send_body(send, self._events(result))
+        except BatonError as error:
+            await _send_body(send, _event(error_body(error)))
+        except Exception as error:
+            log.exception("request %s failed", self._request.id)
+            await _send_body(send, _event(error_body(error)))
+        else:
+            await _send_body(send, b"data: [DONE]\n\n")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return None
+
+    def _events(self, result: list[Delta] | Usage) -> bytes:
+        if isinstance(result, Usage):
+            return _event(self._reply.frame([], result)) if self._include_usage else b""
+        return b"".join(self._delta_event(delta) for delta in result)
+
+    def _delta_event(self, delta: Delta) -> bytes:
+        self._tokens += len(delta.tokens)
+        chunk = self._reply.chunk(delta)
+        if chunk is None:
+            return b""
+        if self._every_chunk:
+            usage = Usage(self._request.prompt_tokens, self._tokens, 0)
+            chunk["usage"] = usage_body(usage)
+        elif self._include_usage:
+            chunk["usage"] = None
+        return _event(chunk)
+
+
+async def _send_body(send: Send, body: bytes) -> None:
+    if body:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+async def _until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`; cancel it, and wait for its clean-up, when the client disconnects."""
+    task = asyncio.create_task(work, name="generate")
+    watcher = asyncio.create_task(_wait_disconnect(receive), name="watch-client")
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+        await asyncio.wait({task, watcher})
+    if not task.cancelled():
+        task.result()
+
+
+async def _wait_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

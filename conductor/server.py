@@ -1,0 +1,175 @@
+"""The conductor's process: both servers, and the phases in which it ends.
+
+stop accepting -> drain (with a deadline) -> cancel what is left -> close
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from baton.errors import ConfigError, NoWorker
+from baton.rpc.grpc_client import GrpcWorkerDialer
+from baton.rpc.grpc_server import RpcServer
+from baton.rpc.services import WorkerDialer
+from conductor.cluster import ConductorIdentity
+from conductor.config import ConductorConfig
+from conductor.grpc_inference import SERVICE_NAME, add_inference
+from conductor.http import make_app
+from conductor.service import Conductor, Policy, ServedModel
+
+CANCEL_S = 2.0  # for clean-up after running requests were cancelled
+CLOSE_S = 2  # for open connections to take the last bytes
+HEALTH_POLL_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """One conductor with its servers. `run` owns everything; `stop` may be called from a signal.
+
+    `dialer` is how workers are reached; by default gRPC with the cluster token.
+    """
+
+    def __init__(
+        self,
+        config: ConductorConfig,
+        model: ServedModel,
+        token: str,
+        dialer: WorkerDialer | None = None,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._token = token
+        self._dialer = dialer or GrpcWorkerDialer(token)
+        self._stopping = asyncio.Event()
+        self._drain_s = config.drain_timeout
+        self.conductor = Conductor(
+            model,
+            self._dialer,
+            Policy(
+                lease_ttl_s=config.lease_ttl,
+                max_answers=config.max_queue,
+                default_deadline_s=config.default_deadline,
+            ),
+        )
+
+    def stop(self, drain_s: float | None = None) -> None:
+        """Begin to end. The first call's drain time counts, unless a later one is shorter."""
+        if drain_s is not None:
+            self._drain_s = min(self._drain_s, drain_s)
+        self._stopping.set()
+
+    async def run(self, on_listening: Callable[[ConductorIdentity], None]) -> None:
+        """Serve until `stop`. `on_listening` is told the addresses. Raises ConfigError."""
+        config, conductor = self._config, self.conductor
+        rpc = RpcServer(
+            f"{config.grpc_host or config.host}:{config.grpc_port}",
+            self._token,
+            reflect=(SERVICE_NAME,),
+        )
+        rpc.add_fleet(conductor.fleet)
+        add_inference(rpc.grpc, conductor, config.api_key)
+        with _listen(config.host, config.port) as listener:
+            identity = self._identify(listener, await rpc.start())
+            app = make_app(conductor, identity, config.max_body_bytes, config.api_key)
+            http = _HttpServer(app)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    core = tasks.create_task(conductor.run(), name="conductor")
+                    serving = tasks.create_task(http.serve([listener]), name="http")
+                    health = tasks.create_task(self._follow_health(rpc), name="health")
+                    await http.listening.wait()
+                    on_listening(identity)
+                    await self._stopping.wait()
+                    await self._drain()
+                    log.info("closing")
+                    http.should_exit = True
+                    await serving
+                    health.cancel()
+                    core.cancel()
+            finally:
+                await rpc.stop(CLOSE_S)
+
+    async def _drain(self) -> None:
+        admission = self.conductor.admission
+        log.info("stopping: no new requests; running=%d", self.conductor.running)
+        admission.close()
+        try:
+            async with asyncio.timeout(self._drain_s):
+                await admission.wait_idle()
+        except TimeoutError:
+            log.warning("cancelling %d requests after the drain time", self.conductor.running)
+            self.conductor.abort_all(NoWorker("the conductor was shut down during the request"))
+            try:
+                async with asyncio.timeout(CANCEL_S):
+                    await admission.wait_idle()
+            except TimeoutError:
+                log.warning("%d requests did not end", self.conductor.running)
+
+    async def _follow_health(self, rpc: RpcServer) -> None:
+        while True:
+            await rpc.set_ready(self.conductor.ready)
+            await asyncio.sleep(HEALTH_POLL_S)
+
+    def _identify(self, listener: socket.socket, grpc_address: str) -> ConductorIdentity:
+        config = self._config
+        return ConductorIdentity(
+            name=config.name,
+            pid=os.getpid(),
+            incarnation=secrets.token_hex(8),
+            http=f"{config.host}:{listener.getsockname()[1]}",
+            grpc=grpc_address,
+            started_s=time.time(),
+        )
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the process decides when to end."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.listening = asyncio.Event()
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                log_level="warning",
+                ws="none",
+                server_header=False,
+                timeout_graceful_shutdown=CLOSE_S,
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port "
+            "or --host"
+        ) from error
+    return listener
