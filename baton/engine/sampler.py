@@ -143,7 +143,7 @@ def _thresholds(probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.
     has to be invented.
     """
     vocab = probs.shape[-1]
-    width = min(vocab, max(_CANDIDATES, *(p.top_k for p in params)))
+    width = min(vocab, max(map(_width, params)))
     ranked = probs.topk(width, dim=-1).values
     thresholds = []
     for row, p in enumerate(params):
@@ -155,6 +155,13 @@ def _thresholds(probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.
             threshold = threshold.maximum(_nucleus(probs[row], best, p))
         thresholds.append(threshold)
     return torch.stack(thresholds)
+
+
+def _width(params: SamplingParams) -> int:
+    """How many of the best tokens decide a row's threshold."""
+    if params.top_k > 0:
+        return params.top_k
+    return _CANDIDATES if params.top_p < 1 else 1
 
 
 def _nucleus(probs: torch.Tensor, ranked: torch.Tensor, params: SamplingParams) -> torch.Tensor:

@@ -50,11 +50,11 @@ def read_checkpoint(model_dir: Path) -> Checkpoint:
     when the shards do not hold what the index says.
     """
     index_path = model_dir / INDEX_FILE
-    if index_path.is_file():
+    if (model_dir / SINGLE_FILE).is_file():  # wins over an index, as in transformers
+        weight_map, names = None, [SINGLE_FILE]
+    elif index_path.is_file():
         weight_map = _read_weight_map(index_path)
         names = sorted(set(weight_map.values()))
-    elif (model_dir / SINGLE_FILE).is_file():
-        weight_map, names = None, [SINGLE_FILE]
     else:
         raise ModelLoadError(
             f"no weights in {model_dir}: expected {SINGLE_FILE} or {INDEX_FILE} with its shards "
