@@ -72,9 +72,9 @@ def run_conductor(directory: Path, announce: bool) -> None:
         signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown, daemon=True).start()
     )
     if announce:
-        print(
-            json.dumps({"event": "listening", "http": address, "grpc": "127.0.0.1:1"}), flush=True
-        )
+        event = {"event": "listening", "http": address, "grpc": "127.0.0.1:1"}
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
     server.serve_forever(poll_interval=0.02)
     sys.stderr.write("WARNING fake conductor drained\n")
 
