@@ -1,0 +1,176 @@
+"""Assemble a worker from its configuration: model, layout, pool memory, runner."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from baton.engine.batch import Runner
+from baton.engine.block_pool import BlockPool
+from baton.engine.config import EngineConfig
+from baton.engine.events import EngineListener
+from baton.engine.loop import Engine
+from baton.engine.runner import TorchRunner
+from baton.errors import ConfigError
+from baton.kv.handoff.digest import Verify
+from baton.kv.handoff.options import HandoffOptions, Identity, life
+from baton.kv.transport.base import PoolMemory, Transport
+from baton.model.hub import resolve_model
+from baton.model.spec import ModelSpec, choose_dtype, kv_layout, load_spec
+from baton.types.fleet import KvLayout, Role, WorkerInfo
+from baton.worker.config import WorkerConfig
+from baton.worker.transports import choose_transport, make_transport
+
+log = logging.getLogger(__name__)
+
+CPU_KV_BYTES = 512 << 20
+GPU_SHARE = 0.85  # of the free memory, for weights and KV together
+GPU_WORKSPACE_BYTES = 2 << 30  # activations and logits of a step
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What a service is made of. `close` ends what `build` began."""
+
+    identity: Identity
+    model_name: str
+    device: str
+    transport: Transport
+    memory: PoolMemory
+    runner: Runner
+    engine: EngineConfig
+    handoff: HandoffOptions
+
+    def make_engine(self, listener: EngineListener) -> Engine:
+        """The worker's one engine, over an empty pool."""
+        return Engine(self.runner, BlockPool(self.engine.num_blocks), self.engine, listener)
+
+    def info(self, role: Role, address: str) -> WorkerInfo:
+        """The registration."""
+        return WorkerInfo(
+            name=self.identity.name,
+            role=role,
+            incarnation=self.identity.incarnation,
+            address=address,
+            pid=os.getpid(),
+            model_name=self.model_name,
+            layout=self.identity.layout,
+            num_blocks=self.engine.num_blocks,
+            max_model_len=self.engine.max_model_len,
+            transport=self.transport.name,
+            device=self.device,
+        )
+
+    async def close(self) -> None:
+        self.runner.close()
+        await self.transport.close()
+
+
+async def build(config: WorkerConfig, role: Role) -> WorkerParts:
+    """Load the model and get the memory. Takes as long as the weights take to read.
+
+    Raises ConfigError, ModelLoadError and TransportError.
+    """
+    model_dir = await asyncio.to_thread(resolve_model, config.model or None)
+    spec = await asyncio.to_thread(load_spec, model_dir)
+    device = choose_device(config.device)
+    layout = kv_layout(spec, choose_dtype(config.dtype, spec, device), config.block_size)
+    num_blocks = choose_num_blocks(config, layout, device, model_dir)
+    identity = Identity(worker_name(config, role), uuid.uuid4().hex[:12], layout)
+    transport = make_transport(
+        choose_transport(config.transport), life(identity.name, identity.incarnation)
+    )
+    await transport.start()
+    try:
+        memory = transport.allocate(num_blocks * layout.block_bytes, device)
+        runner = await asyncio.to_thread(
+            TorchRunner,
+            spec,
+            model_dir,
+            layout,
+            memory,
+            num_blocks,
+            device,
+            config.layer_groups,
+            config.threads,
+        )
+    except BaseException:
+        await transport.close()
+        raise
+    return WorkerParts(
+        identity=identity,
+        model_name=config.model_name or model_dir.resolve().name,
+        device=device,
+        transport=transport,
+        memory=memory,
+        runner=runner,
+        engine=_engine_config(config, spec, layout, num_blocks),
+        handoff=HandoffOptions(lease_ttl_s=config.lease_ttl, verify=Verify(config.verify)),
+    )
+
+
+def worker_name(config: WorkerConfig, role: Role) -> str:
+    return config.name or f"{role}-{socket.gethostname()}-{os.getpid()}"
+
+
+def choose_device(name: str) -> str:
+    """`cpu` or `cuda:N`. Raises ConfigError when the device is not there."""
+    if name == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not (number or "0").isdecimal():
+        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    if int(number or "0") >= torch.cuda.device_count():
+        raise ConfigError(f"there is no {name} here: torch sees {torch.cuda.device_count()} GPUs")
+    return f"cuda:{number or '0'}"
+
+
+def choose_num_blocks(config: WorkerConfig, layout: KvLayout, device: str, model_dir: Path) -> int:
+    """Raises ConfigError when not a single block fits."""
+    if config.num_blocks:
+        return config.num_blocks
+    nbytes = (config.kv_memory_mib << 20) or _default_bytes(device, model_dir)
+    if nbytes < layout.block_bytes:
+        raise ConfigError(
+            f"a KV block has {layout.block_bytes} bytes, and there is room for {max(0, nbytes)}: "
+            "give the worker more with --kv-memory-mib, or a GPU with more free memory"
+        )
+    return nbytes // layout.block_bytes
+
+
+def _default_bytes(device: str, model_dir: Path) -> int:
+    if device == "cpu":
+        return CPU_KV_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    return int(free * GPU_SHARE) - weights - GPU_WORKSPACE_BYTES
+
+
+def _engine_config(
+    config: WorkerConfig, spec: ModelSpec, layout: KvLayout, num_blocks: int
+) -> EngineConfig:
+    if config.max_model_len > spec.max_model_len:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} is more than the model's "
+            f"{spec.max_model_len} tokens"
+        )
+    return EngineConfig(
+        layout=layout,
+        num_blocks=num_blocks,
+        max_model_len=config.max_model_len or spec.max_model_len,
+        eos_token_ids=spec.eos_token_ids,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        max_waiting=config.max_waiting,
+        prefix_caching=config.prefix_caching,
+        layer_groups=config.layer_groups,
+    )

@@ -1,0 +1,60 @@
+"""The configuration of a worker process, the same for both kinds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.config import option
+from baton.errors import ConfigError
+from baton.telemetry import LEVELS
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """See `--help`. Raises ConfigError for values that cannot work."""
+
+    name: str = option("", "name in the fleet and in logs; empty: role, host and process id")
+    conductor: str = option("", "host:port of the conductor's gRPC server (required)")
+    model: str = option("", "model directory or hub id; empty: the built-in demo model")
+    model_name: str = option("", "served name; empty: the model's last part")
+    dtype: str = option("auto", "of weights and KV", choices=("auto", "float32", "bfloat16"))
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    listen: str = option("127.0.0.1:0", "host:port of this worker's gRPC server; port 0: any")
+    advertise: str = option("", "host or host:port that others reach it by; empty: what it bound")
+    block_size: int = option(32, "tokens of a KV block: 16, 32, 64, 128 or 256")
+    num_blocks: int = option(0, "KV blocks; 0: as many as --kv-memory-mib holds")
+    kv_memory_mib: int = option(0, "KV memory; 0: 512 on a CPU, most of a GPU's free memory")
+    max_num_seqs: int = option(64, "sequences that run at a time")
+    max_batch_tokens: int = option(2048, "tokens of one step")
+    max_model_len: int = option(0, "tokens of prompt and answer together; 0: the model's")
+    max_waiting: int = option(1024, "sequences that may wait; more are refused")
+    transport: str = option(
+        "auto", "how KV moves between workers", choices=("auto", "nixl", "nccl", "shm")
+    )
+    verify: str = option("sample", "digests of handed-over KV", choices=("off", "sample", "full"))
+    lease_ttl: float = option(10.0, "seconds until published KV that nobody renews returns")
+    layer_groups: int = option(4, "groups of layers in which a chunk's KV is published")
+    threads: int = option(0, "CPU threads of the model; 0: torch's choice")
+    prefix_caching: bool = option(True, "reuse the KV of common prefixes")
+    log_level: str = option("info", "least level that is logged", choices=LEVELS)
+    drain_timeout: float = option(30.0, "seconds that running requests get at SIGTERM")
+    exit_with_parent: bool = option(False, "end when standard input is closed")
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_batch_tokens", "max_waiting", "layer_groups"):
+            _require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("num_blocks", "kv_memory_mib", "max_model_len", "threads", "drain_timeout"):
+            _require(getattr(self, name) >= 0, name, "at least 0")
+        _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
+        _require(_is_address(self.listen), "listen", "host:port")
+        _require(not self.conductor or _is_address(self.conductor), "conductor", "host:port")
+
+
+def _is_address(text: str) -> bool:
+    host, colon, port = text.rpartition(":")
+    return bool(host and colon) and port.isdecimal() and int(port) < 65536
+
+
+def _require(holds: bool, name: str, what: str) -> None:
+    if not holds:
+        raise ConfigError(f"--{name.replace('_', '-')} must be {what}")

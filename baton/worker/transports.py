@@ -1,0 +1,30 @@
+"""Which transport a worker moves KV by."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from baton.kv.transport.base import Transport
+
+
+def choose_transport(name: str) -> str:
+    """`auto` is NIXL where it is installed, else shared memory (one host only)."""
+    if name != "auto":
+        return name
+    return "nixl" if find_spec("nixl") else "shm"
+
+
+def make_transport(name: str, worker: str) -> Transport:
+    """A transport that is not started. `worker` names this life of this worker.
+
+    Imported one by one: each brings libraries that the others do not need.
+    """
+    if name == "shm":
+        from baton.kv.transport.shm import ShmTransport
+
+        return ShmTransport(worker)
+    if name == "nixl":
+        from baton.kv.transport.nixl import NixlTransport
+
+        return NixlTransport(worker)
+    raise ValueError(name)

@@ -1,0 +1,37 @@
+"""`python -m decode_worker --conductor host:port [...]`"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from baton.config import parse_config
+from baton.errors import ConfigError
+from baton.types.fleet import Role
+from baton.worker.config import WorkerConfig
+from baton.worker.lifecycle import watch_parent
+
+
+def main() -> None:
+    try:
+        config = parse_config(WorkerConfig, sys.argv[1:], os.environ, "python -m decode_worker")
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        sys.exit(2)
+    if config.exit_with_parent:
+        watch_parent()
+    # torch takes seconds to import: after the cheap ways to fail, and under the parent's watch.
+    from baton.rpc.grpc_client import GrpcHandoffDialer
+    from baton.worker.build import WorkerParts
+    from baton.worker.process import cluster_token
+    from baton.worker.process import main as run
+    from decode_worker.service import DecodeService
+
+    def make(parts: WorkerParts) -> DecodeService:
+        return DecodeService(parts, GrpcHandoffDialer(cluster_token()))
+
+    run(config, Role.DECODE, make)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The decode service: take KV over from prefill workers, or compute prompts here, and generate."""
+
+from __future__ import annotations
+
+import asyncio
+
+from baton.engine.events import KvReady
+from baton.errors import InternalError, InvalidRequest
+from baton.kv.handoff.reader import HandoffReader
+from baton.rpc.grpc_server import RpcServer
+from baton.rpc.services import HandoffDialer
+from baton.types.fleet import WorkerLoad
+from baton.types.link import StartDecode, StartPrefill
+from baton.types.request import AttemptId, AttemptOutput, SampledToken
+from baton.worker.build import WorkerParts
+from baton.worker.links import LinkServer
+from decode_worker.intake import Intake
+
+
+class DecodeService:
+    """Implements Duty and EngineListener."""
+
+    def __init__(self, parts: WorkerParts, dialer: HandoffDialer) -> None:
+        self._engine = parts.make_engine(self)
+        self.links = LinkServer(self, self._engine.load)
+        self._reader = HandoffReader(
+            parts.identity,
+            parts.transport,
+            parts.memory,
+            dialer,
+            self._quarantine,
+            self._end_quarantine,
+            parts.handoff,
+        )
+        self._intake = Intake(self._engine, self._reader, self.links.report)
+
+    # -- process -------------------------------------------------------------------------------
+
+    def serve_on(self, server: RpcServer) -> None:
+        server.add_worker(self.links)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            reading = group.create_task(self._reader.run(), name="reader")
+            taking = group.create_task(self._intake.run(), name="intake")
+            await self._engine.run()
+            taking.cancel()
+            await asyncio.wait([taking])  # before the reader, which ends its transfers
+            reading.cancel()
+
+    async def aclose(self) -> None:
+        await self.links.aclose()
+        self._engine.stop()
+
+    def load(self) -> WorkerLoad:
+        return self._engine.load()
+
+    def check_integrity(self) -> None:
+        """Raises InternalError when blocks or attempts are not accounted for."""
+        self._engine.check_integrity()
+
+    # -- Duty ----------------------------------------------------------------------------------
+
+    def start(self, message: StartPrefill | StartDecode) -> None:
+        if isinstance(message, StartPrefill):
+            raise InvalidRequest("a decode worker does not hand over: send StartDecode")
+        if message.prefill is None:
+            self._engine.submit(message.task)
+        else:
+            self._intake.start(message.task, message.prefill)
+
+    def cancel(self, attempt: AttemptId, reason: str) -> None:
+        if not self._intake.cancel(attempt):
+            self._engine.cancel(attempt)
+
+    # -- HandoffReader's callbacks -------------------------------------------------------------
+
+    def _quarantine(self, attempt: AttemptId) -> None:
+        self._engine.quarantine(attempt)
+        self.links.load_changed()
+
+    def _end_quarantine(self, attempt: AttemptId) -> None:
+        self._engine.end_quarantine(attempt)
+        self.links.load_changed()
+
+    # -- EngineListener ------------------------------------------------------------------------
+
+    def on_kv_ready(self, ready: tuple[KvReady, ...]) -> None:
+        raise InternalError("a decode worker publishes nothing")
+
+    def on_prefilled(
+        self, attempt: AttemptId, first: SampledToken, num_blocks: int, cached_tokens: int
+    ) -> None:
+        raise InternalError("a decode worker hands nothing over")
+
+    def on_outputs(self, outputs: tuple[AttemptOutput, ...]) -> None:
+        self.links.report(outputs)

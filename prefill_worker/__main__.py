@@ -1,0 +1,31 @@
+"""`python -m prefill_worker --conductor host:port [...]`"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from baton.config import parse_config
+from baton.errors import ConfigError
+from baton.types.fleet import Role
+from baton.worker.config import WorkerConfig
+from baton.worker.lifecycle import watch_parent
+
+
+def main() -> None:
+    try:
+        config = parse_config(WorkerConfig, sys.argv[1:], os.environ, "python -m prefill_worker")
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        sys.exit(2)
+    if config.exit_with_parent:
+        watch_parent()
+    # torch takes seconds to import: after the cheap ways to fail, and under the parent's watch.
+    from baton.worker.process import main as run
+    from prefill_worker.service import PrefillService
+
+    run(config, Role.PREFILL, PrefillService)
+
+
+if __name__ == "__main__":
+    main()

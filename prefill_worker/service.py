@@ -1,0 +1,109 @@
+"""The prefill service: compute prompts, publish their KV, hand over.
+
+StartPrefill -> engine (hand_off) -> KvReady* -> publisher -> decode worker reads
+                                 \\-> first token -> conductor
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from baton.engine.events import KvReady
+from baton.errors import BatonError, InvalidRequest
+from baton.kv.handoff.publisher import HandoffPublisher
+from baton.rpc.errors import to_wire
+from baton.rpc.grpc_server import RpcServer
+from baton.rpc.services import Duplex
+from baton.types.fleet import WorkerLoad
+from baton.types.handoff import DecodeMessage, PrefillMessage
+from baton.types.link import StartDecode, StartPrefill
+from baton.types.request import AttemptId, AttemptOutput, SampledToken
+from baton.worker.build import WorkerParts
+from baton.worker.links import LinkServer
+from prefill_worker.publish import Endings
+
+
+class PrefillService:
+    """Implements Duty, EngineListener and HandoffService."""
+
+    def __init__(self, parts: WorkerParts) -> None:
+        self._engine = parts.make_engine(self)
+        self.links = LinkServer(self, self._engine.load)
+        self._pairs: set[Duplex[PrefillMessage, DecodeMessage]] = set()
+        self._endings = Endings(self._engine, self.links.report)
+        self._publisher = HandoffPublisher(
+            parts.identity,
+            parts.transport,
+            parts.memory,
+            self._endings.release,
+            self._endings.on_end,
+            parts.handoff,
+        )
+
+    # -- process -------------------------------------------------------------------------------
+
+    def serve_on(self, server: RpcServer) -> None:
+        server.add_worker(self.links)
+        server.add_handoff(self)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            leases = group.create_task(self._publisher.run(), name="leases")
+            await self._engine.run()
+            leases.cancel()
+
+    async def aclose(self) -> None:
+        await self.links.aclose()
+        await asyncio.gather(*(pair.aclose() for pair in tuple(self._pairs)))
+        self._engine.stop()
+
+    def load(self) -> WorkerLoad:
+        return self._engine.load()
+
+    def check_integrity(self) -> None:
+        """Raises InternalError when blocks, attempts or leases are not accounted for."""
+        self._engine.check_integrity()
+        self._publisher.check_integrity()
+
+    # -- HandoffService ------------------------------------------------------------------------
+
+    async def pair(self, stream: Duplex[PrefillMessage, DecodeMessage]) -> None:
+        self._pairs.add(stream)
+        try:
+            await self._publisher.serve(stream)
+        finally:
+            self._pairs.discard(stream)
+
+    # -- Duty ----------------------------------------------------------------------------------
+
+    def start(self, message: StartPrefill | StartDecode) -> None:
+        if isinstance(message, StartDecode):
+            raise InvalidRequest("a prefill worker does not decode: send StartPrefill")
+        attempt = message.task.attempt
+        self._endings.begin(attempt)
+        try:
+            self._engine.submit(message.task, hand_off=True)
+        except BatonError as error:
+            self._endings.forget(attempt)
+            self._publisher.finish_without_handoff(attempt, to_wire(error))
+            raise
+        self._publisher.expect(attempt)
+
+    def cancel(self, attempt: AttemptId, reason: str) -> None:
+        self._engine.cancel(attempt)
+
+    # -- EngineListener ------------------------------------------------------------------------
+
+    def on_kv_ready(self, ready: tuple[KvReady, ...]) -> None:
+        for kv in ready:
+            self._publisher.publish(
+                kv.attempt, kv.first_block, kv.blocks, kv.layer_begin, kv.layer_end
+            )
+
+    def on_prefilled(
+        self, attempt: AttemptId, first: SampledToken, num_blocks: int, cached_tokens: int
+    ) -> None:
+        self._publisher.prefilled(attempt, first, num_blocks, cached_tokens)
+
+    def on_outputs(self, outputs: tuple[AttemptOutput, ...]) -> None:
+        self._endings.on_outputs(outputs, self._publisher)
