@@ -105,6 +105,8 @@ def serve(options: ServeOptions) -> None:
 
 
 async def _serve(options: ServeOptions) -> None:
+    if options.prefill == 0 and not options.colocated:
+        raise ConfigError("--prefill 0 leaves nobody to prefill: give at least 1, or --colocated")
     for port, flag in ((options.port, "--port"), (options.grpc_port, "--grpc-port")):
         _check_free(options.host, port, flag)
     with Reporter(options.json, options.verbose) as reporter:

@@ -1,0 +1,303 @@
+"""Command lines, plans and what commands print, without any cluster."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import baton
+from baton.cli import doctor, generate, main
+from baton.cli.bench import BenchServeOptions
+from baton.cli.doctor import Check, Verdict
+from baton.cli.report import Reporter
+from baton.cli.serve import ServeOptions, make_plan, new_environ
+from baton.cli.status import fleet_table
+from baton.cli.supervisor import Addresses
+from baton.cli.top import view
+from baton.cli.trace import bar, render
+from baton.client.http import Client, Prompt
+from baton.errors import ConfigError, InternalError
+from tests.unit.fake_cluster import EVENTS, sse
+
+runner = CliRunner()
+ADDRESSES = Addresses("127.0.0.1:8100", "127.0.0.1:50100")
+CLUSTER: dict[str, Any] = {
+    "conductors": [
+        {"name": "c0", "role": "conductor", "pid": 1, "address": "127.0.0.1:1", "state": "live"}
+    ],
+    "workers": [
+        {
+            "name": "decode-0",
+            "role": "decode",
+            "pid": 2,
+            "address": "127.0.0.1:2",
+            "state": "suspect",
+            "running": 3,
+            "waiting": 0,
+            "blocks": {"free": 5, "active": 3, "cached": 2, "leased": 0, "quarantined": 0},
+        }
+    ],
+    "stores": [],
+}
+
+
+def text_of(renderable: Any) -> str:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    with console.file:
+        console.print(renderable)
+        return console.export_text()
+
+
+def flags_of(argv: tuple[str, ...]) -> dict[str, str]:
+    """`--name value` pairs."""
+    return dict(itertools.pairwise(argv))
+
+
+def test_help_lists_every_command() -> None:
+    result = runner.invoke(main.app, ["--help"])
+    assert result.exit_code == 0
+    commands = ("serve", "generate", "chat", "status", "top", "trace", "doctor", "bench")
+    assert all(command in result.output for command in commands)
+
+
+@pytest.mark.parametrize(
+    "command", ["serve", "generate", "chat", "status", "top", "trace", "doctor"]
+)
+def test_every_command_explains_itself(command: str) -> None:
+    result = runner.invoke(main.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_version() -> None:
+    assert runner.invoke(main.app, ["--version"]).output == f"baton {baton.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["serve", "--prefill", "-1"],
+        ["serve", "--decode", "0"],
+        ["serve", "--port", "70000"],
+        ["serve", "--no-such-flag"],
+        ["generate"],
+        ["bench", "serve", "--rate", "0"],
+        ["no-such-command"],
+    ],
+)
+def test_wrong_usage_is_refused(argv: list[str]) -> None:
+    assert runner.invoke(main.app, argv).exit_code == 2
+
+
+def test_an_expected_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ConfigError("say what to do")
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(SystemExit) as exit_info:
+        main.main()
+    assert exit_info.value.code == "baton: say what to do"
+
+
+def test_the_plan_starts_one_conductor_and_the_workers() -> None:
+    options = ServeOptions(prefill=2, decode=3, port=0, grpc_port=7, block_size=16, verify="full")
+    plan = make_plan(options, Path("/models/m"), {"A": "b"})
+    conductor = plan.conductor(None)
+    assert conductor.argv[1:3] == ("-m", "conductor")
+    assert flags_of(conductor.argv)["--port"] == "0"
+    assert flags_of(conductor.argv)["--grpc-port"] == "7"
+    assert "--announce" in conductor.argv
+    workers = plan.workers(ADDRESSES)
+    assert [spec.name for spec in workers] == [
+        *("prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2")
+    ]
+    for spec in workers:
+        flags = flags_of(spec.argv)
+        assert flags["-m"] == f"{spec.name.split('-')[0]}_worker"
+        assert flags["--conductor"] == ADDRESSES.grpc
+        assert flags["--model"] == "/models/m"
+        assert (flags["--block-size"], flags["--verify"]) == ("16", "full")
+        assert int(flags["--threads"]) >= 1
+        assert "--num-blocks" not in flags
+        assert "--exit-with-parent" in spec.argv
+        assert spec.environ == {"A": "b"}
+
+
+def test_a_restarted_conductor_keeps_its_ports() -> None:
+    plan = make_plan(ServeOptions(port=0, grpc_port=0), Path("m"), {})
+    flags = flags_of(plan.conductor(ADDRESSES).argv)
+    assert (flags["--port"], flags["--grpc-port"]) == ("8100", "50100")
+
+
+def test_colocated_has_no_prefill_workers() -> None:
+    plan = make_plan(ServeOptions(colocated=True, decode=2), Path("m"), {})
+    assert [spec.name for spec in plan.workers(ADDRESSES)] == ["decode-0", "decode-1"]
+
+
+def test_the_served_name() -> None:
+    assert ServeOptions().served_name == "demo"
+    assert ServeOptions(model="Qwen/Qwen3-0.6B").served_name == "Qwen3-0.6B"
+    assert ServeOptions(model="/models/tiny/").served_name == "tiny"
+    assert ServeOptions(model="x", model_name="mine").served_name == "mine"
+
+
+def test_each_cluster_has_a_token_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BATON_CLUSTER_TOKEN", raising=False)
+    first, second = new_environ(), new_environ()
+    assert len(first["BATON_CLUSTER_TOKEN"]) >= 32
+    assert first["BATON_CLUSTER_TOKEN"] != second["BATON_CLUSTER_TOKEN"]
+    monkeypatch.setenv("BATON_CLUSTER_TOKEN", "given")
+    assert new_environ()["BATON_CLUSTER_TOKEN"] == "given"
+
+
+def test_serving_without_worker_for_prefill_needs_colocated() -> None:
+    result = runner.invoke(main.app, ["serve", "--prefill", "0"])
+    assert isinstance(result.exception, ConfigError)
+    assert "--colocated" in result.exception.message
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = runner.invoke(main.app, ["serve", "--port", port])
+    assert isinstance(result.exception, ConfigError)
+    assert f"127.0.0.1:{port} is in use" in result.exception.message
+
+
+def test_reporter_prints_objects_or_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter(as_json=True, verbose=False) as reporter:
+        reporter.step("decode-0", "loading", pid=4)
+        reporter.result("ready", "ready now", http="h")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == {"event": "progress", "name": "decode-0", "text": "loading", "pid": 4}
+    assert lines[1] == {"event": "ready", "http": "h"}
+    with Reporter(as_json=False, verbose=False) as reporter:
+        reporter.step("decode-0", "live", done=True)
+        reporter.result("ready", "ready now", http="h")
+        reporter.log("decode-0", "INFO all is well")
+        reporter.log("decode-0", "WARNING [not] well")
+    captured = capsys.readouterr()
+    assert captured.out == "ready now\n"
+    assert captured.err == "decode-0: live\ndecode-0 | WARNING [not] well\n"
+
+
+def fake_client(body: bytes) -> Client:
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "fake"}]})
+        return httpx.Response(200, content=body)
+
+    return Client("http://cluster", transport=httpx.MockTransport(handle))
+
+
+async def test_an_answer_is_streamed_after_its_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    async with fake_client(sse(EVENTS)) as client:
+        answer = await generate.print_answer(client, Prompt("> "), timing=True, echo=True)
+    assert answer.finish_reason == "length"
+    captured = capsys.readouterr()
+    assert captured.out == "> hello world\n"
+    assert "2 tokens from 3 (1 cached)" in captured.err
+
+
+async def test_an_answer_without_an_end_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    async with fake_client(sse(EVENTS[:1])) as client:
+        with pytest.raises(InternalError, match="finish reason"):
+            await generate.print_answer(client, Prompt("x"), timing=False)
+    assert capsys.readouterr().out == "hello\n"
+
+
+def test_status_table_has_every_member() -> None:
+    lines = text_of(fleet_table(CLUSTER)).splitlines()
+    assert lines[0].split()[:6] == ["name", "role", "pid", "address", "state", "running"]
+    assert lines[2].split() == [
+        *("decode-0", "decode", "2", "127.0.0.1:2", "suspect", "3", "0", "5", "3", "2", "0", "0")
+    ]
+
+
+def test_top_shows_used_blocks() -> None:
+    text = text_of(view("http://x", CLUSTER))
+    assert "3/10 blocks in use, 2 cached" in text
+
+
+def test_trace_bars_cover_the_request() -> None:
+    timeline = {
+        "request_id": "r1",
+        "model": "demo",
+        "outcome": "stop",
+        "received_s": 10.0,
+        "prompt_tokens": 5,
+        "output_tokens": 2,
+        "attempts": [
+            {"attempt": "r1#0", "prefill": "p0", "decode": "d0", "reasons": ["least loaded"]}
+        ],
+        "spans": [
+            {"source": "p0", "attempt": "r1#0", "name": "prefill", "start_s": 10.0, "end_s": 10.5},
+            {"source": "d0", "attempt": "r1#0", "name": "decode", "start_s": 10.5, "end_s": 11.0},
+        ],
+    }
+    text = text_of(render(timeline))
+    assert "p0 → d0  (least loaded)" in text
+    prefill, decode = [line for line in text.splitlines() if "█" in line]
+    assert prefill.rstrip().endswith("500.0")
+    assert prefill.index("█") < decode.index("█")
+    assert text_of(render({"request_id": "r2"})).startswith("r2")
+
+
+@pytest.mark.parametrize(
+    ("begin", "length", "want"),
+    [(0, 1, "████"), (0.5, 0.25, "  █ "), (1, 0, "   █"), (0, 0, "█   ")],
+)
+def test_bar(begin: float, length: float, want: str) -> None:
+    assert bar(begin, length, width=4) == want
+
+
+def test_bench_compares_with_as_many_colocated_workers() -> None:
+    split, colocated = BenchServeOptions(prefill=2, decode=1, compare=True).clusters().values()
+    assert (split.prefill_workers, split.decode) == (2, 1)
+    assert (colocated.prefill_workers, colocated.decode) == (0, 3)
+    assert list(BenchServeOptions(colocated=True).clusters()) == ["2 co-located"]
+    assert list(BenchServeOptions().clusters()) == ["1P1D"]
+    assert BenchServeOptions(slo_ttft=250.0).plan().slo.ttft_s == 0.25
+
+
+def test_doctor_fails_only_on_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: dict[str, Any] = {
+        "one": lambda: (Verdict.OK, "fine"),
+        "two": lambda: (Verdict.WARN, "missing", "get one"),
+    }
+    monkeypatch.setattr(doctor, "_CHECKS", checks)
+    result = runner.invoke(main.app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["checks"][1]["advice"] == "get one"
+    checks["three"] = lambda: (Verdict.FAIL, "broken", "mend it")
+    result = runner.invoke(main.app, ["doctor"])
+    assert result.exit_code == 1
+    assert "mend it" in result.stdout
+
+
+def test_doctor_looks_at_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "torch": {"version": "2.13.0", "triton": True, "gpus": [], "cuda": None},
+        "nixl": "nixl does not work: No module named 'nixl'",
+    }
+    monkeypatch.setattr(doctor, "_probe", found.__getitem__)
+    checks = {name: Check(name, *check()) for name, check in doctor._CHECKS.items()}
+    assert checks["torch"].detail == "2.13.0, Triton"
+    assert checks["GPU"].verdict is Verdict.WARN
+    assert "baton-llm[nixl]" in checks["NIXL"].advice
+    assert checks["demo model"].verdict is Verdict.OK
+    assert checks["Python"].verdict is Verdict.OK
+
+
+def test_a_broken_probe_is_explained() -> None:
+    assert "does not work" in str(doctor._probe("no-such-library"))
