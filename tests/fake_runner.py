@@ -41,7 +41,8 @@ class FakeMemory:
 
 
 class FakeRunner:
-    """`before_step` runs in the engine's thread: block there, or raise, to shape a test."""
+    """`before_step` and `after_layers` (after each announced layer group) run in the engine's
+    thread: block there, or raise, to shape a test."""
 
     def __init__(
         self,
@@ -49,11 +50,13 @@ class FakeRunner:
         memory: FakeMemory | None = None,
         layer_groups: int = 1,
         before_step: Callable[[Batch], None] = lambda batch: None,
+        after_layers: Callable[[int], None] = lambda layer_end: None,
     ) -> None:
         self.layout = layout or fake_layout()
         self.memory = memory or FakeMemory()
         self.layer_groups = layer_groups
         self.before_step = before_step
+        self.after_layers = after_layers
         self.batches: list[Batch] = []
         self.closed = False
 
@@ -65,7 +68,9 @@ class FakeRunner:
             self._write(item, written)
         if on_layers is not None:
             for group in range(1, self.layer_groups + 1):
-                on_layers(self.layout.num_layers * group // self.layer_groups)
+                layer_end = self.layout.num_layers * group // self.layer_groups
+                on_layers(layer_end)
+                self.after_layers(layer_end)
         return BatchResult(tuple(self._sample(item) for item in batch.items))
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -85,6 +85,8 @@ class Engine:
         self._wake = asyncio.Event()
         self._stopped = False
         self._failures = 0  # steps in a row
+        self._untold: deque[tuple[AttemptOutput, ...]] = deque()
+        self._telling = False
         self._unix_offset: float | None = None
 
     # -- the loop ---------------------------------------------------------------------------
@@ -319,7 +321,7 @@ class Engine:
                 self._drop(reservation)
                 reservation.settle(None)
             finish = Finish(ending.reason, ending.error)
-            self._listener.on_outputs((AttemptOutput(attempt, finish=finish),))
+            self._tell((AttemptOutput(attempt, finish=finish),))
         self._state_changed()
 
     def _end_everything(self, ending: Ending) -> None:
@@ -345,6 +347,19 @@ class Engine:
         if ready:
             self._listener.on_kv_ready(ready)
 
+    def _tell(self, outputs: tuple[AttemptOutput, ...]) -> None:
+        """What a listener causes while it listens is told next, not in between: an attempt's
+        finish never overtakes its tokens."""
+        self._untold.append(outputs)
+        if self._telling:
+            return
+        self._telling = True
+        try:
+            while self._untold:
+                self._listener.on_outputs(self._untold.popleft())
+        finally:
+            self._telling = False
+
     def _report(self, advances: tuple[Advance, ...]) -> None:
         """Books first, then calls: the listener may call the engine back."""
         outputs = []
@@ -359,7 +374,7 @@ class Engine:
                 self._stop_deadline(sequence.task.attempt)
                 prefilled.append((sequence, token))
         if outputs:
-            self._listener.on_outputs(tuple(outputs))
+            self._tell(tuple(outputs))
         for sequence, token in prefilled:
             attempt = sequence.task.attempt
             if attempt in self._sequences:
