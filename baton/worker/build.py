@@ -25,7 +25,7 @@ from baton.kv.transport.base import PoolMemory, Transport
 from baton.model.hub import resolve_model
 from baton.model.spec import ModelSpec, choose_dtype, kv_layout, load_spec
 from baton.types.fleet import KvLayout, Role, WorkerInfo
-from baton.worker.config import WorkerConfig
+from baton.worker.config import WorkerConfig, reachable_address
 from baton.worker.transports import choose_transport, make_transport
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,9 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
     layout = kv_layout(spec, choose_dtype(config.dtype, spec, device), config.block_size)
     num_blocks = choose_num_blocks(config, layout, device, model_dir)
     identity = Identity(worker_name(config, role), uuid.uuid4().hex[:12], layout)
+    host = reachable_address(config.advertise, config.listen).rpartition(":")[0]
     transport = make_transport(
-        choose_transport(config.transport), life(identity.name, identity.incarnation)
+        choose_transport(config.transport), life(identity.name, identity.incarnation), host
     )
     await transport.start()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
 from baton.config import option
@@ -48,6 +49,17 @@ class WorkerConfig:
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
         _require(_is_address(self.listen), "listen", "host:port")
         _require(not self.conductor or _is_address(self.conductor), "conductor", "host:port")
+
+
+def reachable_address(advertise: str, bound: str) -> str:
+    """What others dial: `advertise` (with the bound port if it has none), else what was bound,
+    with this host's name in place of "every interface"."""
+    host, _, port = bound.rpartition(":")
+    if advertise:
+        return advertise if _is_address(advertise) else f"{advertise}:{port}"
+    if host in ("0.0.0.0", "[::]"):
+        return f"{socket.getfqdn()}:{port}"
+    return bound
 
 
 def _is_address(text: str) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from baton.rpc.membership import Membership
 from baton.telemetry import setup_logging
 from baton.types.fleet import Role, WorkerLoad
 from baton.worker.build import WorkerParts, build, worker_name
-from baton.worker.config import WorkerConfig
+from baton.worker.config import WorkerConfig, reachable_address
 from baton.worker.lifecycle import StopSignals, exit_now
 from baton.worker.links import LinkServer
 
@@ -156,17 +155,6 @@ async def _drain(links: LinkServer, timeout_s: float, signals: StopSignals) -> N
     for task in (idle, hurry):
         task.cancel()
     await asyncio.wait({idle, hurry})
-
-
-def reachable_address(advertise: str, bound: str) -> str:
-    """What others dial: `advertise` (with the bound port if it has none), else what was bound,
-    with this host's name in place of "every interface"."""
-    host, _, port = bound.rpartition(":")
-    if advertise:
-        return advertise if ":" in advertise else f"{advertise}:{port}"
-    if host in ("0.0.0.0", "[::]"):
-        return f"{socket.getfqdn()}:{port}"
-    return bound
 
 
 def _first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:

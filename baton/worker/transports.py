@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from baton.errors import ConfigError
 from baton.kv.transport.base import Transport
 
 
@@ -14,8 +15,9 @@ def choose_transport(name: str) -> str:
     return "nixl" if find_spec("nixl") else "shm"
 
 
-def make_transport(name: str, worker: str) -> Transport:
-    """A transport that is not started. `worker` names this life of this worker.
+def make_transport(name: str, worker: str, host: str) -> Transport:
+    """A transport that is not started. `worker` names this life of this worker, `host` is where
+    its peers reach it. Raises ConfigError when the transport is not installed.
 
     Imported one by one: each brings libraries that the others do not need.
     """
@@ -27,4 +29,8 @@ def make_transport(name: str, worker: str) -> Transport:
         from baton.kv.transport.nixl import NixlTransport
 
         return NixlTransport(worker)
-    raise ValueError(name)
+    if name == "nccl":
+        from baton.kv.transport.nccl import NcclTransport
+
+        return NcclTransport(worker, host)
+    raise ConfigError(f"there is no transport {name!r}: choose auto, nixl, nccl or shm")
