@@ -22,7 +22,8 @@ from conductor.link import Assignment, Link
 from conductor.router import FleetView, WorkerView
 
 DIAL_TIMEOUT_S = 5.0
-REDIAL_S = 0.2
+FIRST_REDIAL_S = 0.1
+LAST_REDIAL_S = 2.0
 SUSPECT_SHARE = 0.7  # of the lease: workers renew every third, so one renewal was missed
 REMEMBER_DEAD_S = 60.0
 
@@ -39,6 +40,10 @@ class _Member:
     leaving: bool = False
     dead_at: float | None = None
     task: asyncio.Task[None] | None = None
+
+    @property
+    def open_link(self) -> Link | None:
+        return None if self.link is None or self.link.ended else self.link
 
     def is_life(self, incarnation: str) -> bool:
         return self.info.incarnation == incarnation and self.dead_at is None
@@ -148,7 +153,7 @@ class Fleet:
         member = self._members.get(worker.name)
         if member is None or not member.is_life(worker.incarnation):
             return None
-        return member.link
+        return member.open_link
 
     def _check_layout(self, info: WorkerInfo) -> None:
         if self._fingerprint is not None and info.layout.model != self._fingerprint:
@@ -170,7 +175,7 @@ class Fleet:
             return WorkerState.DEAD
         if member.leaving:
             return WorkerState.DRAINING
-        if member.link is None:
+        if member.open_link is None:
             return WorkerState.SUSPECT if member.linked_before else WorkerState.JOINING
         silent = now - member.seen_at > SUSPECT_SHARE * self._ttl_s
         return WorkerState.SUSPECT if silent else WorkerState.LIVE
@@ -200,13 +205,17 @@ class Fleet:
             del self._members[member.info.name]
 
     async def _keep_link(self, member: _Member) -> None:
+        delay = FIRST_REDIAL_S
         while not member.leaving:
             try:
                 stream = await self._dialer.link(member.info.address, DIAL_TIMEOUT_S)
             except BatonError as error:
-                log.warning("worker %s cannot be reached: %s", member.info.name, error.message)
-                await asyncio.sleep(REDIAL_S)
+                if delay == FIRST_REDIAL_S:
+                    log.warning("worker %s cannot be reached: %s", member.info.name, error.message)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, LAST_REDIAL_S)
                 continue
+            delay = FIRST_REDIAL_S
 
             def on_report(load: WorkerLoad) -> None:
                 member.seen_at = _now()
@@ -219,7 +228,7 @@ class Fleet:
             finally:
                 member.link = None
             log.info("the link to worker %s ended: %s", member.info.name, reason)
-            await asyncio.sleep(0 if member.leaving else REDIAL_S)
+            await asyncio.sleep(0 if member.leaving else FIRST_REDIAL_S)
         if self._members.get(member.info.name) is member:
             del self._members[member.info.name]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from baton.errors import PeerGone
+from baton.errors import PeerGone, WorkerLost
 from baton.rpc.services import Duplex
 from baton.types.fleet import Role, WorkerLoad
 from baton.types.link import Cancel, ConductorMessage, WorkerMessage
@@ -56,9 +56,15 @@ class Link:
         self._farewell = "the conductor closed the link"
         self.attempts = 0  # neither finished nor cancelled
         self.prompt_tokens = 0  # of those
+        self.ended = False  # nothing may be started any more
 
     def start(self, attempt: AttemptId, assignment: Assignment, message: ConductorMessage) -> None:
-        """Hand an attempt to the worker; its listener hears of it until its Finish or the loss."""
+        """Hand an attempt to the worker; its listener hears of it until its Finish or the loss.
+
+        Raises WorkerLost when the link has ended.
+        """
+        if self.ended:
+            raise WorkerLost(f"worker {self._worker} has just gone: try again")
         self._assignments[attempt] = assignment
         self._count(assignment, 1)
         self._outbox.put_nowait(message)
@@ -100,7 +106,9 @@ class Link:
             self.prompt_tokens += sign * held.prompt_tokens
 
     def _lose(self, reason: str) -> None:
+        self.ended = True
         assignments, self._assignments = self._assignments, {}
+        self.attempts = self.prompt_tokens = 0
         for attempt, held in assignments.items():
             held.listener.on_lost(held.duty, self._worker, attempt, reason)
 
