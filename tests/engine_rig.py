@@ -26,6 +26,7 @@ from baton.types.request import (
 from tests.fake_runner import FakeMemory, FakeRunner, fake_layout
 
 BLOCK = 4
+LAYERS = 4
 Event = tuple[str, object]
 
 
@@ -102,7 +103,7 @@ def make_rig(
     eos: tuple[int, ...] = (),
     **settings: int | bool,
 ) -> Rig:
-    layout = fake_layout(BLOCK)
+    layout = fake_layout(BLOCK, LAYERS)
     values: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 8}
     values |= settings
     config = EngineConfig(
@@ -173,3 +174,14 @@ class Faulty:
         self.seen += 1
         if self.seen in self.steps:
             raise self.error
+
+
+def covered(ready: list[KvReady]) -> dict[tuple[int, int], int]:
+    """(logical block, layer) -> pool block; each may be published only once."""
+    cells: dict[tuple[int, int], int] = {}
+    for one in ready:
+        for index, block in enumerate(one.blocks, one.first_block):
+            for layer in range(one.layer_begin, one.layer_end):
+                assert (index, layer) not in cells, "published twice"
+                cells[index, layer] = block
+    return cells

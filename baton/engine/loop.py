@@ -55,9 +55,9 @@ _HANDED_OFF = Ending(FinishReason.HANDED_OFF)
 class Engine:
     """One model on one device: prefill, decode, or both.
 
-    Every attempt that `submit` or `admit` accepted, or `reserve` took in, ends in exactly one of:
-    a Finish through `on_outputs`; `release` (handed off); an exception of `reserve`; `unreserve`
-    or `end_quarantine`.
+    Every attempt that `submit` or `admit` accepted gets one Finish: through `on_outputs`, or, when
+    it was handed off, from `release`. A reservation gets one only when it is cancelled, or the
+    engine ends, before its owner gives it up.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class Engine:
     # -- the loop ---------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve until `stop()`; then end whatever is left.
+        """Serve until `stop()`; then end whatever is left, and check the books.
 
         Cancelling works too; both wait for the step that is running, which nothing can interrupt.
-        Raises InternalError when MAX_FAILURES steps failed in a row.
+        Raises InternalError when MAX_FAILURES steps failed in a row or the books are wrong.
         """
         last_word = _CANCELLED
         try:
@@ -112,6 +112,7 @@ class Engine:
         finally:
             self._stopped = True
             self._end_everything(last_word)
+            self.check_integrity()
 
     def stop(self) -> None:
         """Ask `run` to end after the step that is running."""

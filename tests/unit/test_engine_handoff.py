@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from baton.engine.events import KvReady
 from baton.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -25,22 +24,10 @@ from baton.types.request import (
     GenerationTask,
     SampledToken,
 )
-from tests.engine_rig import BLOCK, Faulty, Gate, Rig, make_rig, make_task, running
+from tests.engine_rig import BLOCK, LAYERS, Faulty, Gate, Rig, covered, make_rig, make_task, running
 from tests.fake_runner import expected_for
 
 X = AttemptId("x")
-LAYERS = 4
-
-
-def covered(ready: list[KvReady]) -> dict[tuple[int, int], int]:
-    """(logical block, layer) -> pool block; each may be published only once."""
-    cells: dict[tuple[int, int], int] = {}
-    for one in ready:
-        for index, block in enumerate(one.blocks, one.first_block):
-            for layer in range(one.layer_begin, one.layer_end):
-                assert (index, layer) not in cells, "published twice"
-                cells[index, layer] = block
-    return cells
 
 
 async def prefill(rig: Rig, task: GenerationTask) -> SampledToken:
