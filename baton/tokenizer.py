@@ -31,7 +31,8 @@ class TokenizerConfig:
     """What tokenizer_config.json and its neighbours say beyond tokenizer.json.
 
     `add_bos` and `add_eos` are None unless the file sets either of them: then the post-processor
-    in tokenizer.json decides.
+    in tokenizer.json decides. Where the two contradict each other the flags win, as the model's
+    authors meant them (transformers 4 followed the flags, transformers 5 the post-processor).
     """
 
     special_tokens: Mapping[str, str]

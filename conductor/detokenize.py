@@ -13,7 +13,7 @@ from typing import Protocol
 from baton.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-_CONTEXT_TOKENS = 6  # enough of the prompt to know whether a space leads the answer
+_CONTEXT_TOKENS = (6, 24, 96)  # how much of the prompt to try as context, shortest first
 
 
 class Detokenizer(Protocol):
@@ -66,11 +66,8 @@ class PrefixDetokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
-        context = list(prompt[-_CONTEXT_TOKENS:])
-        if self._decode(context).endswith(_REPLACEMENT):
-            context = []  # the prompt ends inside of a character: there is no clean boundary
-        self._window = context
-        self._read = len(context)
+        self._window = self._context(prompt)
+        self._read = len(self._window)
 
     def push(self, token_id: int) -> str:
         if self._skip_special and token_id in self._tokenizer.special_ids:
@@ -87,6 +84,13 @@ class PrefixDetokenizer:
         new = self._pending()
         self._read = len(self._window)
         return new
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        for size in _CONTEXT_TOKENS:
+            context = list(prompt[-size:])
+            if not self._decode(context).endswith(_REPLACEMENT):
+                return context  # else it begins, or the prompt ends, inside of a character
+        return []
 
     def _pending(self) -> str:
         return self._decode(self._window)[len(self._decode(self._window[: self._read])) :]
