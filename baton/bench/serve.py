@@ -37,7 +37,9 @@ class LoadPlan:
     slo: Slo = field(default_factory=Slo)
 
 
-async def measure(url: str, plan: LoadPlan, on_progress: OnProgress) -> LoadSummary:
+async def measure(
+    url: str, plan: LoadPlan, on_progress: OnProgress, api_key: str = ""
+) -> LoadSummary:
     """Run the load against the cluster at `url`. Raises ConfigError when every request failed."""
     prompts = make_prompts(plan.shape, plan.warmup + plan.requests)
     warmup, measured = prompts[: plan.warmup], prompts[plan.warmup :]
@@ -48,7 +50,7 @@ async def measure(url: str, plan: LoadPlan, on_progress: OnProgress) -> LoadSumm
         ended += 1
         on_progress(ended, plan.requests)
 
-    async with Client(url, timeout_s=600.0) as client:
+    async with Client(url, timeout_s=600.0, api_key=api_key) as client:
         await client.default_model()
         await closed_loop(client, warmup, plan.concurrency, lambda _: None)
         on_progress(0, plan.requests)

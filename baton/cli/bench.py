@@ -18,9 +18,11 @@ from rich.table import Table
 from baton.bench.load import PromptShape
 from baton.bench.serve import LoadPlan, as_json, measure, rows
 from baton.bench.stats import LoadSummary, Slo
+from baton.cli.options import api_key
 from baton.cli.report import Reporter
 from baton.cli.serve import ServeOptions, find_model, make_plan, new_environ
 from baton.cli.supervisor import Addresses, Supervisor
+from baton.errors import ConfigError
 
 _CLUSTER = "Own cluster (when no --url is given)"
 _JsonFile = Annotated[
@@ -147,20 +149,63 @@ async def _with_cluster(name: str, cluster: ServeOptions, plan: LoadPlan) -> Loa
     return summary
 
 
-async def _measure(name: str, url: str, plan: LoadPlan) -> LoadSummary:
-    with Progress(
+def _progress() -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=Console(stderr=True),
-    ) as progress:
+    )
+
+
+async def _measure(name: str, url: str, plan: LoadPlan) -> LoadSummary:
+    with _progress() as progress:
         task = progress.add_task(f"{name}: warm-up", total=None)
 
         def advance(ended: int, total: int) -> None:
             progress.update(task, description=name, completed=ended, total=total)
 
-        return await measure(url, plan, advance)
+        return await measure(url, plan, advance, api_key())
+
+
+@dataclass(frozen=True, slots=True)
+class BenchHandoffOptions:
+    """The flags of `baton bench handoff`."""
+
+    transport: Annotated[str, typer.Option(help="nixl, nccl, shm; several by commas.")] = "nixl,shm"
+    total_mib: Annotated[int, typer.Option(min=1, help="MiB of KV in each round.")] = 256
+    block_kib: Annotated[str, typer.Option(help="Block sizes, KiB, by commas.")] = "64,256,1024"
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; rates are their medians.")] = 7
+    json: _JsonFile = None
+
+    def sizes(self) -> list[int]:
+        try:
+            return [int(size) for size in self.block_kib.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f"--block-kib takes whole numbers by commas, not {self.block_kib!r}"
+            ) from None
+
+
+def bench_handoff(options: BenchHandoffOptions) -> None:
+    """Read KV from another process, next to a plain copy of the same blocks."""
+    from baton.bench import handoff  # gRPC and numpy: only this command needs them
+
+    transports = [name.strip() for name in options.transport.split(",")]
+    with _progress() as progress:
+        task = progress.add_task("handoff", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        report = handoff.run(
+            transports, options.total_mib, options.sizes(), options.rounds, advance
+        )
+    if options.json is not None:
+        write_json(handoff.as_json(report, sys.argv[1:]), options.json)
+    if options.json != "-":
+        Console().print(handoff.table(report))
 
 
 def _print_table(runs: Mapping[str, LoadSummary]) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from baton.cli.generate import print_answer
-from baton.cli.options import Url
+from baton.cli.options import Url, connect
 from baton.client.http import DEFAULT_URL, Client, Prompt
 from baton.errors import BatonError
 
@@ -59,7 +59,7 @@ def chat(
 
 
 async def _open(url: str) -> Client:
-    client = Client(url)
+    client = connect(url)
     try:
         model = await client.default_model()
     except BaseException:

@@ -116,6 +116,16 @@ def _nixl() -> Finding:
     return Verdict.OK, f"UCX works; plugins: {', '.join(found['plugins'])}"
 
 
+def _transports() -> Finding:
+    found = _probe("transports")
+    if isinstance(found, str):
+        return Verdict.FAIL, found
+    missing = f"not usable: {'; '.join(found['missing'])}" if found["missing"] else ""
+    if not found["usable"]:
+        return Verdict.FAIL, "none is usable: KV cannot be handed over", missing
+    return Verdict.OK, "; ".join(found["usable"]), missing
+
+
 def _shared_memory() -> Finding:
     try:
         free = shutil.disk_usage("/dev/shm").free
@@ -174,6 +184,7 @@ _CHECKS: dict[str, Callable[[], Finding]] = {
     "GPU": _gpu,
     "RDMA": _rdma,
     "NIXL": _nixl,
+    "transports": _transports,
     "shared memory": _shared_memory,
     "Redis": _redis,
     "ports": _ports,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from baton.cli.options import Json, Url
+from baton.cli.options import Json, Url, connect
 from baton.client.http import DEFAULT_URL, Client, Prompt
 from baton.client.timing import Stopwatch, Timing
 from baton.errors import InternalError
@@ -41,7 +41,7 @@ def generate(
 
 
 async def _generate(url: str, prompt: Prompt, timing: bool, as_json: bool) -> None:
-    async with Client(url) as client:
+    async with connect(url) as client:
         if as_json:
             answer = await collect(client, prompt, on_text=lambda text: None)
             _write(orjson.dumps(_fields(answer)).decode() + "\n")

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from baton import __version__
-from baton.cli.bench import BenchServeOptions, bench_serve
+from baton.cli.bench import BenchHandoffOptions, BenchServeOptions, bench_handoff, bench_serve
 from baton.cli.chat import chat
 from baton.cli.doctor import doctor
 from baton.cli.generate import generate
@@ -51,6 +51,7 @@ app.command("trace")(trace)
 app.command("doctor")(doctor)
 bench = typer.Typer(help="Measure one part next to its limit.", no_args_is_help=True)
 bench.command("serve")(command(BenchServeOptions, bench_serve))
+bench.command("handoff")(command(BenchHandoffOptions, bench_handoff))
 app.add_typer(bench, name="bench")
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
+
+from baton.client.http import Client
 
 Options = TypeVar("Options")
 
@@ -15,6 +18,15 @@ Url = Annotated[
     str, typer.Option("--url", envvar="BATON_URL", help="Address of the cluster.", metavar="URL")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def connect(url: str, timeout_s: float = 120.0) -> Client:
+    """A client with the key of BATON_API_KEY, the same variable that the conductor knows."""
+    return Client(url, timeout_s, api_key=api_key())
+
+
+def api_key() -> str:
+    return os.environ.get("BATON_API_KEY", "").split(",")[0].strip()
 
 
 def command(cls: type[Options], run: Callable[[Options], None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Looks at one library and prints what it found as JSON: `python -m baton.cli.probe torch|nixl`.
+"""Prints what it found of one library as JSON: `python -m baton.cli.probe torch|nixl|transports`.
 
 `baton doctor` runs this in processes of their own: a broken driver then ends a probe, not the
 command, and the command stays without torch.
@@ -38,7 +38,22 @@ def nixl() -> dict[str, object]:
     return {"plugins": sorted(agent.get_plugin_list())}
 
 
+def transports() -> dict[str, object]:
+    """Which ways to move KV work between processes here, and why the others do not."""
+    from baton.kv.transport.registry import available
+
+    found = [transport for transport in available() if transport.name != "loopback"]
+    return {
+        "usable": [
+            f"{transport.name} ({transport.reason})" for transport in found if transport.usable
+        ],
+        "missing": [f"{t.name} ({t.reason})" for t in found if not t.usable],
+    }
+
+
 if __name__ == "__main__":
-    print("\n" + json.dumps({"torch": torch, "nixl": nixl}[sys.argv[1]]()))
+    print(
+        "\n" + json.dumps({"torch": torch, "nixl": nixl, "transports": transports}[sys.argv[1]]())
+    )
     sys.stdout.flush()
     os._exit(0)  # UCX can crash in the loader's clean-up at exit; there is nothing left to clean

@@ -17,9 +17,10 @@ import typer
 
 from baton.cli.child import ChildSpec
 from baton.cli.generate import print_answer
+from baton.cli.options import connect
 from baton.cli.report import Reporter
 from baton.cli.supervisor import Addresses, ClusterPlan, Supervisor
-from baton.client.http import Client, Prompt
+from baton.client.http import Prompt
 from baton.errors import ConfigError
 from baton.model.hub import resolve_model
 from baton.model.spec import load_spec
@@ -117,7 +118,7 @@ async def _serve(options: ServeOptions) -> None:
         async def when_ready(addresses: Addresses) -> None:
             reporter.settle()
             if options.try_text is not None and not options.json:
-                async with Client(addresses.url) as client:
+                async with connect(addresses.url) as client:
                     prompt = Prompt(options.try_text, max_tokens=96, options={"temperature": 0.0})
                     await print_answer(client, prompt, timing=True, echo=True)
             _say_ready(options, reporter, addresses)

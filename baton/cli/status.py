@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from baton.cli.options import Json, Url
-from baton.client.http import DEFAULT_URL, Client
+from baton.cli.options import Json, Url, connect
+from baton.client.http import DEFAULT_URL
 from baton.types.fleet import BlockState
 
 _STATE_COLOURS = {"live": "green", "draining": "yellow", "suspect": "yellow", "dead": "red"}
@@ -29,7 +29,7 @@ def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
 
 
 async def _fetch(url: str) -> dict[str, Any]:
-    async with Client(url) as client:
+    async with connect(url) as client:
         return await client.cluster()
 
 

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from baton.cli.options import Url
+from baton.cli.options import Url, connect
 from baton.cli.status import fleet_table, members
 from baton.client.http import DEFAULT_URL, Client
 from baton.errors import BatonError
@@ -33,7 +33,7 @@ def top(
 
 async def _watch(url: str, interval_s: float, once: bool) -> None:
     console = Console()
-    async with Client(url, timeout_s=10.0) as client:
+    async with connect(url, timeout_s=10.0) as client:
         first = view(url, await client.cluster())  # no cluster at all is an error, not a view
         if once:
             console.print(first)

@@ -13,8 +13,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from baton.cli.options import Json, Url
-from baton.client.http import DEFAULT_URL, Client
+from baton.cli.options import Json, Url, connect
+from baton.client.http import DEFAULT_URL
 
 _BAR_WIDTH = 44
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
@@ -34,7 +34,7 @@ def trace(
 
 
 async def _fetch(url: str, request_id: str) -> dict[str, Any]:
-    async with Client(url) as client:
+    async with connect(url) as client:
         return await client.trace(request_id)
 
 

@@ -69,13 +69,14 @@ class Client:
     """Use as an async context manager. Every method raises a BatonError when it fails.
 
     `timeout_s` bounds the wait for a connection and for each next event of a stream, not a whole
-    stream.
+    stream. `api_key` is sent when it is not empty.
     """
 
     def __init__(
         self,
         url: str = DEFAULT_URL,
         timeout_s: float = 120.0,
+        api_key: str = "",
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
@@ -83,6 +84,7 @@ class Client:
         # Proxies of the environment are for the outside world; a cluster is addressed directly.
         self._http = httpx.AsyncClient(
             base_url=self.url,
+            headers={"authorization": f"Bearer {api_key}"} if api_key else None,
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
             transport=transport,

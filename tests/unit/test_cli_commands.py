@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import baton
 from baton.cli import doctor, generate, main
-from baton.cli.bench import BenchServeOptions
+from baton.cli.bench import BenchHandoffOptions, BenchServeOptions
 from baton.cli.doctor import Check, Verdict
 from baton.cli.report import Reporter
 from baton.cli.serve import ServeOptions, make_plan, new_environ
@@ -270,6 +270,12 @@ def test_bench_compares_with_as_many_colocated_workers() -> None:
     assert BenchServeOptions(slo_ttft=250.0).plan().slo.ttft_s == 0.25
 
 
+def test_bench_handoff_takes_block_sizes() -> None:
+    assert BenchHandoffOptions(block_kib="64, 128").sizes() == [64, 128]
+    with pytest.raises(ConfigError, match="--block-kib"):
+        BenchHandoffOptions(block_kib="64,big").sizes()
+
+
 def test_doctor_fails_only_on_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     checks: dict[str, Any] = {
         "one": lambda: (Verdict.OK, "fine"),
@@ -289,12 +295,15 @@ def test_doctor_looks_at_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {
         "torch": {"version": "2.13.0", "triton": True, "gpus": [], "cuda": None},
         "nixl": "nixl does not work: No module named 'nixl'",
+        "transports": {"usable": [], "missing": ["nixl (not installed)"]},
     }
     monkeypatch.setattr(doctor, "_probe", found.__getitem__)
     checks = {name: Check(name, *check()) for name, check in doctor._CHECKS.items()}
     assert checks["torch"].detail == "2.13.0, Triton"
     assert checks["GPU"].verdict is Verdict.WARN
     assert "baton-llm[nixl]" in checks["NIXL"].advice
+    assert checks["transports"].verdict is Verdict.FAIL
+    assert "nixl (not installed)" in checks["transports"].advice
     assert checks["demo model"].verdict is Verdict.OK
     assert checks["Python"].verdict is Verdict.OK
 
