@@ -95,9 +95,13 @@ def rows(summary: LoadSummary) -> list[tuple[str, str]]:
         ("ITL p50 / p90 / p99", _milliseconds(summary.itl_s)),
         ("latency p50 / p90 / p99", _milliseconds(summary.latency_s)),
     ]
+    share = summary.first_gap_of_ttft.p50
+    if share is not None:
+        lines.append(("extra gap after 1st token", _milliseconds(summary.first_gap_s)))
+        lines.append(("  as a share of TTFT, p50", f"{share:.1%}"))
     if summary.slo != Slo():
-        share = summary.good / summary.requests
-        lines.append(("goodput", f"{summary.goodput_per_s:.2f} requests/s ({share:.0%} good)"))
+        good = f"{summary.good / summary.requests:.0%} good"
+        lines.append(("goodput", f"{summary.goodput_per_s:.2f} requests/s ({good})"))
     lines += [(f"error × {count}", message) for message, count in summary.errors[:3]]
     return lines
 

@@ -68,6 +68,8 @@ class LoadSummary:
     tpot_s: Distribution
     itl_s: Distribution
     latency_s: Distribution
+    first_gap_s: Distribution  # Timing.first_gap_s: the handoff as clients see it
+    first_gap_of_ttft: Distribution  # the same as a share of the request's TTFT
     max_late_s: float  # a generator that falls behind measures itself
     slo: Slo
     good: int
@@ -104,6 +106,7 @@ def summarize(outcomes: Sequence[Outcome], slo: Slo) -> LoadSummary:
     duration_s = _span(outcomes)
     output = sum(timing.usage.completion_tokens for timing in timings)
     prompt = sum(timing.usage.prompt_tokens for timing in timings)
+    gaps = [(timing, gap) for timing in timings if (gap := timing.first_gap_s) is not None]
     good = sum(slo.met_by(timing) for timing in timings)
     return LoadSummary(
         requests=len(outcomes),
@@ -120,6 +123,8 @@ def summarize(outcomes: Sequence[Outcome], slo: Slo) -> LoadSummary:
         tpot_s=distribution([t.tpot_s for t in timings if t.tpot_s is not None]),
         itl_s=distribution([gap for timing in timings for gap in timing.itl_s]),
         latency_s=distribution([timing.end_s for timing in timings]),
+        first_gap_s=distribution([gap for _, gap in gaps]),
+        first_gap_of_ttft=distribution([gap / t.ttft_s for t, gap in gaps if t.ttft_s > 0]),
         max_late_s=max((outcome.late_s for outcome in outcomes), default=0.0),
         slo=slo,
         good=good,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -42,6 +43,13 @@ class Timing:
         """Gaps between successive events (inter-token latencies)."""
         pairs = zip(self.arrivals_s, self.arrivals_s[1:], strict=False)
         return tuple(after - before for before, after in pairs)
+
+    @property
+    def first_gap_s(self) -> float | None:
+        """How much longer the second token took than the later ones usually do (their median): what
+        the client sees of a handoff. None for answers too short to tell."""
+        gaps = self.itl_s
+        return max(0.0, gaps[0] - statistics.median(gaps[1:])) if len(gaps) >= 3 else None
 
     def describe(self) -> str:
         """One line for people."""

@@ -189,6 +189,15 @@ def test_a_summary_by_hand() -> None:
     assert summary.itl_s.max == pytest.approx(0.2)
 
 
+def test_the_gap_after_the_first_token_is_what_is_not_hidden() -> None:
+    outcomes = [outcome(0.0, 0.4, (0.12, 0.02, 0.02, 0.03)), outcome(0.0, 0.1, (0.01, 0.02, 0.02))]
+    summary = summarize(outcomes, Slo())
+    assert summary.first_gap_s.max == pytest.approx(0.1)
+    assert summary.first_gap_of_ttft.max == pytest.approx(0.25)
+    assert summary.first_gap_s.p50 == pytest.approx(0.05)  # never negative
+    assert summarize([outcome(0.0, 0.1, (0.2,))], Slo()).first_gap_s.p50 is None
+
+
 def test_a_summary_of_nothing() -> None:
     summary = summarize([], Slo())
     assert (summary.requests, summary.duration_s, summary.goodput_per_s) == (0, 0.0, 0.0)
