@@ -1,7 +1,7 @@
 """From logits to tokens, for a batch whose rows may all want something else.
 
 Order, as in Hugging Face's processors: penalties, logit bias, `min_tokens` mask, temperature,
-top-k, top-p, min-p. Randomness is one number per (seed, output index) from a hash, so a row's token
+top-k, top-p, min-p. Randomness is a hash of (seed, output index, token id), so a row's token
 depends on nothing but its own logits and parameters: neither on its neighbours, nor on the process
 that computes it, nor on what was sampled before.
 """
@@ -49,13 +49,32 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Samp
     ]
 
 
-def uniform(seed: int, index: int) -> float:
-    """The random number of an output position, in [0, 1): the first 53 bits of BLAKE2b over
-    `seed` (unsigned 64 bit) and `index`, both little-endian. Part of the wire contract: every
-    worker of a cluster must draw the same."""
+def uniform(seed: int, index: int, vocab: int, device: str | torch.device = "cpu") -> torch.Tensor:
+    """The random numbers of an output position, one per token id: `[vocab]` float64 in (0, 1).
+
+    The position's stream is SplitMix64 (Steele, Lea and Flood, OOPSLA'14) from a start that BLAKE2b
+    makes of `seed` (unsigned 64 bit) and `index`; the number of token t is the top 52 bits of the
+    stream's element t. Part of the wire contract: every worker of a cluster must draw the same.
+    """
     key = seed.to_bytes(8, "little") + index.to_bytes(8, "little")
     digest = hashlib.blake2b(key, digest_size=8, person=b"baton.sample").digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    # int64 arithmetic wraps around as the algorithm wants; only shifts need their sign bits off.
+    bits = torch.arange(1, vocab + 1, device=device) * _signed(0x9E3779B97F4A7C15)
+    bits += int.from_bytes(digest, "little", signed=True)
+    bits = (bits ^ _shifted(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
+    bits = (bits ^ _shifted(bits, 27)) * _signed(0x94D049BB133111EB)
+    bits ^= _shifted(bits, 31)
+    return (_shifted(bits, 12).double() + 0.5) * 2.0**-52
+
+
+def _signed(constant: int) -> int:
+    """The int64 with the same bits."""
+    return constant - (1 << 64) if constant >> 63 else constant
+
+
+def _shifted(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """Unsigned shift right of int64."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
 def _is_greedy(params: SamplingParams) -> bool:
@@ -106,33 +125,32 @@ def _ids(tokens: Sequence[int], like: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[int]:
-    """Inverse of the filtered distribution's cumulative sum, one number per row.
+    """A token per row from its filtered distribution, by the Gumbel-max trick: the best of
+    log-probability plus noise (Maddison, Tarlow and Minka, NeurIPS'14, section 2).
 
-    The sum runs in order of token id, not of probability: then a rounding difference in the logits
-    moves every boundary by no more than itself, while it could swap two tokens of nearly equal
-    probability in a sorted order.
+    Inverting the cumulative sum would need one number instead of a whole row, but then a rounding
+    difference moves each of the vocabulary's boundaries, and two workers that computed the same
+    logits in other batches would disagree every few hundred tokens. Here only the two best scores
+    can trade places.
     """
 
     def column(values: Iterator[float]) -> torch.Tensor:
         return torch.tensor(list(values), device=logits.device)[:, None]
 
     params = [request.params for request in requests]
-    probs = (logits / column(p.temperature for p in params)).softmax(dim=-1)
+    scores = logits / column(p.temperature for p in params)
     filtered = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
     if filtered:
-        kept = probs[filtered]
-        thresholds = _thresholds(kept, [params[row] for row in filtered])
-        probs[filtered] = kept.where(kept >= thresholds[:, None], 0.0)
-    mass = probs.cumsum(dim=-1, dtype=torch.float64)
-    numbers = torch.tensor(
-        [uniform(request.params.seed, request.index) for request in requests],
-        dtype=torch.float64,
-        device=logits.device,
+        probs = scores[filtered].softmax(dim=-1)
+        thresholds = _thresholds(probs, [params[row] for row in filtered])
+        scores[filtered] = scores[filtered].where(probs >= thresholds[:, None], -torch.inf)
+    numbers = torch.stack(
+        [
+            uniform(request.params.seed, request.index, logits.shape[-1], logits.device)
+            for request in requests
+        ]
     )
-    total = mass[:, -1:]
-    # Rounding up to the total would run past the last token that has any probability.
-    target = (numbers[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
-    drawn: list[int] = torch.searchsorted(mass, target, right=True)[:, 0].tolist()
+    drawn: list[int] = (scores - numbers.log_().neg_().log_()).argmax(dim=-1).tolist()
     return drawn
 
 

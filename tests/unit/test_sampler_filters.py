@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -41,14 +42,16 @@ def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return scores[0].double().softmax(-1)
 
 
-def expected_token(probs: torch.Tensor, number: float) -> int:
-    """Walk the distribution in order of token id, in plain Python."""
-    mass = 0.0
-    for token, probability in enumerate(probs.tolist()):
-        mass += probability
-        if mass > number:
-            return token
-    return int(probs.nonzero().max())
+def expected_token(probs: torch.Tensor, numbers: torch.Tensor) -> int:
+    """An exponential race in plain Python: token t arrives at -log(u) / p, the first one wins."""
+    arrivals = {
+        -math.log(number) / probability: token
+        for token, (probability, number) in enumerate(
+            zip(probs.tolist(), numbers.tolist(), strict=True)
+        )
+        if probability > 0
+    }
+    return arrivals[min(arrivals)]
 
 
 @pytest.mark.parametrize("vocab", [2, 7, 300, 3000])
@@ -73,7 +76,7 @@ def test_draws_match_transformers_distribution_exactly(vocab: int, seed: int) ->
     tokens = draw(logits, requests)
     for row, (token, request) in enumerate(zip(tokens, requests, strict=True)):
         probs = warped(logits[row], request.params)
-        assert token == expected_token(probs, uniform(seed, row)), request.params
+        assert token == expected_token(probs, uniform(seed, row, vocab)), request.params
 
 
 @pytest.mark.parametrize(
