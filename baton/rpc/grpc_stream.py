@@ -61,7 +61,6 @@ class WireDuplex(Generic[Out, In]):
         self._outbox: Pipe[Any] = Pipe(CAPACITY)  # encoded, so that a bad value fails its sender
         self._inbox: Pipe[In] = Pipe(CAPACITY)
         self._flushed = asyncio.Event()
-        self._ended = asyncio.Event()
 
     async def send(self, message: Out) -> None:
         await self._outbox.put(self._codec.encode(message))
@@ -79,10 +78,6 @@ class WireDuplex(Generic[Out, In]):
         except TimeoutError:
             self._outbox.end(reason, discard=True)
 
-    async def wait_ended(self) -> None:
-        """Return once the peer has ended the stream or it broke."""
-        await self._ended.wait()
-
     async def run(self) -> None:
         """Move messages until the peer ends the stream, it breaks, or this task is cancelled."""
         writer = asyncio.create_task(self._write_all(), name=f"stream-writer {self._peer}")
@@ -97,7 +92,6 @@ class WireDuplex(Generic[Out, In]):
         """The peer cannot be reached any more: fail senders, let receivers drain."""
         self._inbox.end(reason)
         self._outbox.end(reason, discard=True)
-        self._ended.set()
         self._flushed.set()
 
     async def _read_all(self) -> None:

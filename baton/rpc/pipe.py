@@ -24,10 +24,6 @@ class Pipe(Generic[T]):
         self._writable = asyncio.Event()
         self._end: str | None = None
 
-    @property
-    def ended(self) -> bool:
-        return self._end is not None
-
     async def put(self, item: T, due: float = 0.0) -> None:
         """Wait for room, then append. Raises PeerGone once the pipe has ended."""
         while self._end is None and len(self._items) >= self._capacity:

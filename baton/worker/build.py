@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 CPU_KV_BYTES = 512 << 20
 GPU_SHARE = 0.85  # of the free memory, for weights and KV together
 GPU_WORKSPACE_BYTES = 2 << 30  # activations and logits of a step
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
     spec = await asyncio.to_thread(load_spec, model_dir)
     device = choose_device(config.device)
     layout = kv_layout(spec, choose_dtype(config.dtype, spec, device), config.block_size)
-    num_blocks = choose_num_blocks(config, layout, device, model_dir)
+    weights = weight_bytes(model_dir, spec.dtype, layout.dtype)
+    num_blocks = choose_num_blocks(config, layout, device, weights)
     identity = Identity(worker_name(config, role), uuid.uuid4().hex[:12], layout)
     host = reachable_address(config.advertise, config.listen).rpartition(":")[0]
     transport = make_transport(
@@ -135,11 +137,17 @@ def choose_device(name: str) -> str:
     return f"cuda:{number or '0'}"
 
 
-def choose_num_blocks(config: WorkerConfig, layout: KvLayout, device: str, model_dir: Path) -> int:
-    """Raises ConfigError when not a single block fits."""
+def weight_bytes(model_dir: Path, stored: str, loaded: str) -> int:
+    """What the weights will take in memory when they are held in another type than on disk."""
+    on_disk = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    return on_disk * DTYPE_BYTES[loaded] // DTYPE_BYTES[stored]
+
+
+def choose_num_blocks(config: WorkerConfig, layout: KvLayout, device: str, weights: int) -> int:
+    """`weights` is in bytes. Raises ConfigError when not a single block fits."""
     if config.num_blocks:
         return config.num_blocks
-    nbytes = (config.kv_memory_mib << 20) or _default_bytes(device, model_dir)
+    nbytes = (config.kv_memory_mib << 20) or _default_bytes(device, weights)
     if nbytes < layout.block_bytes:
         raise ConfigError(
             f"a KV block has {layout.block_bytes} bytes, and there is room for {max(0, nbytes)}: "
@@ -148,11 +156,10 @@ def choose_num_blocks(config: WorkerConfig, layout: KvLayout, device: str, model
     return nbytes // layout.block_bytes
 
 
-def _default_bytes(device: str, model_dir: Path) -> int:
+def _default_bytes(device: str, weights: int) -> int:
     if device == "cpu":
         return CPU_KV_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     return int(free * GPU_SHARE) - weights - GPU_WORKSPACE_BYTES
 
 

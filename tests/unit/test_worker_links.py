@@ -1,0 +1,253 @@
+"""The worker's end of the links: ownership, grouping, staleness, draining, closing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from baton.errors import Overloaded, PeerGone, WorkerLost
+from baton.rpc.memory import MemoryNetwork
+from baton.rpc.services import Duplex
+from baton.types.fleet import WorkerLoad
+from baton.types.link import (
+    Cancel,
+    ConductorMessage,
+    Drain,
+    StartDecode,
+    StartPrefill,
+    StepReport,
+    WorkerMessage,
+)
+from baton.types.request import (
+    AttemptId,
+    AttemptOutput,
+    Finish,
+    FinishReason,
+    GenerationTask,
+    SampledToken,
+    SamplingParams,
+)
+from baton.worker.links import LinkServer
+
+Link = Duplex[ConductorMessage, WorkerMessage]
+DONE = Finish(FinishReason.STOP)
+
+
+@dataclass
+class FakeDuty:
+    started: list[AttemptId] = field(default_factory=list)
+    cancelled: list[tuple[AttemptId, str]] = field(default_factory=list)
+    refuse: Exception | None = None
+    load: WorkerLoad = field(default_factory=WorkerLoad)
+    called: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def start(self, message: StartPrefill | StartDecode) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+        self.started.append(message.task.attempt)
+        self.called.set()
+
+    def cancel(self, attempt: AttemptId, reason: str) -> None:
+        self.cancelled.append((attempt, reason))
+        self.called.set()
+
+
+@dataclass
+class Rig:
+    duty: FakeDuty
+    links: LinkServer
+    network: MemoryNetwork
+
+    async def connect(self) -> Link:
+        """A new conductor; its first report, which tells the load, is taken."""
+        stream = await self.network.worker_dialer("c").link("w", 1.0)
+        assert await stream.receive() == StepReport((), self.duty.load)
+        return stream
+
+    async def begin(self, stream: Link, attempt: AttemptId) -> None:
+        self.duty.called.clear()
+        await stream.send(start(attempt))
+        await self.call()
+        assert self.duty.started[-1] == attempt
+
+    async def call(self) -> None:
+        """Wait for the next call of the duty (since the flag was cleared)."""
+        async with asyncio.timeout(5):
+            await self.duty.called.wait()
+
+
+def start(attempt: AttemptId) -> StartDecode:
+    return StartDecode(GenerationTask(attempt, (1, 2), SamplingParams()))
+
+
+def token(attempt: AttemptId, index: int = 0, finish: Finish | None = None) -> AttemptOutput:
+    return AttemptOutput(attempt, (SampledToken(7, index),), finish)
+
+
+@asynccontextmanager
+async def rig() -> AsyncIterator[Rig]:
+    duty = FakeDuty()
+    links = LinkServer(duty, lambda: duty.load)
+    async with MemoryNetwork() as network:
+        network.add_worker("w", links)
+        yield Rig(duty, links, network)
+
+
+async def receive(stream: Link) -> StepReport:
+    async with asyncio.timeout(5):
+        return await stream.receive()
+
+
+async def error_of(stream: Link, attempt: AttemptId) -> str:
+    report = await receive(stream)
+    output = report.outputs[0]
+    assert output.attempt == attempt
+    assert output.finish is not None
+    assert output.finish.error is not None
+    return output.finish.error.code
+
+
+async def test_outputs_of_one_step_go_in_one_message_per_conductor() -> None:
+    async with rig() as r:
+        one, two = await r.connect(), await r.connect()
+        a, b, c = AttemptId("a"), AttemptId("b"), AttemptId("c")
+        for stream, attempt in ((one, a), (two, b), (one, c)):
+            await r.begin(stream, attempt)
+        r.duty.load = WorkerLoad(running=3)
+        r.links.report((token(a), token(b), token(c)))
+        assert await receive(one) == StepReport((token(a), token(c)), WorkerLoad(running=3))
+        assert await receive(two) == StepReport((token(b),), WorkerLoad(running=3))
+
+
+async def test_nothing_follows_a_finish() -> None:
+    async with rig() as r:
+        stream = await r.connect()
+        a, b = AttemptId("a"), AttemptId("b")
+        await r.begin(stream, a)
+        await r.begin(stream, b)
+        r.links.report((token(a, 0, DONE),))
+        r.links.report((token(a, 1), token(b)))
+        r.links.report((AttemptOutput(AttemptId("never started"), finish=DONE),))
+        assert (await receive(stream)).outputs == (token(a, 0, DONE), token(b))
+
+
+async def test_cancel_reaches_the_duty_only_from_the_owner() -> None:
+    async with rig() as r:
+        owner, other = await r.connect(), await r.connect()
+        a = AttemptId("a")
+        await r.begin(owner, a)
+        r.duty.called.clear()
+        await other.send(Cancel(a, "not mine"))
+        await other.send(Cancel(AttemptId("unknown"), "x"))
+        await owner.send(Cancel(a, "changed my mind"))
+        await owner.send(Cancel(AttemptId("last"), "x"))
+        await r.call()
+        assert r.duty.cancelled == [(a, "changed my mind")]
+
+
+async def test_a_refused_start_is_a_finish_with_the_error() -> None:
+    async with rig() as r:
+        stream = await r.connect()
+        a = AttemptId("a")
+        r.duty.refuse = Overloaded("queue is full")
+        await stream.send(start(a))
+        assert await error_of(stream, a) == "overloaded"
+        r.duty.refuse = ValueError("bug")
+        await stream.send(start(a))
+        assert await error_of(stream, a) == "internal_error"
+        r.duty.refuse = None
+        await r.begin(stream, a)  # the failed ones left nothing behind
+
+
+async def test_a_newer_attempt_replaces_an_older_one_and_not_the_other_way_round() -> None:
+    async with rig() as r:
+        stream = await r.connect()
+        first, second = AttemptId("a", 1), AttemptId("a", 2)
+        await r.begin(stream, first)
+        await r.begin(stream, second)
+        assert await error_of(stream, first) == "stale_attempt"
+        assert [attempt for attempt, _ in r.duty.cancelled] == [first]
+        for stale in (first, second):
+            await stream.send(start(stale))
+            assert await error_of(stream, stale) == "stale_attempt"
+        r.links.report((token(second, 0, DONE),))
+        assert (await receive(stream)).outputs == (token(second, 0, DONE),)
+
+
+async def test_the_end_of_a_link_cancels_what_was_begun_on_it() -> None:
+    async with rig() as r:
+        one, two = await r.connect(), await r.connect()
+        await r.begin(one, AttemptId("a"))
+        await r.begin(two, AttemptId("b"))
+        r.duty.called.clear()
+        await one.aclose()
+        await r.call()
+        assert [attempt for attempt, _ in r.duty.cancelled] == [AttemptId("a")]
+        await r.begin(two, AttemptId("a"))  # it belongs to nobody any more
+
+
+async def test_a_changed_load_is_told_once() -> None:
+    async with rig() as r:
+        stream = await r.connect()
+        r.links.load_changed()  # nothing to say
+        await asyncio.sleep(0)
+        r.duty.load = WorkerLoad(waiting=2)
+        r.links.load_changed()
+        r.links.load_changed()
+        assert await receive(stream) == StepReport((), WorkerLoad(waiting=2))
+        await r.begin(stream, AttemptId("a"))
+        r.links.report((token(AttemptId("a")),))
+        assert (await receive(stream)).outputs == (token(AttemptId("a")),)
+
+
+@pytest.mark.parametrize("by_message", [True, False])
+async def test_draining_refuses_new_attempts_and_waits_for_the_rest(by_message: bool) -> None:
+    async with rig() as r:
+        stream = await r.connect()
+        a, b = AttemptId("a"), AttemptId("b")
+        await r.links.wait_idle()
+        await r.begin(stream, a)
+        if by_message:
+            await stream.send(Drain())
+        else:
+            r.links.drain()
+        await stream.send(start(b))
+        assert await error_of(stream, b) == "overloaded"
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(r.links.wait_idle(), 0.01)
+        r.links.report((token(a, 0, DONE),))
+        await asyncio.wait_for(r.links.wait_idle(), 5)
+
+
+async def test_abandoned_attempts_get_a_retryable_error_before_the_links_close() -> None:
+    async with rig() as r:
+        stream = await r.connect()
+        a = AttemptId("a")
+        await r.begin(stream, a)
+        r.links.abandon(WorkerLost("shutting down"))
+        assert [attempt for attempt, _ in r.duty.cancelled] == [a]
+        await r.links.aclose()
+        assert await error_of(stream, a) == "worker_lost"
+        with pytest.raises(PeerGone):
+            await receive(stream)
+
+
+async def test_a_slow_conductor_gets_fewer_larger_messages() -> None:
+    async with rig() as r:
+        stream = await r.connect()
+        a = AttemptId("a")
+        await r.begin(stream, a)
+        for index in range(500):
+            r.links.report((token(a, index),))
+            await asyncio.sleep(0)
+        seen: list[int] = []
+        messages = 0
+        while len(seen) < 500:
+            messages += 1
+            seen += [t.index for output in (await receive(stream)).outputs for t in output.tokens]
+        assert seen == list(range(500))
+        assert messages < 100
