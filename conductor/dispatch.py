@@ -160,9 +160,12 @@ class Serving:
             for run in self._runs.values():
                 self._begin(run, 0)
             while any(run.phase is not Phase.DONE for run in self._runs.values()):
-                batch = self._absorb(await self._inbox.take())
+                batch: list[Delta] = []
+                error = self._absorb(await self._inbox.take(), batch)
                 if batch:
                     yield batch
+                if error is not None:
+                    raise error
         finally:
             for timer in self._timers:
                 timer.cancel()
@@ -222,25 +225,31 @@ class Serving:
         duty = Assignment(Role.DECODE, self, 0 if peer else tokens)
         fleet.start(decision.decode.peer, task.attempt, duty, StartDecode(task, peer))
 
-    def _absorb(self, events: list[_Event]) -> list[Delta]:
-        batch: list[Delta] = []
-        for event in events:
-            run = self._run_of(event)
-            if run is None:
-                continue
-            delta: Delta | None = None
-            if isinstance(event, _Output):
-                delta = run.on_output(event.duty, event.output)
-            elif isinstance(event, _Lost):
-                self._avoid.add(event.worker)
-                run.on_lost(event.duty, event.worker, event.reason)
-            elif isinstance(event, _Late):
-                self._on_late(run, event)
-            if delta is not None:
-                self._note_progress(delta)
-                batch.append(delta)
-            self._follow_up(run)
-        return batch
+    def _absorb(self, events: list[_Event], batch: list[Delta]) -> BatonError | None:
+        """Append to `batch` what the events tell; return the error that ends the request."""
+        try:
+            for event in events:
+                run = self._run_of(event)
+                if run is None:
+                    continue
+                delta = self._apply(run, event)
+                if delta is not None:
+                    self._note_progress(delta)
+                    batch.append(delta)
+                self._follow_up(run)
+        except BatonError as error:
+            return error
+        return None
+
+    def _apply(self, run: AnswerRun, event: _Event) -> Delta | None:
+        if isinstance(event, _Output):
+            return run.on_output(event.duty, event.output)
+        if isinstance(event, _Lost):
+            self._avoid.add(event.worker)
+            run.on_lost(event.duty, event.worker, event.reason)
+        elif isinstance(event, _Late):
+            self._on_late(run, event)
+        return None
 
     def _run_of(self, event: _Event) -> AnswerRun | None:
         """The answer an event is about; None for events of attempts that were given up."""

@@ -38,6 +38,8 @@ from baton.types.request import (
     TokenLogprob,
     WireError,
 )
+from conductor.cluster import ConductorIdentity
+from conductor.config import ConductorConfig
 from conductor.server import Server
 from conductor.service import Conductor, Policy, ServedModel
 
@@ -246,10 +248,12 @@ class FakeWorker:
 
 
 def _limited(task: GenerationTask, script: Script) -> tuple[tuple[int, ...], FinishReason]:
-    limit = task.sampling.max_tokens
-    if len(script.tokens) > limit:
-        return script.tokens[:limit], FinishReason.LENGTH
-    return script.tokens, script.finish
+    tokens, limit = script.tokens, task.sampling.max_tokens
+    if EOS in tokens and not task.sampling.ignore_eos:
+        tokens = tokens[: tokens.index(EOS) + 1]
+    if len(tokens) > limit:
+        return tokens[:limit], FinishReason.LENGTH
+    return tokens, script.finish
 
 
 def _sampled(task: GenerationTask, token_id: int, index: int) -> SampledToken:
@@ -267,9 +271,13 @@ class FakeCluster:
     conductor: Conductor
     network: MemoryNetwork
     workers: dict[str, FakeWorker]
-    http: str = ""
+    http: str = ""  # host:port
     grpc: str = ""
     server: Server | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.http}"
 
     async def add(self, role: Role, name: str, script: Scripts, **changes: object) -> FakeWorker:
         info = worker_info(name, role, **changes)
@@ -325,3 +333,32 @@ async def add_workers(cluster: FakeCluster, script: Scripts, prefill: int, decod
         await cluster.add(Role.PREFILL, f"prefill-{number}", script)
     for number in range(decode):
         await cluster.add(Role.DECODE, f"decode-{number}", script)
+
+
+@asynccontextmanager
+async def fake_server(
+    script: Scripts = echo, prefill: int = 1, decode: int = 1, **config: object
+) -> AsyncIterator[FakeCluster]:
+    """A whole conductor on loopback ports, with fake workers behind it; checks that nothing is
+    left when the test is done."""
+    options = {"port": 0, "grpc_port": 0, "lease_ttl": 1e6, "drain_timeout": 0.0} | config
+    async with MemoryNetwork() as network:
+        dialer = network.worker_dialer("conductor")
+        server = Server(ConductorConfig(**options), tiny_model(), "secret", dialer)  # type: ignore[arg-type]
+        cluster = FakeCluster(server.conductor, network, {}, server=server)
+        listening = asyncio.Event()
+
+        def on_listening(identity: ConductorIdentity) -> None:
+            cluster.http, cluster.grpc = identity.http, identity.grpc
+            listening.set()
+
+        running = asyncio.create_task(server.run(on_listening))
+        try:
+            async with asyncio.timeout(10):
+                await listening.wait()
+            await add_workers(cluster, script, prefill, decode)
+            yield cluster
+            await cluster.check_nothing_left()
+        finally:
+            server.stop()
+            await running
