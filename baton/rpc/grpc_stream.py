@@ -98,12 +98,8 @@ class WireDuplex(Generic[Out, In]):
         try:
             while (message := await self._wire.read()) is not grpc.aio.EOF:
                 await self._deliver(self._codec.decode(message))
-        except grpc.aio.AioRpcError as error:
-            self.lose(from_status(error, self._peer).message)
-        except BatonError as error:
-            self.lose(error.message)
-        except (asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
-            self.lose(f"the stream to {self._peer} broke: {error}")
+        except Exception as error:
+            self.lose(self._why(error))
 
     async def _deliver(self, message: In) -> None:
         try:
@@ -117,9 +113,15 @@ class WireDuplex(Generic[Out, In]):
                 await self._wire.write(await self._outbox.get())
         except PeerGone:
             await self._finish()
-        except grpc.aio.AioRpcError as error:
-            self.lose(from_status(error, self._peer).message)
-        except (asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
-            self.lose(f"the stream to {self._peer} broke: {error}")
+        except Exception as error:
+            self.lose(self._why(error))
         finally:
             self._flushed.set()
+
+    def _why(self, error: Exception) -> str:
+        """What ended the stream: a status, a message that cannot be decoded, or a grpc error."""
+        if isinstance(error, grpc.aio.AioRpcError):
+            return from_status(error, self._peer).message
+        if isinstance(error, BatonError):
+            return error.message
+        return f"the stream to {self._peer} broke: {type(error).__name__}: {error}"

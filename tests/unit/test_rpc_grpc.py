@@ -216,18 +216,22 @@ async def test_two_servers_on_one_port_are_refused() -> None:
             await RpcServer(address, TOKEN).start()
 
 
-async def test_a_message_of_an_unknown_kind_ends_the_stream() -> None:
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [(b"\xfa\x3e\x00", "does not know"), (b"\xff\xff", "DecodeError")],  # field 1007; garbage
+)
+async def test_a_message_that_cannot_be_read_ends_the_stream(raw: bytes, message: str) -> None:
     ended = asyncio.Event()
 
     async def wait(stream: WorkerEnd) -> None:
-        with pytest.raises(PeerGone, match="does not know"):
+        with pytest.raises(PeerGone, match=message):
             await stream.receive()
         ended.set()
 
     async with serving(wait) as address, grpc.aio.insecure_channel(address) as channel:
         method = channel.stream_stream("/baton.v1.Worker/Link", bytes, bytes)
         call = method(metadata=(("authorization", f"Bearer {TOKEN}"),))
-        await call.write(b"\xfa\x3e\x00")  # field 1007, which no version has
+        await call.write(raw)
         await asyncio.wait_for(ended.wait(), 5)
         call.cancel()
 
