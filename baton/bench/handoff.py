@@ -146,7 +146,7 @@ async def _measure(
 ) -> HandoffResult:
     layout = bench_layout(block_kib)
     blocks = (total_mib << 20) // layout.block_bytes
-    async with _connected(name, layout, block_kib, blocks) as bench:
+    async with connected(name, layout, block_kib, blocks) as bench:
         await bench.round(0)  # connections, page faults, descriptor lists
         measured = []
         for number in range(1, rounds + 1):
@@ -169,7 +169,7 @@ async def _measure(
 
 
 @dataclass(slots=True)
-class _Bench:
+class Bench:
     """A connected reader. `local` is our pool; `other` is what the plain copy reads from."""
 
     layout: KvLayout
@@ -185,18 +185,18 @@ class _Bench:
         blocks = self.local.nbytes // self.layout.block_bytes
         remote = tuple(int(n) for n in self.random.permutation(blocks))
         local = tuple(int(n) for n in self.random.permutation(blocks))
-        handoff_s = await self._handoff(f"r{number}", remote, local)
+        handoff_s = await self.handoff(f"r{number}", remote, local)
         copies = copies_for(self.layout, remote, local, 0, LAYERS)
         read_s = copy_s = 0.0
         step = max(1, len(copies) // PARTS)
         for start in range(0, len(copies), step):
             part = copies[start : start + step]
-            read_s += await self._read(part)
+            read_s += await self.read(part)
             copy_s += self._copy(part)
-        single_s = tuple([await self._read([c]) for c in copies[:SINGLE_READS]])
+        single_s = tuple([await self.read([c]) for c in copies[:SINGLE_READS]])
         return _Round(read_s, copy_s, handoff_s, single_s)
 
-    async def _read(self, copies: Sequence[Copy]) -> float:
+    async def read(self, copies: Sequence[Copy]) -> float:
         """Seconds that the transport takes."""
         loop = asyncio.get_running_loop()
         start = loop.time()
@@ -212,19 +212,19 @@ class _Bench:
             self.local[c.local : c.local + c.length] = self.other[c.remote : c.remote + c.length]
         return loop.time() - start
 
-    async def _handoff(self, request: str, remote: Sequence[int], local: tuple[int, ...]) -> float:
+    async def handoff(self, request: str, remote: Sequence[int], local: tuple[int, ...]) -> float:
         """Seconds from attach to released; everything is published by then."""
-        await self._tell({"publish": request, "blocks": remote, "layer_groups": LAYER_GROUPS})
-        fetched = await self._fetch(AttemptId(request), local)
+        await self.tell({"publish": request, "blocks": remote, "layer_groups": LAYER_GROUPS})
+        fetched = await self.fetch(AttemptId(request), local)
         return fetched.stats.released_s - max(fetched.stats.attached_s, fetched.stats.first_range_s)
 
-    async def _fetch(self, attempt: AttemptId, local: tuple[int, ...]) -> Fetched:
+    async def fetch(self, attempt: AttemptId, local: tuple[int, ...]) -> Fetched:
         async def reserve() -> tuple[int, ...]:
             return local
 
         return await self.reader.fetch(attempt, self.peer, reserve, HANDOFF_S)
 
-    async def _tell(self, command: dict[str, object]) -> None:
+    async def tell(self, command: dict[str, object]) -> None:
         if self.source.stdin is None:
             raise PeerGone("the source process has no stdin")
         self.source.stdin.write(json.dumps(command).encode() + b"\n")
@@ -232,9 +232,10 @@ class _Bench:
 
 
 @asynccontextmanager
-async def _connected(
+async def connected(
     name: str, layout: KvLayout, block_kib: int, blocks: int
-) -> AsyncIterator[_Bench]:
+) -> AsyncIterator[Bench]:
+    """A source process and a reader in this one, whose pools hold `blocks` blocks each."""
     token = secrets.token_hex(16)
     async with _source_process(token, name, block_kib, blocks) as (source, peer):
         transport = make_transport(name, "reader")
@@ -258,7 +259,7 @@ async def _connected(
                 running = tasks.create_task(reader.run())
                 await asyncio.sleep(0)  # let it begin
                 random = np.random.default_rng(blocks)
-                yield _Bench(layout, transport, reader, peer, source, local, other, random)
+                yield Bench(layout, transport, reader, peer, source, local, other, random)
                 running.cancel()
         finally:
             await transport.close()

@@ -365,6 +365,7 @@ def test_ranges_that_do_not_cover_the_context_exactly_are_errors(missing: str) -
         async with cluster() as c:
             prefill, decode = await c.prefill(), await c.decode()
             stream_side: MemoryDuplex[DecodeMessage, PrefillMessage]
+            far: MemoryDuplex[PrefillMessage, DecodeMessage]
             stream_side, far = duplex_pair("d0", "p0")
             ours = next(t for t in c.fabric.members.values() if t._worker == "p0")
 

@@ -11,7 +11,16 @@ from baton.kv.handoff.leases import Ending
 from baton.kv.handoff.options import HandoffOptions
 from baton.kv.transport.loopback import Fault
 from baton.types.request import AttemptId
-from tests.unit.handoff_kit import FIRST, LAYOUT, TTL, DecodeSide, PrefillSide, cluster, same
+from tests.unit.handoff_kit import (
+    FIRST,
+    LAYOUT,
+    OPTIONS,
+    TTL,
+    DecodeSide,
+    PrefillSide,
+    cluster,
+    same,
+)
 from tests.virtual_time import settle, virtual_time
 
 A = AttemptId("a")
@@ -110,7 +119,7 @@ async def test_one_stream_carries_many_attempts_at_once() -> None:
             dialled += 1
             await serve(stream)  # type: ignore[arg-type]
 
-        prefill.pair = count  # type: ignore[method-assign, assignment]
+        prefill.pair = count  # type: ignore[method-assign]
         attempts = [AttemptId(f"r{n}") for n in range(20)]
         for n, attempt in enumerate(attempts):
             prefill.publish(attempt, (n,))
@@ -154,6 +163,16 @@ async def test_the_source_serves_only_while_something_is_attached() -> None:
         assert source._served == 1
         prefill.publisher.prefilled(A, FIRST, 1)
         await fetching
+        assert source._served == 0
+        aborted = AttemptId("b")
+        prefill.publish(aborted, (1,))
+        fetching = asyncio.create_task(decode.fetch(aborted, prefill.peer, (2,)))
+        await settle()
+        fetching.cancel()
+        await settle()
+        assert prefill.endings[-1] == (aborted, Ending.ABORTED)
+        assert source._served == 1  # what it reads must be able to come to its end
+        await asyncio.sleep(OPTIONS.linger_s)
         assert source._served == 0
 
 

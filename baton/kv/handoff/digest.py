@@ -2,8 +2,8 @@
 
 A digest covers one block's run of layers. `full` hashes every byte; `sample` does so for short runs
 and hashes PIECES pieces spread evenly over long ones, which finds blocks that are torn, missing or
-in the wrong place at a cost that does not grow with the block. The first byte names the mode, so a reader needs no
-setting of its own: it verifies whatever the publisher says.
+in the wrong place at a cost that does not grow with the block. The first byte names the mode, so a
+reader needs no setting of its own: it verifies whatever the publisher says.
 """
 
 from __future__ import annotations

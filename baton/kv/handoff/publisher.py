@@ -376,7 +376,11 @@ class HandoffPublisher:
     def _end(self, lease: Lease[_Pair], how: Ending, last: PrefillMessage | None) -> None:
         attempt = lease.attempt
         del self._leases[attempt]
-        lease.serving.close()
+        if how is Ending.RELEASED:
+            lease.serving.close()
+        else:  # the reader's transfers may still run, and over TCP end only with our progress
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._options.linger_s, lease.serving.close)
         if lease.pair is not None:
             lease.pair.attempts.discard(attempt)
             if last is not None:
