@@ -1,0 +1,117 @@
+"""`python -m conductor` as a real process: announcement, endings, imports, configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from baton.config import parse_config
+from baton.errors import ConfigError
+from conductor.config import ConductorConfig
+
+ENVIRON = {**os.environ, "BATON_CLUSTER_TOKEN": "secret"}
+COMMAND = [sys.executable, "-m", "conductor", "--port", "0", "--grpc-port", "0", "--announce"]
+
+
+@contextmanager
+def conductor(*flags: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, object]]]:
+    with subprocess.Popen(
+        [*COMMAND, *flags],
+        env=ENVIRON,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield process, json.loads(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def test_it_announces_its_addresses_and_ends_on_sigterm() -> None:
+    with conductor("--model-name", "demo") as (process, event):
+        assert event["event"] == "listening"
+        assert event["pid"] == process.pid
+        assert str(event["grpc"]).startswith("127.0.0.1:")
+        with urllib.request.urlopen(f"http://{event['http']}/v1/models", timeout=10) as reply:
+            assert json.load(reply)["data"][0]["id"] == "demo"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_it_ends_with_its_parent() -> None:
+    with conductor("--exit-with-parent") as (process, _):
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--prot", "1"], "did you mean"),
+        (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1"),
+    ],
+)
+def test_wrong_options_end_with_one_clear_line(flags: list[str], message: str) -> None:
+    done = subprocess.run(
+        [*COMMAND, *flags], env=ENVIRON, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_cluster_token_is_a_clear_error() -> None:
+    environ = {key: value for key, value in ENVIRON.items() if key != "BATON_CLUSTER_TOKEN"}
+    done = subprocess.run(
+        COMMAND, env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "BATON_CLUSTER_TOKEN" in done.stderr
+
+
+def test_the_conductor_imports_no_tensor_library() -> None:
+    code = (
+        "import sys, conductor.__main__, baton.tokenizer\n"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'triton') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--port", "70000"],
+        ["--max-queue", "0"],
+        ["--lease-ttl", "-1"],
+        ["--drain-timeout", "-1"],
+        ["--log-level", "loud"],
+    ],
+)
+def test_values_out_of_range(flags: list[str]) -> None:
+    with pytest.raises(ConfigError, match=flags[0]):
+        parse_config(ConductorConfig, flags, {}, "conductor")
+
+
+def test_options_from_flags_and_environment() -> None:
+    config = parse_config(
+        ConductorConfig, ["--api-key", "a,b", "--announce"], {"BATON_PORT": "1"}, "conductor"
+    )
+    assert config.api_key == ("a", "b")
+    assert config.port == 1
+    assert config.announce
