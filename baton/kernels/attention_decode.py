@@ -11,8 +11,6 @@ GPU is: a sequence's result is the same bit for bit in any batch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from baton.kernels.jit import check_operands, jit, on_device_of, tl
@@ -99,7 +97,7 @@ def attention_decode(
 
 
 @jit
-def _first_key(length: Any, WINDOW: tl.constexpr) -> Any:
+def _first_key(length: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
     """The first position that a query at `length - 1` sees."""
     first = length * 0
     if WINDOW > 0:
@@ -108,27 +106,27 @@ def _first_key(length: Any, WINDOW: tl.constexpr) -> Any:
 
 
 @jit
-def _split_size(visible: Any, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr) -> Any:
+def _split_size(visible: tl.tensor, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr) -> tl.tensor:
     """Tokens of one stretch when `visible` tokens are cut into at most MAX_SPLITS."""
     return tl.maximum(tl.cdiv(visible, MAX_SPLITS * MIN_SPLIT), 1) * MIN_SPLIT
 
 
 @jit
 def _attend_splits(
-    q: Any,
-    kv: Any,
-    block_tables: Any,
-    seq_lens: Any,
-    partial: Any,
-    log_sums: Any,
-    scale_log2: Any,
-    q_stride_token: Any,
-    q_stride_head: Any,
-    kv_stride_block: Any,
-    kv_stride_kind: Any,
-    kv_stride_head: Any,
-    table_stride: Any,
-    splits: Any,
+    q: tl.tensor,
+    kv: tl.tensor,
+    block_tables: tl.tensor,
+    seq_lens: tl.tensor,
+    partial: tl.tensor,
+    log_sums: tl.tensor,
+    scale_log2: tl.tensor,
+    q_stride_token: tl.tensor,
+    q_stride_head: tl.tensor,
+    kv_stride_block: tl.tensor,
+    kv_stride_kind: tl.tensor,
+    kv_stride_head: tl.tensor,
+    table_stride: tl.tensor,
+    splits: tl.tensor,
     GROUP: tl.constexpr,
     WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -201,11 +199,11 @@ def _attend_splits(
 
 @jit
 def _join_splits(
-    partial: Any,
-    log_sums: Any,
-    seq_lens: Any,
-    out: Any,
-    splits: Any,
+    partial: tl.tensor,
+    log_sums: tl.tensor,
+    seq_lens: tl.tensor,
+    out: tl.tensor,
+    splits: tl.tensor,
     WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -230,9 +228,9 @@ def _join_splits(
         mask=live[:, None] & in_head[None, :],
         other=0.0,
     )
-    # A sequence of length 0 has no part at all: its highest is -inf, and its result 0.
-    highest = tl.max(log_sum, 0)
-    weights = tl.where(live, tl.exp2(log_sum - highest), 0.0)
+    # A sequence of length 0 has no part at all: its result is 0, not the NaN of -inf - -inf.
+    highest = tl.where(used > 0, tl.max(log_sum, 0), 0.0)
+    weights = tl.exp2(log_sum - highest)
     total = tl.where(used > 0, tl.sum(weights, 0), 1.0)
     result = tl.sum(parts * weights[:, None], 0) / total
     tl.store(out + pair * HEAD_DIM + column, result.to(out.dtype.element_ty), mask=in_head)

@@ -10,8 +10,6 @@ a token's result does not depend on how its prompt was cut into chunks or on the
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from baton.kernels.jit import check_operands, jit, on_device_of, tl
@@ -76,7 +74,9 @@ def attention_prefill(
 
 
 @jit
-def _owner(query_start: Any, batch: Any, tile: Any, TILE_TOKENS: tl.constexpr) -> Any:
+def _owner(
+    query_start: tl.tensor, batch: tl.tensor, tile: tl.tensor, TILE_TOKENS: tl.constexpr
+) -> tl.tensor:
     """The sequence that a tile belongs to.
 
     Sequence `b` owns the tiles from `query_start[b] // TILE_TOKENS + b` up to where the next one's
@@ -94,20 +94,20 @@ def _owner(query_start: Any, batch: Any, tile: Any, TILE_TOKENS: tl.constexpr) -
 
 @jit
 def _attend_tiles(
-    q: Any,
-    kv: Any,
-    block_tables: Any,
-    query_start: Any,
-    context_lens: Any,
-    out: Any,
-    scale_log2: Any,
-    batch: Any,
-    q_stride_token: Any,
-    q_stride_head: Any,
-    kv_stride_block: Any,
-    kv_stride_kind: Any,
-    kv_stride_head: Any,
-    table_stride: Any,
+    q: tl.tensor,
+    kv: tl.tensor,
+    block_tables: tl.tensor,
+    query_start: tl.tensor,
+    context_lens: tl.tensor,
+    out: tl.tensor,
+    scale_log2: tl.tensor,
+    batch: tl.tensor,
+    q_stride_token: tl.tensor,
+    q_stride_head: tl.tensor,
+    kv_stride_block: tl.tensor,
+    kv_stride_kind: tl.tensor,
+    kv_stride_head: tl.tensor,
+    table_stride: tl.tensor,
     GROUP: tl.constexpr,
     WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,

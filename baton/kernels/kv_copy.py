@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from baton.kernels.jit import check_pool, jit, on_device_of, tl
@@ -50,18 +48,18 @@ def kv_write(
 
 @jit
 def _write_tokens(
-    k: Any,
-    v: Any,
-    kv: Any,
-    slots: Any,
-    elements: Any,
-    k_stride_token: Any,
-    k_stride_head: Any,
-    v_stride_token: Any,
-    v_stride_head: Any,
-    kv_stride_block: Any,
-    kv_stride_kind: Any,
-    kv_stride_head: Any,
+    k: tl.tensor,
+    v: tl.tensor,
+    kv: tl.tensor,
+    slots: tl.tensor,
+    elements: tl.tensor,
+    k_stride_token: tl.tensor,
+    k_stride_head: tl.tensor,
+    v_stride_token: tl.tensor,
+    v_stride_head: tl.tensor,
+    kv_stride_block: tl.tensor,
+    kv_stride_kind: tl.tensor,
+    kv_stride_head: tl.tensor,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -94,7 +92,9 @@ def block_copy(kv: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
 
 
 @jit
-def _copy_blocks(kv: Any, src: Any, dst: Any, elements: Any, CHUNK: tl.constexpr) -> None:
+def _copy_blocks(
+    kv: tl.tensor, src: tl.tensor, dst: tl.tensor, elements: tl.tensor, CHUNK: tl.constexpr
+) -> None:
     """One program: up to CHUNK elements of one block."""
     pair = tl.program_id(0)
     element = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)

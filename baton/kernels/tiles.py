@@ -1,9 +1,9 @@
 """Tile sizes of the Triton attention kernels: a small stored table instead of tuning at start.
 
-Keys are the padded head size, the width of an element and the shared memory that a GPU gives one
-program. A tile of K and one of V are held once per stage, the queries once:
-`(2 * keys * stages + rows) * head_pad * itemsize` bytes, and every entry stays below the limit of
-its row with room for what the compiler adds.
+Keys are the padded head size and the shared memory that a GPU gives one program. The queries are
+held once, K and V tiles once per stage of the loads' pipeline; a test compiles every entry and
+checks that it fits. Float32 products are exact (no TF32) and thus slow: their tiles are small
+enough to stay in registers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+from baton.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,34 +31,29 @@ _SMALL_GPUS = {(8, 6), (8, 9), (12, 0), (12, 1)}
 """Compute capabilities of the others (CUDA C++ Programming Guide, technical specifications)."""
 
 _PREFILL = {
-    # (head_pad, itemsize, KiB of shared memory)
-    (64, 2, _SMALL): Tile(rows=128, keys=64, num_warps=4, num_stages=2),
-    (64, 2, _LARGE): Tile(rows=128, keys=64, num_warps=4, num_stages=3),
-    (128, 2, _SMALL): Tile(rows=64, keys=32, num_warps=4, num_stages=2),
-    (128, 2, _LARGE): Tile(rows=128, keys=64, num_warps=8, num_stages=2),
-    (256, 2, _SMALL): Tile(rows=32, keys=16, num_warps=4, num_stages=2),
-    (256, 2, _LARGE): Tile(rows=64, keys=32, num_warps=8, num_stages=2),
-    (64, 4, _SMALL): Tile(rows=32, keys=32, num_warps=4, num_stages=2),
-    (64, 4, _LARGE): Tile(rows=32, keys=32, num_warps=4, num_stages=2),
-    (128, 4, _SMALL): Tile(rows=16, keys=16, num_warps=4, num_stages=2),
-    (128, 4, _LARGE): Tile(rows=32, keys=32, num_warps=8, num_stages=2),
-    (256, 4, _SMALL): Tile(rows=16, keys=16, num_warps=8, num_stages=1),
-    (256, 4, _LARGE): Tile(rows=16, keys=16, num_warps=8, num_stages=2),
+    # (head_pad, KiB of shared memory), for two-byte types
+    (64, _SMALL): Tile(rows=128, keys=64, num_warps=8, num_stages=3),
+    (64, _LARGE): Tile(rows=128, keys=64, num_warps=8, num_stages=3),
+    (128, _SMALL): Tile(rows=64, keys=32, num_warps=4, num_stages=2),
+    (128, _LARGE): Tile(rows=128, keys=64, num_warps=8, num_stages=3),
+    (256, _SMALL): Tile(rows=32, keys=16, num_warps=4, num_stages=2),
+    (256, _LARGE): Tile(rows=64, keys=32, num_warps=8, num_stages=2),
 }
 
 _DECODE = {
-    (64, 2, _SMALL): Tile(rows=16, keys=64, num_warps=4, num_stages=3),
-    (64, 2, _LARGE): Tile(rows=16, keys=128, num_warps=4, num_stages=3),
-    (128, 2, _SMALL): Tile(rows=16, keys=32, num_warps=4, num_stages=3),
-    (128, 2, _LARGE): Tile(rows=16, keys=64, num_warps=4, num_stages=3),
-    (256, 2, _SMALL): Tile(rows=16, keys=32, num_warps=4, num_stages=2),
-    (256, 2, _LARGE): Tile(rows=16, keys=32, num_warps=4, num_stages=3),
-    (64, 4, _SMALL): Tile(rows=16, keys=32, num_warps=4, num_stages=2),
-    (64, 4, _LARGE): Tile(rows=16, keys=64, num_warps=4, num_stages=2),
-    (128, 4, _SMALL): Tile(rows=16, keys=16, num_warps=4, num_stages=2),
-    (128, 4, _LARGE): Tile(rows=16, keys=32, num_warps=4, num_stages=2),
-    (256, 4, _SMALL): Tile(rows=16, keys=16, num_warps=8, num_stages=1),
-    (256, 4, _LARGE): Tile(rows=16, keys=16, num_warps=8, num_stages=2),
+    (64, _SMALL): Tile(rows=16, keys=64, num_warps=4, num_stages=3),
+    (64, _LARGE): Tile(rows=16, keys=128, num_warps=4, num_stages=3),
+    (128, _SMALL): Tile(rows=16, keys=32, num_warps=4, num_stages=3),
+    (128, _LARGE): Tile(rows=16, keys=64, num_warps=4, num_stages=3),
+    (256, _SMALL): Tile(rows=16, keys=32, num_warps=4, num_stages=2),
+    (256, _LARGE): Tile(rows=16, keys=32, num_warps=4, num_stages=3),
+}
+
+_FLOAT32 = {
+    # head_pad, for both kernels
+    64: Tile(rows=16, keys=32, num_warps=4, num_stages=2),
+    128: Tile(rows=16, keys=16, num_warps=4, num_stages=2),
+    256: Tile(rows=16, keys=16, num_warps=8, num_stages=2),
 }
 
 
@@ -66,17 +63,25 @@ def head_pad(head_dim: int) -> int:
 
 
 def prefill_tile(head_dim: int, kv: torch.Tensor) -> Tile:
-    """The tile of `attention_prefill` for a pool."""
-    return _PREFILL[_key(head_dim, kv)]
+    """The tile of `attention_prefill` for a pool. Raises ConfigError for heads above 256."""
+    return _look_up(_PREFILL, head_dim, kv)
 
 
 def decode_tile(head_dim: int, kv: torch.Tensor) -> Tile:
-    """The tile of `attention_decode` for a pool."""
-    return _DECODE[_key(head_dim, kv)]
+    """The tile of `attention_decode` for a pool. Raises ConfigError for heads above 256."""
+    return _look_up(_DECODE, head_dim, kv)
 
 
-def _key(head_dim: int, kv: torch.Tensor) -> tuple[int, int, int]:
-    return max(64, head_pad(head_dim)), kv.element_size(), _shared_memory(kv.device)
+def _look_up(table: dict[tuple[int, int], Tile], head_dim: int, kv: torch.Tensor) -> Tile:
+    pad = max(64, head_pad(head_dim))
+    if pad > 256:
+        raise ConfigError(
+            f"the Triton kernels take heads of up to 256 elements, and this model's have "
+            f"{head_dim}; choose the kernels 'reference'"
+        )
+    if kv.element_size() == 4:
+        return _FLOAT32[pad]
+    return table[pad, _shared_memory(kv.device)]
 
 
 @lru_cache
