@@ -161,6 +161,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
             _python(
                 *("conductor", "--host", options.host, "--port", str(http_port)),
                 *("--grpc-port", str(grpc_port), "--announce", *common),
+                *("--drain-timeout", str(options.drain_timeout)),
             ),
             environ,
         )

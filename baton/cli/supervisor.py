@@ -24,6 +24,7 @@ _MAX_RESTARTS = 5  # in a row
 _BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 10.0
 _WORKER_GRACE_S = 10.0
+_CLOSE_GRACE_S = 5.0  # what the conductor may take beyond the drain that it does itself
 
 Result = TypeVar("Result")
 
@@ -198,11 +199,11 @@ class Supervisor:
         self._stopping = True
         self.reporter.settle()
         conductor, *workers = [process.child for process in self._processes.values()]
-        if self._failure is None:
+        if self._ready and self._failure is None:
             self.reporter.event("draining", "draining: running requests finish", phase="drain")
-        grace_s = self.plan.drain_timeout_s if self._failure is None else 1.0
+        grace_s = 1.0 if self._failure else self.plan.drain_timeout_s + _CLOSE_GRACE_S
         await conductor.stop(grace_s, self._hurry)
-        self.reporter.event("stopping", "stopping workers", phase="stop workers")
+        self.reporter.event("stopping", "stopping the workers", phase="stop workers")
         ended = await asyncio.gather(
             *(worker.stop(_WORKER_GRACE_S, self._hurry) for worker in workers)
         )

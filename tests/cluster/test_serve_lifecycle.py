@@ -115,8 +115,8 @@ def test_bench_counts_what_it_asked_for(cluster: Cluster) -> None:
 
 def test_ctrl_c_lets_running_requests_finish(start_cluster: ClusterFactory) -> None:
     answers: list[Any] = []
-    with start_cluster("--kv-memory-mib", "64") as cluster:
-        body = {"model": "demo", "prompt": "def f", "max_tokens": 400, "ignore_eos": True}
+    with start_cluster("--kv-memory-mib", "64", "--drain-timeout", "50") as cluster:
+        body = {"model": "demo", "prompt": "def f", "max_tokens": 300, "ignore_eos": True}
         asking = threading.Thread(
             target=lambda: answers.append(cluster.post("/v1/completions", body))
         )
@@ -127,7 +127,7 @@ def test_ctrl_c_lets_running_requests_finish(start_cluster: ClusterFactory) -> N
         assert cluster.stop(signal.SIGINT) == 0
         asking.join(30)
     assert answers[0].status_code == 200
-    assert answers[0].json()["usage"]["completion_tokens"] == 400
+    assert answers[0].json()["usage"]["completion_tokens"] == 300
 
 
 def test_children_end_when_serve_is_killed(tmp_path: Path) -> None:
@@ -177,6 +177,14 @@ def test_a_worker_that_refuses_its_flags_is_quoted(monkeypatch: pytest.MonkeyPat
     assert done.returncode == 1
     assert "block size" in done.stderr.lower().replace("_", " ").replace("-", " ")
     assert not wait_until_gone(lambda: pids_with("BATON_CLUSTER_TOKEN=refused-flags"), 10.0)
+
+
+def test_doctor_finds_that_this_machine_can_serve() -> None:
+    done = run_cli("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["torch"]["verdict"] == "ok"
+    assert "shm" in checks["transports"]["detail"]
 
 
 def test_commands_without_a_cluster_say_so() -> None:

@@ -114,6 +114,7 @@ def test_the_plan_starts_one_conductor_and_the_workers() -> None:
     assert conductor.argv[1:3] == ("-m", "conductor")
     assert flags_of(conductor.argv)["--port"] == "0"
     assert flags_of(conductor.argv)["--grpc-port"] == "7"
+    assert flags_of(conductor.argv)["--drain-timeout"] == "30.0"
     assert "--announce" in conductor.argv
     workers = plan.workers(ADDRESSES)
     assert [spec.name for spec in workers] == [

@@ -150,7 +150,8 @@ async def test_a_signal_while_starting_stops_quietly(tmp_path: Path) -> None:
     supervisor = Supervisor(plan(tmp_path, conductor="silent"), recorder)
     recorder.on_event = lambda event: supervisor.stop() if event == "progress" else None
     await run(supervisor)
-    assert recorder.names()[-1] == "stopped"
+    assert recorder.names()[-2:] == ["stopping", "stopped"]
+    assert "draining" not in recorder.names()
 
 
 async def test_cancelling_leaves_no_process(tmp_path: Path) -> None:
