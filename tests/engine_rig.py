@@ -41,11 +41,13 @@ class Recorder:
     prefilled: dict[AttemptId, tuple[SampledToken, int, int]] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     on_output: Callable[[AttemptOutput], None] = lambda output: None
+    on_ready: Callable[[KvReady], None] = lambda ready: None
 
     def on_kv_ready(self, ready: tuple[KvReady, ...]) -> None:
         for one in ready:
             self.events.append(("ready", one.attempt))
             self.ready.setdefault(one.attempt, []).append(one)
+            self.on_ready(one)
         self.changed.set()
 
     def on_prefilled(

@@ -14,6 +14,7 @@ becomes first. Blocks held outside of the line (reservations, leases) have deadl
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -26,6 +27,8 @@ from baton.engine.waiting import Line, Reservation, WaitingLine
 from baton.errors import InternalError, Overloaded
 from baton.types.fleet import WorkerLoad
 from baton.types.request import AttemptId, FinishReason, SampledToken, WireError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +239,7 @@ class Scheduler:
         hits = self._cache.match(sequence)
         self._pool.share(hits)
         fresh = self._config.layout.blocks_for(len(sequence.context)) - len(hits)
-        if self._pool.available < fresh + self._headroom(sequence):
+        if self._pool.available < fresh + self._headroom():
             self._pool.release(hits)
             return False
         blocks = self._pool.allocate(fresh)
@@ -296,6 +299,12 @@ class Scheduler:
         self._stop_running(sequence)
         sequence.computed = 0
         sequence.preemptions += 1
+        log.info(
+            "%s makes way at %d tokens, for the %d. time: the KV pool is full.",
+            sequence.task.attempt,
+            len(sequence.context),
+            sequence.preemptions,
+        )
         self._waiting.add(sequence)
 
     def _advance(self, item: BatchItem, token: SampledToken | None, now: float) -> Advance:
@@ -338,19 +347,13 @@ class Scheduler:
         """Reservations that will become running sequences."""
         return sum(not reservation.quarantined for reservation in self._granted)
 
-    def _headroom(self, entry: Sequence | Reservation) -> int:
-        """Blocks to leave for others when `entry` gets its own: one for each that will grow, so
-        that a newcomer is not preempted as soon as it came."""
-        headroom = self._reserved() + sum(not s.hand_off for s in self._running)
-        if isinstance(entry, Sequence) and entry.preemptions:
-            # It was preempted for want of a block: coming back is of use only if it can grow.
-            layout, length = self._config.layout, len(entry.context)
-            grown = min(layout.blocks_for(length + 1), self._pool.num_blocks)
-            headroom += grown - layout.blocks_for(length)
-        return headroom
+    def _headroom(self) -> int:
+        """Blocks that a newcomer leaves to the others: one for each that will grow, so that nobody
+        is preempted as soon as it came."""
+        return self._reserved() + sum(not sequence.hand_off for sequence in self._running)
 
     def _allocate_for(self, reservation: Reservation) -> tuple[int, ...] | None:
-        if self._pool.available < reservation.num_blocks + self._headroom(reservation):
+        if self._pool.available < reservation.num_blocks + self._headroom():
             return None
         return self._pool.allocate(reservation.num_blocks)
 

@@ -106,15 +106,16 @@ class Sequence:
             self.first_token_at = now
 
     def natural_end(self, max_model_len: int) -> FinishReason | None:
-        """STOP or LENGTH when the answer so far is complete.
+        """STOP or LENGTH when the answer so far is complete. (The sampler keeps stop tokens out
+        while there are fewer than `min_tokens`.)
 
         The end-of-sequence or stop token is part of the answer's tokens; whoever makes text of
         them leaves it out.
         """
-        output, params = self.num_output, self.task.sampling
-        if output > params.min_tokens and self.context[-1] in self.stop_ids:
+        output = self.num_output
+        if output and self.context[-1] in self.stop_ids:
             return FinishReason.STOP
-        if output >= params.max_tokens or len(self.context) >= max_model_len:
+        if output >= self.task.sampling.max_tokens or len(self.context) >= max_model_len:
             return FinishReason.LENGTH
         return None
 

@@ -146,7 +146,9 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
+)
 
 
 def test_the_deepest_block_of_a_chain_is_evicted_first() -> None:

@@ -7,8 +7,9 @@ import random
 
 import pytest
 
+from baton.engine.events import KvReady
 from baton.errors import Cancelled, StaleAttempt
-from baton.types.request import FinishReason, GenerationTask
+from baton.types.request import AttemptId, FinishReason, GenerationTask
 from tests.engine_rig import LAYERS, covered, make_rig, make_task, running
 from tests.fake_runner import expected_for
 
@@ -20,6 +21,7 @@ class Chaos:
         self.dice = random.Random(seed)
         self.source = make_rig(num_blocks=14, layer_groups=2, max_batch_tokens=9, max_num_seqs=3)
         self.target = make_rig(num_blocks=13, max_batch_tokens=9, max_num_seqs=4)
+        self.read: dict[tuple[AttemptId, int], dict[int, tuple[int, int]]] = {}
         self.tasks = [
             make_task(
                 f"t{i}",
@@ -31,7 +33,15 @@ class Chaos:
             for i in range(24)
         ]
 
+    def transfer(self, ready: KvReady) -> None:
+        """Read at once what is published: it must be final already."""
+        if ready.layer_end == LAYERS:
+            for index, block in enumerate(ready.blocks, ready.first_block):
+                content = dict(self.source.runner.memory.blocks[block])
+                self.read[ready.attempt, index] = content
+
     async def run(self) -> None:
+        self.source.heard.on_ready = self.transfer
         async with running(self.source), running(self.target), asyncio.timeout(60):
             async with asyncio.TaskGroup() as group:
                 for task in self.tasks:
@@ -71,9 +81,9 @@ class Chaos:
         if attempt in heard.finishes:
             return
         first, _, cached = heard.prefilled[attempt]
-        cells = covered(heard.ready[attempt])
-        theirs = [cells[index, LAYERS - 1] for index in range(len(blocks))]
-        self.target.runner.memory.copy_from(self.source.runner.memory, theirs, blocks)
+        assert len(covered(heard.ready[attempt])) == len(blocks) * LAYERS
+        for index, block in enumerate(blocks):
+            self.target.runner.memory.blocks[block] = self.read[attempt, index]
         self.source.engine.release(attempt)
         self.target.engine.admit(task, blocks, first, cached)
         await self.target.heard.finish(attempt)

@@ -1,140 +1,18 @@
-"""The scheduler without a loop: what a step contains, and random workloads in tiny pools."""
+"""The scheduler without a loop: what a step contains, who makes way, who waits."""
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from baton.engine.batch import Batch
-from baton.engine.block_pool import BlockPool
-from baton.engine.config import EngineConfig
-from baton.engine.publish import Publisher
-from baton.engine.scheduler import Advance, Scheduler
 from baton.engine.sequence import Ending, Sequence
-from baton.engine.waiting import Line, Reservation, WaitingLine
+from baton.engine.waiting import Line, WaitingLine
 from baton.errors import ConfigError, InternalError, InvalidRequest, Overloaded
 from baton.types.fleet import BlockState
-from baton.types.request import AttemptId, FinishReason, GenerationTask, SamplingParams
-from tests.fake_runner import FakeRunner, expected_answer, fake_layout
-
-BLOCK = 4
-CANCELLED = Ending(FinishReason.CANCELLED)
-
-
-@dataclass
-class Rig:
-    """A scheduler, a publisher and a fake runner, stepped by hand."""
-
-    config: EngineConfig
-    steps: int = 0
-    numbers: int = 0
-    answers: dict[int, list[int]] = field(default_factory=dict)
-    endings: dict[int, Ending] = field(default_factory=dict)
-    handed: list[Sequence] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.pool = BlockPool(self.config.num_blocks)
-        self.scheduler = Scheduler(self.pool, self.config)
-        self.publisher = Publisher(self.pool, self.config.layout)
-        self.runner = FakeRunner(self.config.layout)
-
-    def sequence(self, task: GenerationTask, hand_off: bool = False) -> Sequence:
-        self.numbers += 1
-        sequence = Sequence(self.numbers, task, self.config.eos_token_ids, 0.0, hand_off)
-        self.answers[sequence.number] = []
-        return sequence
-
-    def submit(self, task: GenerationTask, hand_off: bool = False) -> Sequence:
-        sequence = self.sequence(task, hand_off)
-        self.scheduler.enqueue(sequence)
-        return sequence
-
-    def reserve(self, num_blocks: int, priority: int = 0) -> Reservation:
-        self.numbers += 1
-        order = (priority, self.numbers)
-        attempt = AttemptId(f"reservation {self.numbers}")
-        reservation = Reservation(self.numbers, attempt, num_blocks, order, lambda blocks: None)
-        self.scheduler.enqueue(reservation)
-        return reservation
-
-    def schedule(self) -> Batch | None:
-        batch = self.scheduler.schedule(0.0)
-        if batch is not None:
-            assert batch.num_tokens <= self.config.max_batch_tokens
-            assert len(batch.items) <= self.config.max_num_seqs
-            self.publisher.begin(self.scheduler.scheduled(batch))
-        self.scheduler.check_integrity()
-        return batch
-
-    def commit(self, batch: Batch) -> tuple[Advance, ...]:
-        result = self.runner.execute(batch)
-        self.publisher.end()
-        advances = self.scheduler.commit(batch, result, 0.0)
-        self.record(advances)
-        self.scheduler.check_integrity()
-        return advances
-
-    def step(self) -> Batch | None:
-        batch = self.schedule()
-        if batch is not None:
-            self.commit(batch)
-        return batch
-
-    def record(self, advances: tuple[Advance, ...]) -> None:
-        for advance in advances:
-            number = advance.sequence.number
-            assert number not in self.endings, "something happened after the end"
-            if advance.token is not None:
-                assert advance.token.index == len(self.answers[number]) + len(
-                    advance.sequence.task.output
-                )
-                self.answers[number].append(advance.token.token_id)
-            if advance.ending is not None:
-                self.endings[number] = advance.ending
-            if advance.handed_off:
-                self.handed.append(advance.sequence)
-
-    def cancel(self, sequence: Sequence) -> None:
-        if sequence.number not in self.endings and self.scheduler.remove(sequence, CANCELLED):
-            self.record((Advance(sequence, ending=CANCELLED),))
-
-    def drain(self, limit: int = 2000) -> None:
-        for _ in range(limit):
-            if self.step() is None:
-                return
-        raise AssertionError("the work never ends")
-
-
-def make_rig(num_blocks: int = 16, **values: int | bool | tuple[int, ...]) -> Rig:
-    settings_: dict[str, object] = {
-        "max_model_len": 64,
-        "max_num_seqs": 4,
-        "max_batch_tokens": 16,
-        **values,
-    }
-    return Rig(EngineConfig(fake_layout(BLOCK), num_blocks, **settings_))  # type: ignore[arg-type]
-
-
-def make_task(
-    length: int, max_tokens: int = 4, start: int = 0, priority: int = 0, name: str = ""
-) -> GenerationTask:
-    return GenerationTask(
-        AttemptId(name or f"{start}+{length}"),
-        tuple(range(start, start + length)),
-        SamplingParams(max_tokens=max_tokens, temperature=0),
-        priority=priority,
-    )
-
-
-def shape(batch: Batch | None) -> list[tuple[int, int, int]]:
-    """(sequence, start, tokens) of every item."""
-    assert batch is not None
-    return [(item.sequence, item.start, len(item.tokens)) for item in batch.items]
-
+from baton.types.request import AttemptId, FinishReason
+from tests.fake_runner import expected_answer
+from tests.scheduler_rig import make_rig, make_task, shape
 
 # -- what a step contains -------------------------------------------------------------------
 
@@ -229,20 +107,57 @@ def test_growth_preempts_the_youngest_of_the_lowest_priority() -> None:
         assert rig.answers[sequence.number] == expected_answer(task.prompt, task.sampling)
 
 
+def test_a_victim_waits_with_its_answer_so_far() -> None:
+    rig = make_rig(num_blocks=6)
+    rig.submit(make_task(8, 16))
+    victim = rig.submit(make_task(4, 16, 100))
+    while not victim.preemptions:
+        rig.step()
+    assert (victim.blocks, victim.computed) == ((), 0)
+    assert rig.scheduler.load().waiting_tokens == len(victim.context) > 4
+    rig.drain()
+
+
 def test_published_sequences_are_never_preempted() -> None:
-    rig = make_rig(num_blocks=7, max_batch_tokens=8)
-    decode = rig.submit(make_task(4, 16))
+    rig = make_rig(num_blocks=7, max_batch_tokens=5, max_num_seqs=3)
+    decode = rig.submit(make_task(7, 10))
+    rig.step()
     rig.step()
     published = rig.submit(make_task(16, 2, 100, priority=9), hand_off=True)
-    for _ in range(6):
-        rig.step()
-    assert (published.leased, published.preemptions) == (4, 0)
+    rig.step()
+    assert (len(decode.context), len(decode.blocks)) == (9, 2), "it needs a block"
+    rig.pool.allocate(rig.pool.available)  # which somebody else took
+    rig.scheduler.schedule(0.0)
+    assert decode.preemptions == 1
+    assert (published.leased, published.preemptions) == (1, 0)
+
+
+def test_when_everybody_made_way_somebody_else_starts() -> None:
+    rig = make_rig(num_blocks=6, max_num_seqs=1)
+    leased = rig.submit(make_task(12, 2, 100), hand_off=True)
     rig.drain()
-    assert decode.preemptions > 0
-    assert decode.number not in rig.endings, "it waits for the lease to end"
-    rig.scheduler.remove(published, Ending(FinishReason.HANDED_OFF))
+    decode = rig.submit(make_task(9, 16, priority=5))
+    rig.step()
+    urgent = rig.submit(make_task(5, 2, 200))
+    while not decode.preemptions:
+        assert shape(rig.step())[0][0] in (decode.number, urgent.number)
+    assert urgent.number in rig.endings or urgent.blocks
+    rig.drain()
+    assert rig.endings.keys() == {urgent.number}, "the other waits for the lease to end"
+    rig.scheduler.remove(leased, Ending(FinishReason.HANDED_OFF))
     rig.drain()
     assert rig.endings[decode.number].reason is FinishReason.LENGTH
+
+
+def test_blocks_of_answers_are_found_again_too() -> None:
+    rig = make_rig(max_batch_tokens=32)
+    rig.submit(make_task(6, 7))
+    rig.drain()
+    turn = make_task(6)
+    prompt = (*turn.prompt, *rig.answers[1], 7, 7)
+    second = rig.submit(replace(turn, prompt=prompt, attempt=AttemptId("next turn")))
+    rig.drain()
+    assert second.cached_tokens == 12  # of the 12 tokens whose KV the first one had computed
 
 
 def test_an_answer_that_outgrows_the_pool_ends_with_an_error() -> None:
@@ -389,125 +304,3 @@ def test_what_can_never_fit_is_refused() -> None:
         with pytest.raises(InvalidRequest) as raised:
             config.require_fit(task)
         assert raised.value.param == "prompt"
-
-
-# -- random workloads -----------------------------------------------------------------------
-
-EOS = tuple(range(0, 997, 43))
-MAX_LEN = 28
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One request of a random workload, and what happens to it."""
-
-    at: int
-    task: GenerationTask
-    hand_off: bool
-    cancel_at: int | None
-    cancel_in_step: bool
-
-
-def random_plan(dice: random.Random, index: int) -> Plan:
-    start = 100 * dice.randrange(3)  # requests with the same start share a prefix
-    prompt = tuple(range(start, start + dice.randint(1, 24)))
-    params = SamplingParams(
-        max_tokens=dice.randint(1, 20), seed=index, min_tokens=dice.choice((0, 0, 3))
-    )
-    answer = expected_answer(prompt, params, EOS, MAX_LEN)
-    resumed = tuple(answer[: min(dice.choice((0, 0, 2)), len(answer) - 1)])
-    task = GenerationTask(AttemptId(str(index)), prompt, params, resumed, dice.randint(0, 2))
-    at = dice.randint(0, 20)
-    cancel_at = at + dice.randint(0, 30) if dice.random() < 0.25 else None
-    return Plan(at, task, dice.random() < 0.25, cancel_at, dice.random() < 0.5)
-
-
-class Workload:
-    """Random requests, cancels, reservations and hand-offs on one rig."""
-
-    def __init__(self, dice: random.Random) -> None:
-        seqs = dice.randint(1, 6)
-        self.dice = dice
-        self.rig = make_rig(
-            dice.randint(7, 14),
-            max_num_seqs=seqs,
-            max_batch_tokens=seqs + dice.randint(0, 20),
-            max_model_len=MAX_LEN,
-            eos_token_ids=EOS,
-            prefix_caching=dice.random() < 0.7,
-        )
-        self.plans = [random_plan(dice, index) for index in range(dice.randint(1, 14))]
-        self.live: list[tuple[Plan, Sequence]] = []
-        self.reservations: list[Reservation] = []
-
-    def run(self) -> None:
-        for now in range(3000):
-            self.arrive(now)
-            self.cancel(now, in_step=False)
-            batch = self.rig.schedule()
-            self.cancel(now, in_step=True)
-            if batch is not None:
-                self.rig.commit(batch)
-            idle = batch is None and not self.rig.handed and not self.reservations
-            self.let_go()
-            self.rig.scheduler.check_integrity()
-            if now > 51 and idle:
-                return
-        raise AssertionError("the work never ends")
-
-    def arrive(self, now: int) -> None:
-        for plan in self.plans:
-            if plan.at == now:
-                self.live.append((plan, self.rig.submit(plan.task, plan.hand_off)))
-        if now < 30 and self.dice.random() < 0.1:
-            self.reservations.append(self.rig.reserve(self.dice.randint(1, 4)))
-
-    def cancel(self, now: int, in_step: bool) -> None:
-        for plan, sequence in self.live:
-            if plan.cancel_at == now and plan.cancel_in_step == in_step:
-                self.rig.cancel(sequence)
-
-    def let_go(self) -> None:
-        """Some leases end, some transfers are done with their blocks."""
-        rig = self.rig
-        for sequence in rig.handed[: self.dice.randint(0, 1)]:
-            rig.handed.remove(sequence)
-            if sequence.number not in rig.endings:
-                ending = Ending(FinishReason.HANDED_OFF)
-                assert rig.scheduler.remove(sequence, ending)
-                rig.record((Advance(sequence, ending=ending),))
-        for reservation in [r for r in self.reservations if self.dice.random() < 0.2]:
-            if reservation.blocks and not reservation.quarantined and self.dice.random() < 0.3:
-                rig.scheduler.quarantine(reservation)
-            else:
-                self.reservations.remove(reservation)
-                rig.scheduler.drop_reservation(reservation)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32))
-def test_random_workloads_give_the_answers_of_an_idle_machine(seed: int) -> None:
-    """Whatever is preempted, shared, cancelled or published: right tokens, one ending each."""
-    work = Workload(random.Random(seed))
-    work.run()
-    rig = work.rig
-    assert len(rig.endings) == len(work.plans), "everything ends"
-    for _, sequence in work.live:
-        check_answer(rig, sequence)
-    counts = dict(rig.pool.counts())
-    assert counts[BlockState.FREE] + counts[BlockState.CACHED] == rig.pool.num_blocks
-
-
-def check_answer(rig: Rig, sequence: Sequence) -> None:
-    task, ending = sequence.task, rig.endings[sequence.number]
-    answer = rig.answers[sequence.number]
-    expected = expected_answer(task.prompt, task.sampling, EOS, MAX_LEN, task.output)
-    if ending.reason is FinishReason.HANDED_OFF:
-        assert answer == expected[:1]
-    elif ending.reason is FinishReason.CANCELLED:
-        assert answer == expected[: len(answer)]
-    else:
-        assert ending.error is None
-        assert answer == (expected[:1] if sequence.hand_off else expected)
-        stopped = answer[-1] in EOS
-        assert ending.reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
