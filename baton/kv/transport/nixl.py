@@ -149,7 +149,8 @@ class NixlTransport:
             if transfer.peer == peer:
                 transfer.settle(TransportError(f"read from {peer} failed: it was disconnected"))
                 transfer.stop()
-        await asyncio.wrap_future(self._thread.call(lambda: self._forget(source)))
+        forget = self._thread.call(lambda: self._forget(source))
+        await asyncio.wait([asyncio.wrap_future(forget)], timeout=CONNECT_S)
 
     def _forget(self, source: _Source) -> None:
         """On the agent thread. NIXL ends what is under way towards the peer."""

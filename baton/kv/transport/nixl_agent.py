@@ -14,6 +14,7 @@ meanwhile). Why not NIXL's own progress thread: it spins, also in idle workers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -241,6 +242,6 @@ class AgentThread:
     def _notify(
         self, tell: Callable[[TransportError | None], None], error: TransportError | None
     ) -> None:
-        if self._loop is None or self._loop.is_closed():
-            return  # nobody is left to hear it
-        self._loop.call_soon_threadsafe(tell, error)
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+                self._loop.call_soon_threadsafe(tell, error)
