@@ -16,7 +16,7 @@ from baton.kv.handoff.publisher import HandoffPublisher
 from baton.kv.handoff.reader import Fetched, HandoffReader
 from baton.kv.layout import byte_range
 from baton.kv.transport.base import PoolMemory
-from baton.kv.transport.loopback import FaultPlan, LoopbackFabric, LoopbackTransport
+from baton.kv.transport.loopback import Fault, FaultPlan, LoopbackFabric, LoopbackTransport
 from baton.rpc.memory import MemoryNetwork
 from baton.rpc.services import Duplex
 from baton.types.fleet import KvLayout, Peer
@@ -157,6 +157,16 @@ async def cluster(
             task.cancel()
     for transport in list(fabric.members.values()):
         await transport.close()
+
+
+class Plan:
+    """Every read meets the same fault."""
+
+    def __init__(self, **fault: object) -> None:
+        self.fault = Fault(**fault)  # type: ignore[arg-type]
+
+    def on_read(self, reader: str, source: str, nbytes: int) -> Fault:
+        return self.fault
 
 
 def same(local: Bytes, remote: Bytes) -> bool:

@@ -1,0 +1,88 @@
+"""Streams that break or never begin: both sides free what was attached, and go on."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from baton.errors import PeerGone
+from baton.kv.handoff.leases import Ending
+from baton.types.handoff import Attach, Refused
+from baton.types.request import AttemptId
+from tests.unit.handoff_kit import FIRST, Plan, cluster, same
+from tests.virtual_time import settle, virtual_time, within
+
+A = AttemptId("a", 1)
+
+
+@virtual_time
+async def test_killing_prefill_fails_all_fetches_and_ends_their_quarantine() -> None:
+    async with cluster(Plan(hang=True)) as c:
+        prefill, decode = await c.prefill(), await c.decode()
+        attempts = [AttemptId(f"r{n}") for n in range(4)]
+        for n, attempt in enumerate(attempts):
+            prefill.publish(attempt, (n,))
+        fetches = [
+            asyncio.create_task(decode.fetch(a, prefill.peer, (n,))) for n, a in enumerate(attempts)
+        ]
+        await asyncio.sleep(1)
+        c.network.kill(prefill.address)
+        done, _ = await asyncio.wait(fetches, timeout=5)
+        assert [type(f.exception()) for f in done] == [PeerGone] * 4
+        await settle()
+        assert sorted(map(str, decode.idle)) == sorted(map(str, attempts))
+        assert {how for _, how in prefill.endings} == {Ending.ABORTED}
+        assert not prefill.publisher.live()
+        with pytest.raises(PeerGone):
+            await decode.fetch(attempts[0], prefill.peer, (1,))
+
+
+@virtual_time
+async def test_killing_decode_frees_everything_it_had_attached() -> None:
+    async with cluster() as c:
+        prefill, decode = await c.prefill(), await c.decode()
+        other = AttemptId("other")
+        for attempt in (A, other):
+            prefill.publish(attempt, (1,))
+        fetching = asyncio.create_task(decode.fetch(A, prefill.peer, (1,)))
+        await asyncio.sleep(1)
+        c.network.kill("d0")
+        await settle()
+        assert prefill.endings == [(A, Ending.ABORTED)]
+        assert prefill.released == [A]
+        assert prefill.publisher.live() == (other,)  # nobody had attached it; its lease runs
+        await asyncio.wait([fetching])
+
+
+@virtual_time
+async def test_a_worker_that_dials_again_gets_a_working_stream() -> None:
+    async with cluster() as c:
+        prefill, decode = await c.prefill(), await c.decode()
+        fetching = asyncio.create_task(decode.fetch(A, prefill.peer, (1,)))
+        await asyncio.sleep(1)
+        service = prefill
+        c.network.kill("d0")  # the connection, seen from both ends; the process lives on
+        await asyncio.wait([fetching])
+        c.network.add_handoff(prefill.address, service)
+        again = AttemptId("a", 2)
+        prefill.publish(again, (4,))
+        prefill.publisher.prefilled(again, FIRST, 1)
+        await within(5, decode.fetch(again, prefill.peer, (1,)))
+        assert same(decode.block(1), prefill.block(4))
+
+
+@virtual_time
+async def test_a_stream_must_begin_with_hello_in_time() -> None:
+    async with cluster() as c:
+        prefill = await c.prefill()
+        dialer = c.network.handoff_dialer("hand")
+        rude = await dialer.pair(prefill.address, 1.0)
+        await rude.send(Attach(A))
+        answer = await rude.receive()
+        assert isinstance(answer, Refused)
+        assert answer.attempt is None
+        silent = await dialer.pair(prefill.address, 1.0)
+        with pytest.raises(PeerGone):
+            await within(60, silent.receive())
+        assert asyncio.get_running_loop().time() == pytest.approx(10)
