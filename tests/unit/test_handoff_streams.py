@@ -52,7 +52,8 @@ async def test_killing_decode_frees_everything_it_had_attached() -> None:
         assert prefill.endings == [(A, Ending.ABORTED)]
         assert prefill.released == [A]
         assert prefill.publisher.live() == (other,)  # nobody had attached it; its lease runs
-        await asyncio.wait([fetching])
+        with pytest.raises(PeerGone):
+            await fetching
 
 
 @virtual_time
@@ -63,7 +64,8 @@ async def test_a_worker_that_dials_again_gets_a_working_stream() -> None:
         await asyncio.sleep(1)
         service = prefill
         c.network.kill("d0")  # the connection, seen from both ends; the process lives on
-        await asyncio.wait([fetching])
+        with pytest.raises(PeerGone):
+            await fetching
         c.network.add_handoff(prefill.address, service)
         again = AttemptId("a", 2)
         prefill.publish(again, (4,))
