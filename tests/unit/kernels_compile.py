@@ -32,7 +32,11 @@ Compiled = dict[str, str | int]
 def compile_kernel(
     kernel: Any, arch: int, dtype: str, constants: dict[str, int], **options: int
 ) -> Compiled:
-    """Compile down to machine code; says how much shared memory (bytes) one program takes."""
+    """Compile down to machine code, with those of `constants` that the kernel has as arguments.
+
+    Says how much shared memory (bytes) one program takes.
+    """
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -44,7 +48,7 @@ def compile_kernel(
         else:
             signature[name] = POINTERS.get(name, f"*{dtype}")
         # As at a launch: pointers and strides are multiples of 16.
-        if signature[name].startswith("*") or "stride" in name:
+        if signature[name].startswith("*") or (signature[name] == "i32" and "stride" in name):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         kernel,
@@ -57,7 +61,9 @@ def compile_kernel(
     return {"kernel": kernel.__name__, "arch": arch, "shared": compiled.metadata.shared}
 
 
-def attention(arch: int, dtype: str, head_dim: int, group: int, window: int) -> list[Compiled]:
+def attention(
+    arch: int, dtype: str, head_dim: int, group: int, window: int, ones: tuple[str, ...] = ()
+) -> list[Compiled]:
     memory = tiles._SMALL if divmod(arch, 10) in tiles._SMALL_GPUS else tiles._LARGE
     pad = max(64, tiles.head_pad(head_dim))
     float32 = tiles._FLOAT32[pad] if dtype == "fp32" else None
@@ -67,6 +73,7 @@ def attention(arch: int, dtype: str, head_dim: int, group: int, window: int) -> 
         "HEAD_PAD": tiles.head_pad(head_dim),
         "GROUP": group,
         "BLOCK_SIZE": 32,
+        **dict.fromkeys(ones, 1),
     }
     prefill = float32 or tiles._PREFILL[pad, memory]
     decode = float32 or tiles._DECODE[pad, memory]
@@ -92,14 +99,16 @@ def attention(arch: int, dtype: str, head_dim: int, group: int, window: int) -> 
 
 
 def compile_all() -> list[Compiled]:
-    """Every entry of the tile table for the GPUs that it was made for, and each other kernel."""
+    """Every two-byte tile for the GPUs that it is for, the larger float32 ones, and all kernels."""
     done = []
     for arch in (80, 86):
         for head_dim in (64, 128, 256):
             done += attention(arch, "bf16", head_dim, group=4, window=0)
-    for head_dim in (64, 128, 256):
+    for head_dim in (128, 256):
         done += attention(86, "fp32", head_dim, group=1, window=0)
     done += attention(90, "fp16", 80, group=7, window=1024)
+    # A launch turns integer arguments that are 1 into constants: one sequence of one block.
+    done += attention(90, "bf16", 128, group=8, window=0, ones=("batch", "table_stride", "splits"))
     join = {"WINDOW": 0, "HEAD_DIM": 80, "HEAD_PAD": 128} | SPLITS
     done.append(compile_kernel(attention_decode._join_splits, 80, "bf16", join, num_warps=4))
     write = {"HEAD_DIM": 80, "BLOCK_SIZE": 32, "CHUNK": 1024}
