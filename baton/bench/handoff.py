@@ -28,6 +28,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from baton import __version__
+from baton.bench.exposed import Exposure
 from baton.bench.handoff_source import LAYERS, bench_layout, fill, source_peer
 from baton.bench.stats import percentile
 from baton.errors import ConfigError, PeerGone
@@ -109,7 +110,9 @@ def run(
     return HandoffReport(tuple(results), total_mib, rounds)
 
 
-def as_json(report: HandoffReport, argv: Sequence[str]) -> dict[str, Any]:
+def as_json(
+    report: HandoffReport, exposures: Sequence[Exposure], argv: Sequence[str]
+) -> dict[str, Any]:
     """The report with what is needed to repeat it."""
     return {
         "benchmark": "handoff",
@@ -120,24 +123,28 @@ def as_json(report: HandoffReport, argv: Sequence[str]) -> dict[str, Any]:
         "total_mib": report.total_mib,
         "rounds": report.rounds,
         "results": [asdict(result) for result in report.results],
+        "exposed": [asdict(exposure) for exposure in exposures],
     }
 
 
 def table(report: HandoffReport) -> Table:
-    drawn = Table(title=f"KV handoff, {report.total_mib} MiB per round, {report.rounds} rounds")
-    for column in ("transport", "block", "read", "plain copy", "read/copy", "handoff"):
-        drawn.add_column(column, justify="left" if column == "transport" else "right")
-    drawn.add_column("one block p50 / p99", justify="right")
+    title = f"KV handoff, {report.total_mib} MiB per round, {report.rounds} rounds, GB/s"
+    drawn = Table(title=title)
+    drawn.add_column("transport")
+    for column in ("block KiB", "read", "copy", "read/copy", "handoff", "p50 µs", "p99 µs"):
+        drawn.add_column(column, justify="right")
     for r in report.results:
         drawn.add_row(
             r.transport,
-            f"{r.block_kib} KiB",
-            f"{r.transport_gbps:.2f} GB/s",
-            f"{r.copy_gbps:.2f} GB/s",
+            str(r.block_kib),
+            f"{r.transport_gbps:.2f}",
+            f"{r.copy_gbps:.2f}",
             f"{r.ratio:.0%}",
-            f"{r.handoff_gbps:.2f} GB/s",
-            f"{r.single_read_p50_s * 1e6:.0f} / {r.single_read_p99_s * 1e6:.0f} µs",
+            f"{r.handoff_gbps:.2f}",
+            f"{r.single_read_p50_s * 1e6:.0f}",
+            f"{r.single_read_p99_s * 1e6:.0f}",
         )
+    drawn.caption = "copy: the same scatter inside one process; µs: one block by itself"
     return drawn
 
 
