@@ -16,6 +16,7 @@ from baton.errors import BatonError
 from baton.model.spec import load_spec, resolve_model
 from baton.telemetry import setup_logging
 from baton.tokenizer import load_tokenizer
+from baton.worker.lifecycle import watch_parent
 from conductor.cluster import ConductorIdentity
 from conductor.config import ConductorConfig
 from conductor.server import Server
@@ -28,6 +29,8 @@ def main() -> int:
     try:
         config = parse_config(ConductorConfig, sys.argv[1:], os.environ, "python -m conductor")
         setup_logging(config.log_level, config.name)
+        if config.exit_with_parent:
+            watch_parent()
         model = load_model(config)
         asyncio.run(_serve(config, model))
     except BatonError as error:
@@ -57,10 +60,8 @@ def _default_name(model: str) -> str:
 async def _serve(config: ConductorConfig, model: ServedModel) -> None:
     server = Server(config, model, os.environ.get("BATON_CLUSTER_TOKEN", ""))
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.stop)
-    if config.exit_with_parent:
-        loop.add_reader(sys.stdin.fileno(), _on_parent, server)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, _on_signal, server, number)
 
     def on_listening(identity: ConductorIdentity) -> None:
         log.info("listening http=%s grpc=%s", identity.http, identity.grpc)
@@ -70,12 +71,11 @@ async def _serve(config: ConductorConfig, model: ServedModel) -> None:
     await server.run(on_listening)
 
 
-def _on_parent(server: Server) -> None:
-    """Standard input is a pipe from the parent: it ends when the parent has gone."""
-    number = sys.stdin.fileno()
-    if not os.read(number, 4096):
-        asyncio.get_running_loop().remove_reader(number)
-        server.stop(drain_s=0.0)
+def _on_signal(server: Server, number: signal.Signals) -> None:
+    """The first SIGINT or SIGTERM drains; a second one, or SIGHUP (our parent has gone), does not
+    wait for running requests."""
+    at_once = number is signal.SIGHUP or server.stopping
+    server.stop(drain_s=0.0 if at_once else None)
 
 
 def _announce(identity: ConductorIdentity) -> None:

@@ -14,9 +14,9 @@ import logging
 from dataclasses import dataclass, field
 
 from baton.errors import BatonError, LayoutMismatch, PeerGone, WorkerLost
-from baton.rpc.services import WorkerDialer
+from baton.rpc.services import Duplex, WorkerDialer
 from baton.types.fleet import FleetLease, Peer, Role, WorkerInfo, WorkerLoad, WorkerState
-from baton.types.link import ConductorMessage
+from baton.types.link import ConductorMessage, WorkerMessage
 from baton.types.request import AttemptId
 from conductor.link import Assignment, Link
 from conductor.router import FleetView, WorkerView
@@ -205,6 +205,7 @@ class Fleet:
             del self._members[member.info.name]
 
     async def _keep_link(self, member: _Member) -> None:
+        """Dial the worker, again and again, until it leaves; its lease ends this task otherwise."""
         delay = FIRST_REDIAL_S
         while not member.leaving:
             try:
@@ -214,23 +215,27 @@ class Fleet:
                     log.warning("worker %s cannot be reached: %s", member.info.name, error.message)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, LAST_REDIAL_S)
-                continue
-            delay = FIRST_REDIAL_S
-
-            def on_report(load: WorkerLoad) -> None:
-                member.seen_at = _now()
-                member.load = load
-
-            member.link = Link(member.info.name, stream, on_report)
-            member.linked_before = True
-            try:
-                reason = await member.link.run()
-            finally:
-                member.link = None
-            log.info("the link to worker %s ended: %s", member.info.name, reason)
-            await asyncio.sleep(0 if member.leaving else FIRST_REDIAL_S)
+            else:
+                delay = FIRST_REDIAL_S
+                await self._use_link(member, stream)
+                await asyncio.sleep(0 if member.leaving else delay)
         if self._members.get(member.info.name) is member:
             del self._members[member.info.name]
+
+    async def _use_link(
+        self, member: _Member, stream: Duplex[ConductorMessage, WorkerMessage]
+    ) -> None:
+        def on_report(load: WorkerLoad) -> None:
+            member.seen_at = _now()
+            member.load = load
+
+        member.link = Link(member.info.name, stream, on_report)
+        member.linked_before = True
+        try:
+            reason = await member.link.run()
+        finally:
+            member.link = None
+        log.info("the link to worker %s ended: %s", member.info.name, reason)
 
 
 def _now() -> float:

@@ -21,7 +21,7 @@ from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
-from conductor.http import check_key
+from conductor.http import body_too_large, check_key
 from conductor.request import Ask, Options, Prompt
 from conductor.service import Conductor
 from conductor.validate import DEFAULT_COMPLETION_TOKENS, check_model, make_chat
@@ -32,15 +32,18 @@ PARAM_KEY = "baton-error-param"
 log = logging.getLogger(__name__)
 
 
-def add_inference(server: grpc.aio.Server, conductor: Conductor, api_keys: Sequence[str]) -> None:
-    """Serve the public API on `server`."""
-    servicer = _InferenceServicer(conductor, [key.encode() for key in api_keys])
+def add_inference(
+    server: grpc.aio.Server, conductor: Conductor, max_bytes: int, api_keys: Sequence[str]
+) -> None:
+    """Serve the public API on `server`. Requests may have `max_bytes` bytes."""
+    servicer = _InferenceServicer(conductor, max_bytes, [key.encode() for key in api_keys])
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
 
 
 class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[misc]
-    def __init__(self, conductor: Conductor, api_keys: Sequence[bytes]) -> None:
+    def __init__(self, conductor: Conductor, max_bytes: int, api_keys: Sequence[bytes]) -> None:
         self._conductor = conductor
+        self._max_bytes = max_bytes
         self._api_keys = api_keys
 
     async def Generate(  # noqa: N802
@@ -50,7 +53,7 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
         generator's clean-up then cancels the work."""
         conductor = self._conductor
         try:
-            self._check_key(context)
+            self._check(request, context)
             timeout_s = context.time_remaining()
             prepared = await conductor.prepare(_to_ask(request), "gen", timeout_s)
             with_details = prepared.answers[0].sampling.logprobs is not None
@@ -67,7 +70,7 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.TokenizeResponse:
         try:
-            self._check_key(context)
+            self._check(request, context)
             limits = self._conductor.limits
             check_model(request.model, limits)
             prompt = _to_prompt(request, request.WhichOneof("input"))
@@ -77,20 +80,23 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
             await _abort(context, error)
 
     async def ListModels(  # noqa: N802
-        self, _request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
         try:
-            self._check_key(context)
+            self._check(request, context)
             limits = self._conductor.limits
             model = pb.Model(id=limits.model_name, max_model_len=limits.context)
             return pb.ListModelsResponse(models=[model])
         except Exception as error:
             await _abort(context, error)
 
-    def _check_key(self, context: grpc.aio.ServicerContext) -> None:
+    def _check(self, request: Any, context: grpc.aio.ServicerContext) -> None:
+        """Raises Unauthenticated without a valid key, InvalidRequest for an oversized request."""
         if self._api_keys:
             given = dict(context.invocation_metadata() or ()).get("authorization")
             check_key(given if isinstance(given, str) else None, self._api_keys)
+        if request.ByteSize() > self._max_bytes:
+            raise body_too_large(self._max_bytes)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:

@@ -141,7 +141,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The whole body. Raises InvalidRequest (413) beyond `limit` bytes, before reading them."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
-        raise _too_large(limit)
+        raise body_too_large(limit)
     parts: list[bytes] = []
     size = 0
     try:
@@ -149,7 +149,7 @@ async def read_body(request: Request, limit: int) -> bytes:
             async for part in request.stream():
                 size += len(part)
                 if size > limit:
-                    raise _too_large(limit)
+                    raise body_too_large(limit)
                 parts.append(part)
     except ClientDisconnect:
         raise InvalidRequest("the client went away before it had sent its request") from None
@@ -160,9 +160,9 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _too_large(limit: int) -> InvalidRequest:
+def body_too_large(limit: int) -> InvalidRequest:
     return InvalidRequest(
-        f"the body is larger than {limit} bytes: send less, or start the conductor with a larger "
+        f"the request is larger than {limit} bytes: send less, or start the conductor with a larger "
         "--max-body-bytes",
         code="body_too_large",
     )

@@ -53,6 +53,7 @@ class Server:
         self._dialer = dialer or GrpcWorkerDialer(token)
         self._stopping = asyncio.Event()
         self._drain_s = config.drain_timeout
+        self._draining: asyncio.Timeout | None = None
         self.conductor = Conductor(
             model,
             self._dialer,
@@ -63,10 +64,16 @@ class Server:
             ),
         )
 
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
     def stop(self, drain_s: float | None = None) -> None:
-        """Begin to end. The first call's drain time counts, unless a later one is shorter."""
+        """Begin to end; a later call may shorten the drain time (seconds from now)."""
         if drain_s is not None:
             self._drain_s = min(self._drain_s, drain_s)
+            if self._draining is not None:
+                self._draining.reschedule(asyncio.get_running_loop().time() + drain_s)
         self._stopping.set()
 
     async def run(self, on_listening: Callable[[ConductorIdentity], None]) -> None:
@@ -78,7 +85,7 @@ class Server:
             reflect=(SERVICE_NAME,),
         )
         rpc.add_fleet(conductor.fleet)
-        add_inference(rpc.grpc, conductor, config.api_key)
+        add_inference(rpc.grpc, conductor, config.max_body_bytes, config.api_key)
         with _listen(config.host, config.port) as listener:
             identity = self._identify(listener, await rpc.start())
             app = make_app(conductor, identity, config.max_body_bytes, config.api_key)
@@ -104,17 +111,26 @@ class Server:
         admission = self.conductor.admission
         log.info("stopping: no new requests; running=%d", self.conductor.running)
         admission.close()
+        if await self._drained():
+            return
+        log.warning("cancelling %d requests after the drain time", self.conductor.running)
+        self.conductor.abort_all(NoWorker("the conductor was shut down during the request"))
         try:
-            async with asyncio.timeout(self._drain_s):
+            async with asyncio.timeout(CANCEL_S):
                 await admission.wait_idle()
         except TimeoutError:
-            log.warning("cancelling %d requests after the drain time", self.conductor.running)
-            self.conductor.abort_all(NoWorker("the conductor was shut down during the request"))
-            try:
-                async with asyncio.timeout(CANCEL_S):
-                    await admission.wait_idle()
-            except TimeoutError:
-                log.warning("%d requests did not end", self.conductor.running)
+            log.warning("%d requests did not end", self.conductor.running)
+
+    async def _drained(self) -> bool:
+        """Whether everything has ended within the drain time, which `stop` may shorten."""
+        try:
+            async with asyncio.timeout(self._drain_s) as self._draining:
+                await self.conductor.admission.wait_idle()
+        except TimeoutError:
+            return False
+        finally:
+            self._draining = None
+        return True
 
     async def _follow_health(self, rpc: RpcServer) -> None:
         while True:

@@ -121,12 +121,16 @@ class Conductor:
     async def generate(self, request: Request) -> AsyncGenerator[list[Delta] | Usage, None]:
         """Deltas as they come, the usage last. Raises the one error that ended the request."""
         outcome = Cancelled.code  # what a generator that is closed early amounts to
+        serving: Serving | None = None
         try:
-            with self.admission.admit(request):
-                async with aclosing(self._serve(request)) as results:
-                    async for result in results:
-                        yield result
-            outcome = "ok"
+            with self.admission.admit(request), self.metrics.running.track_inprogress():
+                serving = self._dispatcher.serve(request)
+                self._servings.add(serving)
+                async with aclosing(serving.deltas()) as deltas:
+                    async for batch in deltas:
+                        yield batch
+                outcome = "ok"
+                yield serving.usage
         except BatonError as error:
             outcome = error.code
             raise
@@ -135,26 +139,14 @@ class Conductor:
             raise
         finally:
             self.metrics.requests.labels(outcome).inc()
-            self._note_end(request, outcome)
+            if serving is not None:
+                self._servings.discard(serving)
+                self._note_end(request, serving, outcome)
 
     def abort_all(self, error: BatonError) -> None:
         """End every running request with `error`."""
         for serving in list(self._servings):
             serving.abort(error)
-
-    async def _serve(self, request: Request) -> AsyncGenerator[list[Delta] | Usage, None]:
-        serving = self._dispatcher.serve(request)
-        self._servings.add(serving)
-        try:
-            with self.metrics.running.track_inprogress():
-                async with aclosing(serving.deltas()) as deltas:
-                    async for batch in deltas:
-                        yield batch
-            yield serving.usage
-        finally:
-            self._servings.discard(serving)
-            self.metrics.prompt_tokens.inc(serving.usage.prompt_tokens)
-            self.metrics.cached_tokens.inc(serving.usage.cached_tokens)
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Raises InvalidRequest when the chat template refuses the messages."""
@@ -164,13 +156,14 @@ class Conductor:
         decode = functools.partial(self.model.tokenizer.decode, ids, skip_special_tokens=False)
         return await self._offload(decode, len(ids))
 
-    def _note_end(self, request: Request, outcome: str) -> None:
-        timeline = self.traces.get(request.id)
-        if timeline is not None:
-            now = asyncio.get_running_loop().time()
-            timeline.outcome = outcome
-            span = self.traces.span("request", request.received, now)
-            timeline.add_span("conductor", "", span)
+    def _note_end(self, request: Request, serving: Serving, outcome: str) -> None:
+        usage = serving.usage
+        self.metrics.prompt_tokens.inc(usage.prompt_tokens)
+        self.metrics.cached_tokens.inc(usage.cached_tokens)
+        now = asyncio.get_running_loop().time()
+        serving.timeline.outcome = outcome
+        span = self.traces.span("request", request.received, now)
+        serving.timeline.add_span("conductor", "", span)
 
     async def _to_ids(self, prompt: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
         if isinstance(prompt, tuple):

@@ -215,6 +215,12 @@ async def test_api_keys() -> None:
         assert text_of(await generate(cluster, metadata=metadata)) == "hello"
 
 
+async def test_oversized_requests() -> None:
+    async with fake_server(max_body_bytes=1000) as cluster:
+        got = await failure(cluster, text="x" * 2000)
+        assert got[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "body_too_large")
+
+
 async def test_internal_services_need_the_cluster_token(cluster: FakeCluster) -> None:
     async with channel_to(cluster) as channel:
         stub = fleet_pb2_grpc.FleetStub(channel)

@@ -414,3 +414,28 @@ async def test_draining_refuses_new_requests_and_finishes_running_ones() -> None
             assert (await client.get("/ready")).status_code == 503
         cluster.conductor.abort_all(NoWorker("enough"))
         assert (await first).status_code == 503
+
+
+async def test_a_second_stop_does_not_wait_for_running_requests() -> None:
+    async with fake_server(say("abc", hang_at=2), drain_timeout=1000.0) as cluster:
+        first = asyncio.create_task(stream(cluster, "/v1/completions", prompt="x"))
+        await wait_for(lambda: cluster.conductor.running == 1)
+        assert cluster.server is not None
+        cluster.server.stop()
+        await wait_for(lambda: cluster.conductor.admission.closed)
+        cluster.server.stop(drain_s=0.0)
+        events, last = await first
+        assert events[-1]["error"]["code"] == "no_worker"
+        assert last != "[DONE]"
+
+
+async def test_a_refused_request_does_not_touch_the_trace_of_the_running_one() -> None:
+    async with fake_server(say("abc", hang_at=1)) as cluster:
+        first = asyncio.create_task(post(cluster, "/v1/completions", prompt="x", request_id="r"))
+        await wait_for(lambda: cluster.conductor.running == 1)
+        assert (await post(cluster, "/v1/completions", prompt="x", request_id="r")).is_error
+        timeline = cluster.conductor.traces.get("r")
+        assert timeline is not None
+        assert timeline.outcome == "running"
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
