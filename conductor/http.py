@@ -162,7 +162,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 def body_too_large(limit: int) -> InvalidRequest:
     return InvalidRequest(
-        f"the request is larger than {limit} bytes: send less, or start the conductor with a larger "
+        f"the request is larger than {limit} bytes: send less, or start the conductor with another "
         "--max-body-bytes",
         code="body_too_large",
     )
