@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,10 @@ from .tokenizer import END_OF_TEXT
 
 Ids = npt.NDArray[np.int64]
 
-POOL_WEIGHTS = {"library": 0.55, "tests": 0.35, "chat": 0.10}
+# Tests are most of the text but unlike other code: they teach the language early, and step back
+# while the learning rate decays.
+EARLY_MIXTURE = {"library": 0.55, "tests": 0.35, "chat": 0.10}
+LATE_MIXTURE = {"library": 0.74, "tests": 0.12, "chat": 0.14}
 # Share of windows that begin where a user's prompt may: at a file, a definition, a conversation.
 ALIGNED_SHARE = {"library": 0.3, "tests": 0.1, "chat": 0.8}
 SPLIT_RATE = 0.03
@@ -76,17 +79,22 @@ def find_splits(tokenizer: Tokenizer) -> Splits:
 
 
 class WindowSampler:
-    """Draws batches; the batch of a step depends on the seed and the step alone."""
+    """Draws batches; a batch depends on the seed, the step and the arguments alone."""
 
     def __init__(self, streams: dict[str, Stream], splits: Splits, seed: int) -> None:
         self._streams = streams
         self._splits = splits
         self._seed = seed
 
-    def draw(self, step: int, batch: int, length: int) -> tuple[Ids, Ids]:
-        """Inputs and targets, each [batch, length]; targets hold IGNORED where none is learned."""
+    def draw(
+        self, step: int, batch: int, length: int, mixture: Mapping[str, float] = EARLY_MIXTURE
+    ) -> tuple[Ids, Ids]:
+        """Inputs and targets, each [batch, length]; targets hold IGNORED where none is learned.
+
+        `mixture` is each pool's share of the windows.
+        """
         rng = np.random.default_rng((self._seed, step))
-        names = rng.choice(list(POOL_WEIGHTS), size=batch, p=list(POOL_WEIGHTS.values()))
+        names = rng.choice(list(mixture), size=batch, p=list(mixture.values()))
         windows = [self._window(str(name), length, rng) for name in names]
         inputs = np.stack([ids[:-1] for ids, _ in windows])
         targets = np.stack([np.where(learned, ids, IGNORED)[1:] for ids, learned in windows])

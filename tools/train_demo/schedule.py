@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WARMUP_STEPS = 40
-DECAY_FROM = 0.55
+DECAY_FROM = 0.5
 LONG_CONTEXT_FROM = 0.87
 FINAL_RATE = 0.02
 HURRY_SECONDS = 180.0

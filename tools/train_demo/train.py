@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dataset import Ids, WindowSampler
+from .dataset import EARLY_MIXTURE, LATE_MIXTURE, Ids, WindowSampler
 from .network import IGNORED, Decoder, token_losses
 from .reporter import Progress, Reporter
-from .schedule import Schedule, context_length, rate_factor
+from .schedule import DECAY_FROM, Schedule, context_length, rate_factor
 
 STEP_TOKENS = 8192
 LOSS_CHUNK_TOKENS = 2048
@@ -115,7 +115,9 @@ class Trainer:
     def _step(self, progress: float) -> float:
         """One optimizer step; returns the training loss in nats per token."""
         length = context_length(progress)
-        inputs, targets = self._sampler.draw(self.counters.step, STEP_TOKENS // length, length)
+        mixture = LATE_MIXTURE if progress >= DECAY_FROM else EARLY_MIXTURE
+        batch = STEP_TOKENS // length
+        inputs, targets = self._sampler.draw(self.counters.step, batch, length, mixture)
         loss = self._loss(_tensor(inputs), _tensor(targets))
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
