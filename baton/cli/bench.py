@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import orjson
 import typer
@@ -22,10 +23,11 @@ from baton.cli.options import api_key
 from baton.cli.report import Reporter
 from baton.cli.serve import ServeOptions, find_model, make_plan, new_environ
 from baton.cli.supervisor import Addresses, Supervisor
-from baton.errors import ConfigError
 
-_CLUSTER = "Own cluster (when no --url is given)"
-_JsonFile = Annotated[
+T = TypeVar("T")
+
+CLUSTER = "Own cluster (when no --url is given)"
+JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result there; - = stdout.")
 ]
 
@@ -54,26 +56,26 @@ class BenchServeOptions:
     warmup: Annotated[int, typer.Option(min=0, help="Requests before the measured ones.")] = 4
     slo_ttft: Annotated[float | None, typer.Option(help="Bound for goodput, ms.")] = None
     slo_tpot: Annotated[float | None, typer.Option(help="Bound for goodput, ms.")] = None
-    json: _JsonFile = None
+    json: JsonFile = None
     model: Annotated[
-        str | None, typer.Option(help="Directory or hub id.", rich_help_panel=_CLUSTER)
+        str | None, typer.Option(help="Directory or hub id.", rich_help_panel=CLUSTER)
     ] = None
-    prefill: Annotated[int, typer.Option(min=1, rich_help_panel=_CLUSTER)] = 1
-    decode: Annotated[int, typer.Option(min=1, rich_help_panel=_CLUSTER)] = 1
+    prefill: Annotated[int, typer.Option(min=1, rich_help_panel=CLUSTER)] = 1
+    decode: Annotated[int, typer.Option(min=1, rich_help_panel=CLUSTER)] = 1
     compare: Annotated[
         bool,
         typer.Option(
             "--compare",
             help="Then the same load on as many co-located workers.",
-            rich_help_panel=_CLUSTER,
+            rich_help_panel=CLUSTER,
         ),
     ] = False
     colocated: Annotated[
-        bool, typer.Option("--colocated", help="Only that.", rich_help_panel=_CLUSTER)
+        bool, typer.Option("--colocated", help="Only that.", rich_help_panel=CLUSTER)
     ] = False
-    device: Annotated[str, typer.Option(rich_help_panel=_CLUSTER)] = "auto"
-    dtype: Annotated[str, typer.Option(rich_help_panel=_CLUSTER)] = "auto"
-    transport: Annotated[str, typer.Option(rich_help_panel=_CLUSTER)] = "auto"
+    device: Annotated[str, typer.Option(rich_help_panel=CLUSTER)] = "auto"
+    dtype: Annotated[str, typer.Option(rich_help_panel=CLUSTER)] = "auto"
+    transport: Annotated[str, typer.Option(rich_help_panel=CLUSTER)] = "auto"
 
     def plan(self) -> LoadPlan:
         return LoadPlan(
@@ -123,33 +125,32 @@ def bench_serve(options: BenchServeOptions) -> None:
 
 async def _runs(options: BenchServeOptions) -> dict[str, LoadSummary]:
     if options.url is not None:
-        return {options.url: await _measure(options.url, options.url, options.plan())}
+        return {options.url: await _measure(options.url, options.plan(), options.url)}
     return {
-        name: await _with_cluster(name, cluster, options.plan())
+        name: await with_cluster(cluster, partial(_measure, name, options.plan()))
         for name, cluster in options.clusters().items()
     }
 
 
-async def _with_cluster(name: str, cluster: ServeOptions, plan: LoadPlan) -> LoadSummary:
-    """Start a cluster for one load, and end it."""
-    summary: LoadSummary | None = None
+async def with_cluster(cluster: ServeOptions, measure: Callable[[str], Awaitable[T]]) -> T:
+    """Start a cluster, measure it by its URL, and end it."""
+    results: list[T] = []
     with Reporter(as_json=False, verbose=False) as reporter:
         model = await find_model(cluster, reporter)
         supervisor = Supervisor(make_plan(cluster, model, new_environ()), reporter)
 
         async def load(addresses: Addresses) -> None:
-            nonlocal summary
             reporter.settle()
-            summary = await _measure(name, addresses.url, plan)
+            results.append(await measure(addresses.url))
             supervisor.stop()
 
         await supervisor.run(load)
-    if summary is None:
+    if not results:
         raise KeyboardInterrupt
-    return summary
+    return results[0]
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -159,53 +160,14 @@ def _progress() -> Progress:
     )
 
 
-async def _measure(name: str, url: str, plan: LoadPlan) -> LoadSummary:
-    with _progress() as progress:
+async def _measure(name: str, plan: LoadPlan, url: str) -> LoadSummary:
+    with progress_bar() as progress:
         task = progress.add_task(f"{name}: warm-up", total=None)
 
         def advance(ended: int, total: int) -> None:
             progress.update(task, description=name, completed=ended, total=total)
 
         return await measure(url, plan, advance, api_key())
-
-
-@dataclass(frozen=True, slots=True)
-class BenchHandoffOptions:
-    """The flags of `baton bench handoff`."""
-
-    transport: Annotated[str, typer.Option(help="nixl, nccl, shm; several by commas.")] = "nixl,shm"
-    total_mib: Annotated[int, typer.Option(min=1, help="MiB of KV in each round.")] = 256
-    block_kib: Annotated[str, typer.Option(help="Block sizes, KiB, by commas.")] = "64,256,1024"
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; rates are their medians.")] = 7
-    json: _JsonFile = None
-
-    def sizes(self) -> list[int]:
-        try:
-            return [int(size) for size in self.block_kib.split(",")]
-        except ValueError:
-            raise ConfigError(
-                f"--block-kib takes whole numbers by commas, not {self.block_kib!r}"
-            ) from None
-
-
-def bench_handoff(options: BenchHandoffOptions) -> None:
-    """Read KV from another process, next to a plain copy of the same blocks."""
-    from baton.bench import handoff  # gRPC and numpy: only this command needs them
-
-    transports = [name.strip() for name in options.transport.split(",")]
-    with _progress() as progress:
-        task = progress.add_task("handoff", total=None)
-
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        report = handoff.run(
-            transports, options.total_mib, options.sizes(), options.rounds, advance
-        )
-    if options.json is not None:
-        write_json(handoff.as_json(report, sys.argv[1:]), options.json)
-    if options.json != "-":
-        Console().print(handoff.table(report))
 
 
 def _print_table(runs: Mapping[str, LoadSummary]) -> None:

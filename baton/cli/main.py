@@ -7,7 +7,8 @@ import sys
 import typer
 
 from baton import __version__
-from baton.cli.bench import BenchHandoffOptions, BenchServeOptions, bench_handoff, bench_serve
+from baton.cli.bench import BenchServeOptions, bench_serve
+from baton.cli.bench_handoff import BenchHandoffOptions, bench_handoff
 from baton.cli.chat import chat
 from baton.cli.doctor import doctor
 from baton.cli.generate import generate

@@ -54,7 +54,7 @@ DecodeMessage = Hello | Attach | Renew | Release | Abort
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """Layers [layer_begin, layer_end) of some blocks are final and may be read until the lease ends.
+    """Layers [layer_begin, layer_end) of some blocks are final and may be read while leased.
 
     `first_block` is the logical index in the sequence of `blocks[0]`; `blocks` are indices into the
     prefill worker's pool. `digests` is empty or has one digest per block.

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import baton
 from baton.cli import doctor, generate, main
-from baton.cli.bench import BenchHandoffOptions, BenchServeOptions
+from baton.cli.bench import BenchServeOptions
+from baton.cli.bench_handoff import BenchHandoffOptions, bench_handoff
 from baton.cli.doctor import Check, Verdict
 from baton.cli.report import Reporter
 from baton.cli.serve import ServeOptions, make_plan, new_environ
@@ -271,10 +272,11 @@ def test_bench_compares_with_as_many_colocated_workers() -> None:
     assert BenchServeOptions(slo_ttft=250.0).plan().slo.ttft_s == 0.25
 
 
-def test_bench_handoff_takes_block_sizes() -> None:
-    assert BenchHandoffOptions(block_kib="64, 128").sizes() == [64, 128]
-    with pytest.raises(ConfigError, match="--block-kib"):
-        BenchHandoffOptions(block_kib="64,big").sizes()
+def test_bench_handoff_takes_whole_numbers() -> None:
+    for flag in ("block_kib", "input_tokens"):
+        options = BenchHandoffOptions(**{flag: "64,big"})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="--" + flag.replace("_", "-")):
+            bench_handoff(options)
 
 
 def test_doctor_fails_only_on_failures(monkeypatch: pytest.MonkeyPatch) -> None:
