@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 NUM_PROMPTS = 104
 MAX_TOKENS = 12
 # One directory per architecture and per feature that changes what attention sees.
-TINY = ("llama3", "mistral", "qwen2", "qwen2-yarn", "qwen3")
+TINY = ("llama", "llama3", "mistral", "qwen2", "qwen2-yarn", "qwen3")
 SHAPES = {
     "colocated": ("--colocated", "--decode", "1"),
     "1P1D": ("--prefill", "1", "--decode", "1"),
@@ -134,3 +134,20 @@ def test_tokens_are_equal_whatever_the_cluster(model: Path, start_cluster: Clust
     for shape in SHAPES:
         assert not differences(cases, sampled[shape], sampled["colocated"]), shape
     assert sampled["colocated"] != want  # sampling did sample
+
+
+@pytest.mark.parametrize("transport", ["nixl", "nccl", "shm"])
+def test_tokens_are_equal_whatever_the_transport(
+    transport: str, tmp_path: Path, start_cluster: ClusterFactory
+) -> None:
+    path = make_tiny_model("qwen3", tmp_path / "tiny")
+    cases = [case for case in mixed_prompts(VOCAB_SIZE) if len(case.prompt) < 700][:24]
+    with start_cluster(
+        str(path), "--prefill", "1", "--decode", "1", "--dtype", "float32",
+        "--transport", transport, "--verify", "full",
+    ) as cluster:  # fmt: skip
+        got = asyncio.run(generate_all(cluster, cases, temperature=0.0))
+        cluster.assert_idle()
+        workers = cluster.status()["workers"]
+    assert {worker["transport"] for worker in workers} == {transport}
+    assert not differences(cases, got, greedy_reference(path, cases))
