@@ -65,6 +65,7 @@ class Membership:
         """Return when the conductor says that it does not know us, or the lease has run out."""
         loop = asyncio.get_running_loop()
         expires = loop.time() + lease.ttl_s
+        missed = 0
         while loop.time() < expires:
             await asyncio.sleep(lease.ttl_s / 3)
             try:
@@ -72,8 +73,12 @@ class Membership:
                     self._info.name, self._info.incarnation, self._load()
                 )
             except BatonError as error:
-                log.warning("cannot renew the lease: %s", error.message)
+                missed += 1
+                # One alone harms nothing, and is normal while a cluster shuts down.
+                level = logging.INFO if missed == 1 else logging.WARNING
+                log.log(level, "cannot renew the lease: %s", error.message)
                 continue
+            missed = 0
             if not lease.accepted:
                 return
             expires = loop.time() + lease.ttl_s
