@@ -3,7 +3,7 @@
 PYTHON      ?= python3
 VENV        ?= .venv
 TORCH       ?= torch==2.13.0
-# For machines without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches the small build.
+# For machines without a GPU: TORCH_INDEX=URL of PyTorch's index of CPU builds saves gigabytes.
 TORCH_INDEX ?=
 PROMPT      ?= def fibonacci(n):
 SERVE_FLAGS ?=
