@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from baton.demo import demo_model_path
 from baton.engine.batch import Batch, BatchItem
 from baton.model.spec import load_spec
+from baton.tokenizer import load_tokenizer
 from tests.models import EOS_TOKEN_ID, FAMILIES, VOCAB_SIZE, make_tiny_model
 from tests.unit.runners import PlainDecoder, open_runner, request, teacher_forced
 
@@ -45,6 +47,18 @@ def test_logits_match_over_a_long_context(tmp_path: Path) -> None:
     (sequence,) = teacher_forced(PlainDecoder(tmp_path, 32, 64, "float32"), prompts, 3, 1)
     with torch.inference_mode():
         expected = reference(tmp_path)(torch.tensor([sequence.tokens])).logits[0]
+    worst = max((row - expected[at]).abs().max() for at, row in sequence.logits.items())
+    assert worst < 1e-4
+
+
+def test_logits_of_the_demo_model_match() -> None:
+    """Trained weights: activations are far larger than random ones'."""
+    text = (Path(random.__file__)).read_text()[:4000]
+    tokens = load_tokenizer(demo_model_path()).encode(text)[:900]
+    plain = PlainDecoder(demo_model_path(), 32, 40, "float32")
+    (sequence,) = teacher_forced(plain, [tokens], 20, 3)
+    with torch.inference_mode():
+        expected = reference(demo_model_path())(torch.tensor([sequence.tokens])).logits[0]
     worst = max((row - expected[at]).abs().max() for at, row in sequence.logits.items())
     assert worst < 1e-4
 
