@@ -227,10 +227,12 @@ class Scheduler:
                 self._take(plan, sequence)
 
     def _start_waiting(self, plan: _Plan, now: float) -> None:
-        while plan.budget > 0 and self._waiting.first is not None and self._has_place():
-            self.grant_reservations()
+        while plan.budget > 0:
+            self.grant_reservations()  # first: it may take the last place
             head = self._waiting.first
-            if not isinstance(head, Sequence) or not self._start(head, now):
+            if not isinstance(head, Sequence) or not self._has_place():
+                break
+            if not self._start(head, now):
                 break
             self._take(plan, head)
 

@@ -228,6 +228,18 @@ def test_reservations_count_as_places() -> None:
     rig.scheduler.check_integrity()
 
 
+def test_a_reservation_that_takes_the_last_place_leaves_none_to_a_sequence() -> None:
+    rig = make_rig(max_num_seqs=2, max_batch_tokens=2)
+    rig.submit(make_task(1))
+    reservation = rig.reserve(1)
+    rig.submit(make_task(1, start=100))
+    assert shape(rig.step()) == [(1, 0, 1)]  # with budget to spare, but no place
+    assert reservation.blocks
+    assert rig.scheduler.load().running == 2
+    rig.scheduler.drop_reservation(reservation)
+    rig.drain()
+
+
 def test_a_full_line_refuses() -> None:
     rig = make_rig(num_blocks=1, max_waiting=2)
     rig.submit(make_task(4, 1))
