@@ -8,9 +8,11 @@ import pytest
 
 from baton.errors import PeerGone
 from baton.kv.handoff.leases import Ending
-from baton.types.handoff import Attach, Refused
+from baton.kv.transport.loopback import LoopbackTransport
+from baton.rpc.services import Duplex
+from baton.types.handoff import Attach, DecodeMessage, Hello, PrefillMessage, Refused
 from baton.types.request import AttemptId
-from tests.unit.handoff_kit import FIRST, Plan, cluster, same
+from tests.unit.handoff_kit import FIRST, LAYOUT, Cluster, Plan, PrefillSide, cluster, same
 from tests.virtual_time import settle, virtual_time, within
 
 A = AttemptId("a", 1)
@@ -88,3 +90,51 @@ async def test_a_stream_must_begin_with_hello_in_time() -> None:
         with pytest.raises(PeerGone):
             await within(60, silent.receive())
         assert asyncio.get_running_loop().time() == pytest.approx(10)
+
+
+def hello_of(transport: LoopbackTransport) -> Hello:
+    endpoint = transport.endpoint()
+    return Hello("hand", "life1", LAYOUT, "loopback", endpoint, expected_incarnation="life1")
+
+
+async def dial(c: Cluster, prefill: PrefillSide) -> Duplex[DecodeMessage, PrefillMessage]:
+    return await c.network.handoff_dialer("hand").pair(prefill.address, 1.0)
+
+
+def transport_of(c: Cluster, worker: str) -> LoopbackTransport:
+    return next(t for t in c.fabric.members.values() if t._worker == worker)
+
+
+@virtual_time
+async def test_a_decode_worker_that_goes_during_the_greeting_is_forgotten() -> None:
+    async with cluster() as c:
+        prefill, hand = await c.prefill(), (await c.decode("hand")).transport
+        stream = await dial(c, prefill)
+        await stream.send(hello_of(hand))
+        await stream.aclose()
+        await settle()
+        assert transport_of(c, "p0")._peers == {}
+
+
+@virtual_time
+async def test_an_old_stream_that_ends_late_leaves_the_new_ones_connection_alone() -> None:
+    async with cluster() as c:
+        prefill, hand = await c.prefill(), (await c.decode("hand")).transport
+        ours = transport_of(c, "p0")
+        old, new = await dial(c, prefill), await dial(c, prefill)
+        await old.send(hello_of(hand))
+        await old.receive()
+        connect = ours.connect
+
+        async def connect_while_the_old_one_ends(peer: str, endpoint: bytes) -> None:
+            await connect(peer, endpoint)
+            await old.aclose()
+            await settle()
+
+        ours.connect = connect_while_the_old_one_ends  # type: ignore[method-assign]
+        await new.send(hello_of(hand))
+        assert isinstance(await new.receive(), Hello)
+        assert list(ours._peers) == ["hand/life1"]
+        await new.aclose()
+        await settle()
+        assert ours._peers == {}

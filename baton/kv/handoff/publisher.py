@@ -51,10 +51,10 @@ DecodeStream = Duplex[PrefillMessage, DecodeMessage]
 
 @dataclass(slots=True, eq=False)
 class _Pair:
-    """One stream from one decode worker."""
+    """One stream from one decode worker. `key` is empty before its Hello."""
 
-    key: str
     stream: DecodeStream
+    key: str = ""
     outbox: asyncio.Queue[PrefillMessage] = field(default_factory=asyncio.Queue)
     attempts: set[AttemptId] = field(default_factory=set)
 
@@ -175,28 +175,34 @@ class HandoffPublisher:
 
     async def serve(self, stream: DecodeStream) -> None:
         """Serve one decode worker until its stream ends; then free all that it had attached."""
+        pair = _Pair(stream)
         try:
-            pair = await self._greet(stream)
-            if pair is not None:
+            if await self._greet(pair):
                 await self._serve(pair)
         except (PeerGone, TimeoutError):
             return
         finally:
+            if self._pairs.get(pair.key) is pair:  # else the same worker has dialled again
+                del self._pairs[pair.key]
+                await self._transport.disconnect(pair.key)
             await stream.aclose()
 
-    async def _greet(self, stream: DecodeStream) -> _Pair | None:
-        """Exchange Hellos. None when the stream was refused."""
+    async def _greet(self, pair: _Pair) -> bool:
+        """Exchange Hellos. False when the stream was refused."""
+        stream = pair.stream
         async with asyncio.timeout(self._options.hello_timeout_s):
             hello = await stream.receive()
             try:
                 if not isinstance(hello, Hello):
                     raise InvalidRequest(f"a handoff stream begins with Hello, not {hello!r}")
                 self._check(hello)
-                key = life(hello.worker, hello.incarnation)
-                await self._transport.connect(key, hello.endpoint)
+                pair.key = life(hello.worker, hello.incarnation)
+                # First: an older stream that ends from here on must leave the connection alone.
+                self._pairs[pair.key] = pair
+                await self._transport.connect(pair.key, hello.endpoint)
             except BatonError as error:
                 await stream.send(Refused(None, to_wire(error)))
-                return None
+                return False
             us = self._identity
             await stream.send(
                 Hello(
@@ -208,7 +214,7 @@ class HandoffPublisher:
                     self._options.lease_ttl_s,
                 )
             )
-        return _Pair(key, stream)
+        return True
 
     def _check(self, hello: Hello) -> None:
         us = self._identity
@@ -220,7 +226,6 @@ class HandoffPublisher:
         check_hello(us, self._transport.name, hello)
 
     async def _serve(self, pair: _Pair) -> None:
-        self._pairs[pair.key] = pair
         sender = asyncio.create_task(_send_all(pair), name=f"handoff sender to {pair.key}")
         try:
             while True:
@@ -230,9 +235,6 @@ class HandoffPublisher:
                 self._end(self._leases[attempt], Ending.ABORTED, None)
             sender.cancel()
             await asyncio.wait([sender])
-            if self._pairs.get(pair.key) is pair:  # else the same worker has dialled again
-                del self._pairs[pair.key]
-                await self._transport.disconnect(pair.key)
 
     # -- messages ------------------------------------------------------------------------------
 
