@@ -70,8 +70,8 @@ async def running() -> AsyncIterator[tuple[AgentThread, ScriptedAgent]]:
         await thread.stop()
 
 
-def job(thread: AgentThread, *names: str) -> tuple[Job, PendingTransfer]:
-    transfer = PendingTransfer("peer", thread.kick)
+def job(thread: AgentThread, *names: str, peer: str = "peer") -> tuple[Job, PendingTransfer]:
+    transfer = PendingTransfer(peer, thread.kick)
     slices = iter([((lambda name=name: Handle(name)), 100) for name in names])  # type: ignore[misc]
     return Job(transfer, slices), transfer
 
@@ -139,6 +139,49 @@ async def test_a_transfer_without_progress_fails_but_stays_busy(
         assert not transfer.ended
         agent.states["a"] = "DONE"
         await asyncio.wait_for(transfer.abort(), 5)
+
+
+async def test_a_peer_that_stands_still_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_agent, "IN_FLIGHT", 200)
+    async with running() as (thread, agent):
+        stuck, _ = job(thread, "a", "b", "c")
+        thread.submit(stuck)
+        await until(lambda: len(agent.posted) == 2)
+        other, transfer = job(thread, "d", peer="other")
+        agent.states["d"] = "DONE"
+        thread.submit(other)
+        await asyncio.wait_for(transfer.wait(), 5)
+        assert [handle.name for handle in agent.posted] == ["a", "b", "d"]
+        agent.states |= dict.fromkeys("abc", "DONE")
+
+
+async def test_waiting_behind_others_is_not_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_agent, "STALL_S", 30.0)
+    async with running() as (thread, agent):
+        work, transfer = job(thread, "a")
+        work.moved_at -= 60.0  # it waited for a minute before its first slice was posted
+        thread.submit(work)
+        await until(lambda: agent.posted)
+        await asyncio.sleep(0.02)
+        agent.states["a"] = "DONE"
+        await asyncio.wait_for(transfer.wait(), 5)
+
+
+async def test_stopping_is_noticed_whenever_it_comes() -> None:
+    async with running() as (thread, _):
+        clear = thread._wake.clear
+
+        def clear_late() -> None:  # the loop goes on between the thread's look and its clearing
+            thread._stopping = True
+            thread._wake.set()
+            clear()
+
+        thread._wake.clear = clear_late  # type: ignore[method-assign]
+        thread.serve(0)  # wake it up
+        worker = thread._thread
+        assert worker is not None
+        await asyncio.to_thread(worker.join, 2.0)
+        assert not worker.is_alive()
 
 
 async def test_an_idle_thread_sleeps_and_a_serving_one_makes_progress() -> None:

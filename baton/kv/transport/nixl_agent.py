@@ -18,10 +18,11 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from baton.errors import TransportError
@@ -29,7 +30,7 @@ from baton.kv.transport.transfer import PendingTransfer
 
 T = TypeVar("T")
 
-IN_FLIGHT = 64 << 20  # bytes posted and not finished; enough to fill a 400 Gbit/s link
+IN_FLIGHT = 64 << 20  # bytes posted per peer and not finished; enough for a 400 Gbit/s link
 STALL_S = 60.0  # a read without any progress for this long has failed
 SERVE_S = 0.001  # how often a source makes progress for its readers
 FINE_S, COARSE_S = 0.00002, 0.005  # shortest and longest pause between two looks at transfers
@@ -67,9 +68,9 @@ class AgentThread:
         self._wake = threading.Event()
         self._stopping = False
         self._calls: deque[Callable[[], None]] = deque()
-        self._jobs: deque[Job] = deque()
+        self._jobs: list[Job] = []  # oldest first; like all below, used on the thread only
         self._posted: list[_Posted] = []
-        self._in_flight = 0
+        self._in_flight: Counter[str] = Counter()  # bytes, by peer
         self._served = 0
         self._idle_since = 0.0
         self._pause_s = FINE_S
@@ -117,7 +118,7 @@ class AgentThread:
         return future
 
     def submit(self, job: Job) -> None:
-        self._jobs.append(job)
+        self._calls.append(partial(self._jobs.append, job))
         self._wake.set()
 
     def serve(self, change: int) -> None:
@@ -160,18 +161,19 @@ class AgentThread:
             self._wake.wait(self._pause_s)
         elif self._served:
             self._wake.wait(SERVE_S)
-        elif not (self._calls or self._jobs):
+        elif not (self._calls or self._jobs or self._stopping):  # else a wake-up was just cleared
             self._wake.wait()
 
     def _post(self) -> bool:
-        """Post one slice of the oldest job, if the link has room; a step stays short that way."""
-        if not self._jobs or self._in_flight >= IN_FLIGHT:
+        """Post one slice of the oldest job whose peer has room (a peer that stands still holds up
+        no other); a step stays short that way."""
+        job = next((job for job in self._jobs if self._has_room(job)), None)
+        if job is None:
             return False
-        job = self._jobs[0]
         try:
             piece = None if job.error or job.transfer.stopped else next(job.slices, None)
             if piece is None:
-                self._jobs.popleft()
+                self._jobs.remove(job)
                 job.exhausted = True
                 self._conclude(job)
                 return True
@@ -181,14 +183,21 @@ class AgentThread:
         except Exception as error:
             self._fail(job, error)  # the next look at the job takes it off the queue
             return True
+        if not job.posted:
+            job.moved_at = time.monotonic()  # the time in the queue is not a stall
         job.posted += 1
-        self._in_flight += nbytes
+        self._in_flight[job.transfer.peer] += nbytes
         posted = _Posted(job, handle, nbytes)
         if state == "PROC":
             self._posted.append(posted)
         else:
             self._done(posted, state)
         return True
+
+    def _has_room(self, job: Job) -> bool:
+        """Also for one that has nothing more to post: it has to be concluded."""
+        ended = job.error is not None or job.transfer.stopped
+        return ended or self._in_flight[job.transfer.peer] < IN_FLIGHT
 
     def _check(self) -> bool:
         """Ask for the state of what is posted. This is also what makes UCX progress."""
@@ -218,7 +227,9 @@ class AgentThread:
             _log.debug("a NIXL handle could not be released: %s", error)
         job.posted -= 1
         job.moved_at = time.monotonic()
-        self._in_flight -= posted.nbytes
+        self._in_flight[job.transfer.peer] -= posted.nbytes
+        if not self._in_flight[job.transfer.peer]:
+            del self._in_flight[job.transfer.peer]
         self._conclude(job)
 
     def _check_stall(self, job: Job) -> None:
