@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from baton.errors import PeerGone
 from baton.kv.handoff.leases import Ending
-from baton.kv.transport.loopback import LoopbackTransport
+from baton.kv.transport.loopback import Fault, LoopbackTransport
 from baton.rpc.services import Duplex
 from baton.types.handoff import Attach, DecodeMessage, Hello, PrefillMessage, Refused
 from baton.types.request import AttemptId
-from tests.unit.handoff_kit import FIRST, LAYOUT, Cluster, Plan, PrefillSide, cluster, same
+from tests.unit.handoff_kit import FIRST, LAYOUT, OPTIONS, Cluster, Plan, PrefillSide, cluster, same
 from tests.virtual_time import settle, virtual_time, within
 
 A = AttemptId("a", 1)
@@ -74,6 +75,31 @@ async def test_a_worker_that_dials_again_gets_a_working_stream() -> None:
         prefill.publisher.prefilled(again, FIRST, 1)
         await within(5, decode.fetch(again, prefill.peer, (1,)))
         assert same(decode.block(1), prefill.block(4))
+
+
+class Stuck:
+    """Reads from one source hang, the others' succeed."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def on_read(self, reader: str, source: str, nbytes: int) -> Fault:
+        return Fault(hang=source.startswith(self.source))
+
+
+@virtual_time
+async def test_a_peer_that_stands_still_holds_up_no_reads_from_others() -> None:
+    async with cluster(Stuck("p0"), replace(OPTIONS, max_reads=1)) as c:
+        stuck, other, decode = await c.prefill("p0"), await c.prefill("p1"), await c.decode()
+        stuck.publish(A, (1,))
+        hanging = asyncio.create_task(decode.fetch(A, stuck.peer, (1,)))
+        await asyncio.sleep(1)
+        attempt = AttemptId("b")
+        other.publish(attempt, (2,))
+        other.publisher.prefilled(attempt, FIRST, 1)
+        await within(5, decode.fetch(attempt, other.peer, (2,)))
+        hanging.cancel()
+        c.network.kill("p0:1")
 
 
 @virtual_time

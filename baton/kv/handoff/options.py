@@ -27,7 +27,7 @@ class HandoffOptions:
     hello_timeout_s: float = 10.0  # for dialling and greeting together
     linger_s: float = 30.0  # how long a source still makes progress for reads that were given up
     verify: Verify = Verify.SAMPLE  # said by the publisher, followed by the reader
-    max_reads: int = 64  # transfers under way at a time, per reader
+    max_reads: int = 64  # transfers under way at a time, per pair of workers
 
 
 def life(name: str, incarnation: str) -> str:

@@ -34,6 +34,8 @@ class Pair:
     ) -> None:
         self.peer = peer
         self.key = life(peer.name, peer.incarnation)
+        # Per peer: reads from one that stands still must hold up no others.
+        self.slots = asyncio.Semaphore(options.max_reads)
         self._identity = identity
         self._transport = transport
         self._dialer = dialer

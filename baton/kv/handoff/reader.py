@@ -125,7 +125,6 @@ class HandoffReader:
         self._quarantine = quarantine
         self._end_quarantine = end_quarantine
         self._options = options
-        self._slots = asyncio.Semaphore(options.max_reads)
         self._pairs: dict[Peer, Pair] = {}
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -247,7 +246,7 @@ class HandoffReader:
             )
         layers = ranges.layer_begin, ranges.layer_end
         copies = copies_for(layout, ranges.blocks, local, *layers)
-        async with self._slots:
+        async with fetch.pair.slots:
             transfer = self._transport.read(fetch.pair.key, copies)
             fetch.running.add(transfer)
             await transfer.wait()
