@@ -51,6 +51,7 @@ class _Link:
     attempts: set[AttemptId] = field(default_factory=set)
     pending: list[AttemptOutput] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    sending: asyncio.Lock = field(default_factory=asyncio.Lock)
     said: WorkerLoad | None = None  # the load in the last report
 
 
@@ -192,12 +193,13 @@ class LinkServer:
             return  # the reader of this link sees the same and ends it
 
     async def _send_pending(self, link: _Link) -> None:
-        load = self._load()
-        if not link.pending and load == link.said:
-            return
-        outputs, link.pending = tuple(link.pending), []
-        link.said = load
-        await link.stream.send(StepReport(outputs, load))
+        async with link.sending:  # at the end there are two senders: none overtakes the other
+            load = self._load()
+            if not link.pending and load == link.said:
+                return
+            outputs, link.pending = tuple(link.pending), []
+            link.said = load
+            await link.stream.send(StepReport(outputs, load))
 
     async def _close(self, link: _Link) -> None:
         try:

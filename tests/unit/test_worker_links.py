@@ -32,6 +32,7 @@ from baton.types.request import (
     SamplingParams,
 )
 from baton.worker.links import LinkServer
+from tests.virtual_time import settle
 
 Link = Duplex[ConductorMessage, WorkerMessage]
 DONE = Finish(FinishReason.STOP)
@@ -234,6 +235,25 @@ async def test_abandoned_attempts_get_a_retryable_error_before_the_links_close()
         assert await error_of(stream, a) == "worker_lost"
         with pytest.raises(PeerGone):
             await receive(stream)
+
+
+async def test_the_last_words_do_not_overtake_what_is_being_sent() -> None:
+    async with rig() as r:
+        stream = await r.connect()
+        a = AttemptId("a")
+        await r.begin(stream, a)
+        for index in range(100):  # more than the stream holds: the writer waits for room
+            r.links.report((token(a, index),))
+            await settle(5)
+        r.links.report((token(a, 100, DONE),))
+        closing = asyncio.create_task(r.links.aclose())
+        await asyncio.sleep(0)
+        seen: list[int] = []
+        while not seen or seen[-1] != 100:
+            outputs = (await receive(stream)).outputs
+            seen += [t.index for output in outputs for t in output.tokens]
+        assert seen == list(range(101))
+        await closing
 
 
 async def test_a_slow_conductor_gets_fewer_larger_messages() -> None:
