@@ -9,6 +9,7 @@ cancelled itself. The outbox stays small because admission bounds the attempts.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,8 @@ from baton.types.request import AttemptId, AttemptOutput
 
 SEND_TIMEOUT_S = 5.0
 SETTLE_S = 30.0  # how long a cancelled attempt's last words are waited for
+
+log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -138,5 +141,7 @@ class Link:
                 message = await self._outbox.get()
                 async with asyncio.timeout(SEND_TIMEOUT_S):
                     await self._stream.send(message)
-        except (PeerGone, TimeoutError):
+        except Exception as error:
+            if not isinstance(error, (PeerGone, TimeoutError)):
+                log.exception("a message could not be sent to worker %s", self._worker)
             await self._stream.aclose()  # the reader sees the end and reports it

@@ -191,6 +191,9 @@ class LinkServer:
                 await self._send_pending(link)
         except PeerGone:
             return  # the reader of this link sees the same and ends it
+        except Exception:  # silence would leave its requests waiting for their deadlines
+            log.exception("a report could not be sent: the link is closed")
+            await link.stream.aclose()
 
     async def _send_pending(self, link: _Link) -> None:
         async with link.sending:  # at the end there are two senders: none overtakes the other

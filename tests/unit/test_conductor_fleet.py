@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from baton.errors import LayoutMismatch, PeerGone, WorkerLost
-from baton.rpc.memory import MemoryNetwork
+from baton.rpc.memory import Fault, MemoryNetwork
 from baton.types.fleet import BlockState, Role, WorkerLoad, WorkerState
 from baton.types.link import StartDecode
 from baton.types.request import AttemptId, AttemptOutput, GenerationTask, SamplingParams
@@ -140,6 +140,23 @@ async def test_a_broken_link_loses_attempts_at_once_and_is_dialled_again() -> No
         await asyncio.sleep(1)
         assert state_of(fleet) is WorkerState.LIVE
         assert not worker.live
+
+
+@virtual_time
+async def test_a_message_that_cannot_be_sent_loses_the_link_instead_of_blocking_it() -> None:
+    async with fleet_and_network() as (fleet, network):
+        await join(fleet, network)
+
+        def unsendable(sender: str, receiver: str, message: object) -> Fault:
+            if isinstance(message, StartDecode):
+                raise ValueError("this cannot be encoded")
+            return Fault()
+
+        network.plan.on_message = unsendable  # type: ignore[method-assign]
+        heard = Heard()
+        start(fleet, heard)
+        await settle()
+        assert len(heard.lost) == 1
 
 
 @virtual_time

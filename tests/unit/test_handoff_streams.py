@@ -10,8 +10,9 @@ import pytest
 from baton.errors import PeerGone
 from baton.kv.handoff.leases import Ending
 from baton.kv.transport.loopback import Fault, LoopbackTransport
+from baton.rpc.memory import Fault as MessageFault
 from baton.rpc.services import Duplex
-from baton.types.handoff import Attach, DecodeMessage, Hello, PrefillMessage, Refused
+from baton.types.handoff import Attach, DecodeMessage, Hello, PrefillMessage, Ranges, Refused
 from baton.types.request import AttemptId
 from tests.unit.handoff_kit import FIRST, LAYOUT, OPTIONS, Cluster, Plan, PrefillSide, cluster, same
 from tests.virtual_time import settle, virtual_time, within
@@ -100,6 +101,25 @@ async def test_a_peer_that_stands_still_holds_up_no_reads_from_others() -> None:
         await within(5, decode.fetch(attempt, other.peer, (2,)))
         hanging.cancel()
         c.network.kill("p0:1")
+
+
+@virtual_time
+async def test_a_message_that_cannot_be_sent_ends_the_stream() -> None:
+    async with cluster() as c:
+        prefill, decode = await c.prefill(), await c.decode()
+        fetching = asyncio.create_task(decode.fetch(A, prefill.peer, (1,)))
+        await asyncio.sleep(1)
+
+        def unsendable(sender: str, receiver: str, message: object) -> MessageFault:
+            if isinstance(message, Ranges):
+                raise ValueError("this cannot be encoded")
+            return MessageFault()
+
+        c.network.plan.on_message = unsendable  # type: ignore[method-assign]
+        prefill.publish(A, (1,))
+        with pytest.raises(PeerGone):
+            await within(5, fetching)
+        assert prefill.endings == [(A, Ending.ABORTED)]
 
 
 @virtual_time

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from baton.errors import Overloaded, PeerGone, WorkerLost
-from baton.rpc.memory import MemoryNetwork
+from baton.rpc.memory import Fault, MemoryNetwork
 from baton.rpc.services import Duplex
 from baton.types.fleet import WorkerLoad
 from baton.types.link import (
@@ -254,6 +254,24 @@ async def test_the_last_words_do_not_overtake_what_is_being_sent() -> None:
             seen += [t.index for output in outputs for t in output.tokens]
         assert seen == list(range(101))
         await closing
+
+
+async def test_a_report_that_cannot_be_sent_ends_the_link() -> None:
+    async with rig() as r:
+        stream = await r.connect()
+        a = AttemptId("a")
+        await r.begin(stream, a)
+        r.network.plan.on_message = unsendable  # type: ignore[method-assign]
+        r.links.report((token(a),))
+        with pytest.raises(PeerGone):
+            await receive(stream)
+        await settle()
+        assert [attempt for attempt, _ in r.duty.cancelled] == [a]
+
+
+def unsendable(sender: str, receiver: str, message: object) -> Fault:
+    """As a codec fails on a value that the wire cannot carry."""
+    raise ValueError("this cannot be encoded")
 
 
 async def test_a_slow_conductor_gets_fewer_larger_messages() -> None:

@@ -13,6 +13,7 @@ callbacks and message handlers that do not await, so that no state is ever seen 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -45,6 +46,8 @@ from baton.types.handoff import (
     Renew,
 )
 from baton.types.request import AttemptId, SampledToken, WireError
+
+log = logging.getLogger(__name__)
 
 DecodeStream = Duplex[PrefillMessage, DecodeMessage]
 
@@ -404,3 +407,6 @@ async def _send_all(pair: _Pair) -> None:
             await pair.stream.send(await pair.outbox.get())
     except PeerGone:
         return  # the receiving side notices too and ends the pair
+    except Exception:
+        log.exception("a message could not be sent to %s: the stream is closed", pair.key)
+        await pair.stream.aclose()
