@@ -29,10 +29,12 @@ class Membership:
         self._info = info
         self._load = load
         self.registered = asyncio.Event()
+        self._leaving = False
 
     async def run(self) -> None:
-        """Until cancelled. Raises LayoutMismatch or Unauthenticated, which waiting cannot mend."""
-        while True:
+        """Until cancelled, or forgotten after `leave`. Raises LayoutMismatch or Unauthenticated,
+        which waiting cannot mend."""
+        while not self._leaving:
             lease = await self._register()
             self.registered.set()
             log.info("registered name=%s incarnation=%s", self._info.name, self._info.incarnation)
@@ -40,7 +42,12 @@ class Membership:
             self.registered.clear()
 
     async def leave(self) -> None:
-        """Tell the conductor that this worker goes. One try: the lease ends by itself otherwise."""
+        """Tell the conductor that this worker goes. One try: the lease ends by itself otherwise.
+
+        `run` goes on renewing, so that what is still running here is not taken for lost, but
+        does not register again.
+        """
+        self._leaving = True
         try:
             await self._fleet.leave(self._info.name, self._info.incarnation)
         except BatonError as error:

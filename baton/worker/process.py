@@ -78,8 +78,6 @@ async def _run(config: WorkerConfig, role: Role, make: Callable[[WorkerParts], S
     if not config.conductor:
         raise ConfigError("--conductor host:port is missing: a worker serves a conductor")
     cluster_token()
-    if not os.environ.get(TOKEN_VARIABLE):
-        raise ConfigError(f"set {TOKEN_VARIABLE} to the same secret in every process")
     signals = StopSignals()
     signals.install()
     parts = await _unless_stopped(build(config, role), signals)
@@ -126,9 +124,11 @@ async def _serve(
             service.links.drain()
             await server.set_ready(False)
             ready.cancel()
-            member.cancel()
+            if not membership.registered.is_set():
+                member.cancel()
             await membership.leave()
             await _drain(service.links, config.drain_timeout, signals)
+            member.cancel()
             log.info("stopping: closing")
             await service.aclose()
             await asyncio.wait([serving], timeout=CLOSE_TIMEOUT_S)

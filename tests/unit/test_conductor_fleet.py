@@ -207,6 +207,21 @@ async def test_leaving_is_draining_until_the_link_ends() -> None:
 
 
 @virtual_time
+async def test_a_draining_worker_that_renews_keeps_its_attempts() -> None:
+    async with fleet_and_network() as (fleet, network):
+        await join(fleet, network, hang_at=1)
+        heard = Heard()
+        start(fleet, heard)
+        await settle()
+        await fleet.leave("d0", D0.incarnation)
+        for _ in range(6):
+            await asyncio.sleep(TTL / 3)
+            assert (await fleet.renew("d0", D0.incarnation, BUSY)).accepted
+        assert not heard.lost
+        assert state_of(fleet) is WorkerState.DRAINING
+
+
+@virtual_time
 async def test_leaving_before_the_link_is_up_forgets_the_worker() -> None:
     async with fleet_and_network() as (fleet, _):
         await fleet.register(D0)

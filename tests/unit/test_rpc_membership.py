@@ -120,6 +120,19 @@ def test_hopeless_refusals_end_the_membership(error: Exception) -> None:
 
 
 @virtual_time
+async def test_leaving_renews_until_forgotten_and_never_registers_again() -> None:
+    fleet = Fleet()
+    async with member_of(fleet) as membership:
+        await asyncio.sleep(1)
+        await membership.leave()
+        await asyncio.sleep(2 * TTL_S)
+        assert [what for what, _ in fleet.calls] == ["register", "leave"] + ["renew"] * 6
+        fleet.known = False  # its link has ended
+        await asyncio.sleep(2 * TTL_S)
+    assert [what for what, _ in fleet.calls[8:]] == ["renew"]
+
+
+@virtual_time
 async def test_leaving_never_fails() -> None:
     fleet = Fleet()
     membership = Membership(fleet, INFO, WorkerLoad)
