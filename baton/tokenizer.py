@@ -79,7 +79,9 @@ class Tokenizer:
         config = self._config
         explicit = config.add_bos is not None or config.add_eos is not None
         native = add_special_tokens and not explicit
-        ids: list[int] = self._backend.encode(text, add_special_tokens=native).ids
+        # A batch of one: `encode` would hold the GIL, for many seconds with megabytes of text.
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=native)
+        ids: list[int] = batch[0].ids
         if add_special_tokens and explicit:
             before = self._special("bos_token") if config.add_bos else []
             after = self._special("eos_token") if config.add_eos else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,24 @@ def test_broken_directories(tmp_path: Path) -> None:
 def test_current_time_is_local(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, chat_template="{{ strftime_now('%Y-%m') }}")
     assert tokenizer.render_chat(MESSAGES) == time.strftime("%Y-%m")
+
+
+def test_long_texts_are_encoded_without_holding_the_gil(tmp_path: Path) -> None:
+    """Else one long prompt stops every stream and lets the workers' leases run out."""
+    tokenizer = load_tokenizer(save(tmp_path, byte_level()))
+    ended: list[float] = []
+
+    def encode() -> None:
+        tokenizer.encode("hello " * 200_000)
+        ended.append(time.perf_counter())
+
+    thread = threading.Thread(target=encode)
+    start = last = time.perf_counter()
+    thread.start()
+    longest = 0.0
+    while not ended:
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    longest = max(longest, time.perf_counter() - last)
+    thread.join()
+    assert longest < 0.5 * (ended[0] - start)  # this thread went on meanwhile
