@@ -22,9 +22,10 @@ from conductor.openai import (
 )
 from conductor.openai_reply import ChatReply, CompletionReply, Reply
 from conductor.service import Conductor
-from conductor.validate import check_model, check_token_ids
+from conductor.validate import check_model, check_token_ids, quote
 
 BODY_TIMEOUT_S = 60.0
+_PROBE = ["GET", "HEAD"]  # load balancers like to ask by HEAD
 
 
 def make_app(
@@ -34,7 +35,9 @@ def make_app(
     api_keys: Sequence[str] = (),
 ) -> FastAPI:
     """The application. Its lifespan is the process's business, not its own."""
-    app = FastAPI(title="baton", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     add_error_handlers(app)
     app.include_router(_open_routes(conductor, identity))
     guard = [Depends(_key_check(api_keys))] if api_keys else []
@@ -45,11 +48,11 @@ def make_app(
 def _open_routes(conductor: Conductor, identity: ConductorIdentity) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health")
+    @router.api_route("/health", methods=_PROBE)
     async def health() -> Response:
         return JsonResponse({"status": "ok"})
 
-    @router.get("/ready")
+    @router.api_route("/ready", methods=_PROBE)
     async def ready() -> Response:
         if conductor.ready:
             return JsonResponse({"status": "ready"})
@@ -128,7 +131,7 @@ def _guarded_routes(
         timeline = conductor.traces.get(request_id)
         if timeline is None:
             raise InvalidRequest(
-                f"no trace of request {request_id!r}: it is unknown or too long ago",
+                f"no trace of request {quote(request_id)}: it is unknown or too long ago",
                 param="request_id",
                 code="not_found",
             )

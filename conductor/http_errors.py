@@ -96,7 +96,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             raise error
-        what = f"{request.method} {request.url.path}"
+        what = f"{request.method} {request.url.path[:200]}"
         if error.status_code == 404:
             return error_response(InvalidRequest(f"there is no {what} here", code="not_found"))
         body = {

@@ -10,12 +10,20 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from baton.errors import InvalidRequest
+from conductor.body_errors import explain_fields, explain_json
 from conductor.request import Ask, Chat, Options, Prompt
-from conductor.validate import DEFAULT_COMPLETION_TOKENS, make_chat
+from conductor.validate import DEFAULT_COMPLETION_TOKENS, MAX_LOGIT_BIAS, make_chat, quote
 
 # Fields of OpenAI's and vLLM's APIs that have no counterpart here; null means not given.
 _UNSUPPORTED = frozenset(
@@ -27,11 +35,19 @@ _UNSUPPORTED = frozenset(
     }
 )  # fmt: skip
 
+MAX_FIELDS = 64  # of one object in a body
+
 Body = TypeVar("Body", bound=BaseModel)
+Item = TypeVar("Item")
+_List = Annotated[list[Item], Field(fail_fast=True)]
 
 
 def _as_stop(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [value]
+    if value is None or isinstance(value, list):
+        return value
+    raise PydanticCustomError("stop_type", "must be a string or a list of strings")
 
 
 def _as_prompts(value: object) -> tuple[Prompt, ...]:
@@ -66,10 +82,10 @@ def _as_text(value: object) -> str:
         ):
             raise PydanticCustomError(
                 "content_part",
-                'each part must be {{"type": "text", "text": …}}: only text is served',
+                'must have parts of the form {"type": "text", "text": …} (only text is served)',
             )
         if not isinstance(part.get("text"), str):
-            raise PydanticCustomError("content_part", "the text of a part must be a string")
+            raise PydanticCustomError("content_part", "must have parts whose text is a string")
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -77,6 +93,8 @@ def _as_text(value: object) -> str:
 def _as_bias(value: object) -> dict[int, object]:
     if not isinstance(value, dict) or not all(_is_number(key) for key in value):
         raise PydanticCustomError("bias_type", "must map token ids to numbers")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("bias_size", f"must have at most {MAX_LOGIT_BIAS} entries")
     return {int(key): bias for key, bias in value.items()}
 
 
@@ -84,37 +102,45 @@ def _is_number(key: str) -> bool:
     return key.isascii() and key.removeprefix("-").isdigit() and len(key) < 20
 
 
-class StreamOptions(BaseModel):
+class _Object(BaseModel):
+    """An object of a body. Lists in it fail with their first wrong item, and it may not have very
+    many fields: collecting a million complaints about one body would stall every other request."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: object) -> object:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"must have at most {MAX_FIELDS} fields")
+        return data
+
+
+class StreamOptions(_Object):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Object):
     model_config = ConfigDict(extra="allow", strict=True)
 
     type: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class Message(_Object):
     role: str
     content: Annotated[str, BeforeValidator(_as_text)]
 
 
-class _Common(BaseModel):
+class _Common(_Object):
     """What both endpoints take. `user` is accepted for compatibility and changes nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     max_tokens: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_as_stop)] = None
-    stop_token_ids: list[int] | None = None
+    stop: Annotated[_List[str] | None, BeforeValidator(_as_stop)] = None
+    stop_token_ids: _List[int] | None = None
     seed: int | None = None
     n: int | None = None
     temperature: float | None = None
@@ -170,7 +196,7 @@ class _Common(BaseModel):
             )
         if self.response_format is not None and self.response_format.type != "text":
             raise InvalidRequest(
-                f"response_format {self.response_format.type!r} is not supported: "
+                f"response_format {quote(self.response_format.type)} is not supported: "
                 'leave it out or use {"type": "text"}',
                 param="response_format",
                 code="unsupported_parameter",
@@ -219,14 +245,14 @@ class CompletionBody(_Common):
 
 
 class ChatBody(_Common):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[_List[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
     def to_ask(self) -> Ask:
         """Raises InvalidRequest for what the types alone cannot express."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs=true", param="top_logprobs")
         newer, older = self.max_completion_tokens, self.max_tokens
         if newer is not None and older is not None and newer != older:
@@ -243,14 +269,12 @@ class ChatBody(_Common):
         return self._ask((to_chat(self.messages),), options, names, None, False)
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(_Object):
     """Either `prompt` or `messages`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: _List[Message] | None = None
     add_special_tokens: bool = True
 
     def to_prompt(self) -> Prompt:
@@ -261,11 +285,9 @@ class TokenizeBody(BaseModel):
         return self.prompt or ""
 
 
-class DetokenizeBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class DetokenizeBody(_Object):
     model: str | None = None
-    tokens: list[int]
+    tokens: _List[int]
 
 
 def to_chat(messages: list[Message]) -> Chat:
@@ -279,7 +301,7 @@ def parse_body(cls: type[Body], raw: bytes) -> Body:
     try:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON (in UTF-8): {error}") from None
+        raise explain_json(error) from None
     if not isinstance(data, dict):
         raise InvalidRequest("the body must be a JSON object")
     for name in _UNSUPPORTED & data.keys():
@@ -292,19 +314,4 @@ def parse_body(cls: type[Body], raw: bytes) -> Body:
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise _first_problem(error) from None
-
-
-def _first_problem(error: ValidationError) -> InvalidRequest:
-    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return InvalidRequest(
-            f"unknown field {param}: remove it or correct its name",
-            param=param,
-            code="unknown_parameter",
-        )
-    if problem["type"] == "missing":
-        return InvalidRequest(f"{param} is missing", param=param, code="missing_parameter")
-    message = problem["msg"]
-    return InvalidRequest(f"{param}: {message[:1].lower()}{message[1:]}", param=param)
+        raise explain_fields(error) from None

@@ -22,6 +22,7 @@ MAX_STOP_TOKENS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_SALT_LENGTH = 256  # characters
+MAX_QUOTE = 80  # characters of a client's text that a message repeats
 ROLES = ("system", "developer", "user", "assistant")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default where the prompt is not a conversation
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
@@ -37,11 +38,17 @@ class Limits:
     context: int
 
 
+def quote(text: str) -> str:
+    """A client's text inside a message, shortened."""
+    return repr(text if len(text) <= MAX_QUOTE else text[:MAX_QUOTE] + "…")
+
+
 def check_model(model: str, limits: Limits) -> None:
     """Raises ModelNotFound unless this cluster serves `model`."""
     if model != limits.model_name:
         raise ModelNotFound(
-            f"the model {model!r} does not exist here; this cluster serves {limits.model_name!r}",
+            f"the model {quote(model)} does not exist here; "
+            f"this cluster serves {limits.model_name!r}",
             param="model",
         )
 
@@ -88,7 +95,7 @@ def make_chat(messages: Sequence[tuple[str, str]]) -> Chat:
     for place, (role, _) in enumerate(messages):
         if role not in ROLES:
             raise InvalidRequest(
-                f"role {role!r} is not supported: use one of {', '.join(ROLES)}",
+                f"role {quote(role)} is not supported: use one of {', '.join(ROLES)}",
                 param=f"messages.{place}.role",
             )
     # `developer` is OpenAI's newer name for `system`; templates know the older one.

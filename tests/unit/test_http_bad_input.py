@@ -9,8 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from baton.types.fleet import Role
+from conductor.openai import ChatBody, CompletionBody, DetokenizeBody
 from tests.fake_worker import FakeCluster, fake_server, say
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -270,3 +272,97 @@ async def test_a_client_that_stops_in_the_middle_of_its_body(cluster: FakeCluste
     assert await reader.read() == b""
     response = await send(cluster, b'{"model": "tiny", "prompt": "x"}')
     assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("max_tokens", "10", 'max_tokens must be a whole number, not "10"'),
+        ("max_tokens", 2.5, "max_tokens must be a whole number, not 2.5"),
+        ("max_tokens", True, "max_tokens must be a whole number, not true"),
+        ("temperature", [1], "temperature must be a number, not [1]"),
+        ("stream", 1, "stream must be true or false, not 1"),
+        ("stop", {"a": 1}, 'stop must be a string or a list of strings, not {"a":1}'),
+        ("stop", ["a", None], "stop.1 must be a string, not null"),
+        ("stream_options", [], "stream_options must be an object, not []"),
+        ("prompt", 5, "prompt must be a string, a list of strings, a list of token ids or "),
+        ("user", 5, "user must be a string, not 5"),
+    ],
+)
+async def test_wrong_types_are_told_in_words(
+    cluster: FakeCluster, field: str, value: Any, message: str
+) -> None:
+    body = {"model": "tiny", "prompt": "x", field: value}
+    error = error_of(await send(cluster, json.dumps(body).encode()))
+    assert error["message"].startswith(message)
+
+
+async def test_a_content_part_of_another_kind_is_told_the_right_form(cluster: FakeCluster) -> None:
+    part = {"type": "image_url", "image_url": {"url": "x"}}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": [part]}]}
+    response = await send(cluster, json.dumps(body).encode(), "/v1/chat/completions")
+    error = error_of(response)
+    assert error["param"] == "messages.0.content"
+    assert '{"type": "text", "text": …}' in error["message"]
+    assert "{{" not in error["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+async def test_numbers_that_are_not_json_name_their_field(
+    cluster: FakeCluster, number: str
+) -> None:
+    content = f'{{"model": "tiny", "prompt": "x", "top_p": {number}, "n": 1}}'.encode()
+    error = error_of(await send(cluster, content))
+    assert error["param"] == "top_p"
+    assert f'"top_p": {number}' in error["message"]
+
+
+async def test_messages_do_not_repeat_long_input(cluster: FakeCluster) -> None:
+    long = "x" * 100_000
+    bodies: list[dict[str, Any]] = [
+        {"model": long, "prompt": "x"},
+        {"model": "tiny", "prompt": "x", long: 1},
+        {"model": "tiny", "prompt": "x", "max_tokens": long},
+        {"model": "tiny", "prompt": "x", "response_format": {"type": long}},
+    ]
+    for body in bodies:
+        response = await send(cluster, json.dumps(body).encode())
+        assert response.status_code in (400, 404)
+        assert len(response.content) < 600
+    chat = {"model": "tiny", "messages": [{"role": long, "content": "x"}]}
+    response = await send(cluster, json.dumps(chat).encode(), "/v1/chat/completions")
+    assert error_of(response)["param"] == "messages.0.role"
+    assert len(response.content) < 600
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"stop": [1] * 100_000}),
+        ("/v1/completions", {"stop_token_ids": ["a"] * 100_000}),
+        ("/v1/completions", {"logit_bias": {str(i): "a" for i in range(100_000)}}),
+        ("/v1/completions", {f"field{i}": 1 for i in range(100_000)}),
+        ("/v1/chat/completions", {"messages": [1] * 100_000}),
+        ("/v1/chat/completions", {"messages": [{f"field{i}": 1 for i in range(100_000)}]}),
+        ("/detokenize", {"tokens": ["a"] * 100_000}),
+    ],
+)
+async def test_a_body_full_of_mistakes_costs_no_more_than_one(
+    path: str, body: dict[str, Any]
+) -> None:
+    """Else one client could stall all others: a complaint is an object of a kilobyte."""
+    classes: dict[str, type[BaseModel]] = {
+        "/v1/completions": CompletionBody,
+        "/v1/chat/completions": ChatBody,
+        "/detokenize": DetokenizeBody,
+    }
+    with pytest.raises(ValidationError) as caught:
+        classes[path].model_validate(body)
+    assert caught.value.error_count() < 10
+
+
+async def test_probes_may_ask_by_head_and_paths_are_exact(cluster: FakeCluster) -> None:
+    for path in ("/health", "/ready"):
+        assert (await send(cluster, b"", path, "HEAD")).status_code == 200
+    error = error_of(await send(cluster, b"{}", "/v1/completions/"), 404)
+    assert "/v1/completions/" in error["message"]
