@@ -70,8 +70,11 @@ class Fleet:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             try:
+                interval_s = self._ttl_s / 10
                 while True:
-                    await asyncio.sleep(self._ttl_s / 10)
+                    due = _now() + interval_s
+                    await asyncio.sleep(interval_s)
+                    self._excuse(_now() - due)
                     self._sweep()
             finally:
                 self._tasks = None
@@ -179,6 +182,11 @@ class Fleet:
             return WorkerState.SUSPECT if member.linked_before else WorkerState.JOINING
         silent = now - member.seen_at > SUSPECT_SHARE * self._ttl_s
         return WorkerState.SUSPECT if silent else WorkerState.LIVE
+
+    def _excuse(self, late_s: float) -> None:
+        """When this process itself stood still, what workers said meanwhile is yet to be read."""
+        for member in self._members.values():
+            member.seen_at += late_s
 
     def _sweep(self) -> None:
         now = _now()

@@ -40,6 +40,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.now
 
+    def advance(self, seconds: float) -> None:
+        self._jumping.now += seconds
+
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:
     """Run `main` to its end in virtual time, starting at 0."""
@@ -55,6 +58,13 @@ def virtual_time(test: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
         return run_virtual(test(*args, **kwargs))
 
     return run
+
+
+def stand_still(seconds: float) -> None:
+    """What a process sees that was stopped for a while: time has passed, and nothing has run."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    loop.advance(seconds)
 
 
 async def settle(rounds: int = 50) -> None:

@@ -17,7 +17,7 @@ from baton.types.request import AttemptId, AttemptOutput, GenerationTask, Sampli
 from conductor.fleet import Fleet
 from conductor.link import Assignment
 from tests.fake_worker import FINGERPRINT, FakeWorker, Meeting, layout, say, worker_info
-from tests.virtual_time import settle, virtual_time
+from tests.virtual_time import settle, stand_still, virtual_time
 
 TTL = 9.0
 D0 = worker_info("d0", Role.DECODE)
@@ -123,6 +123,21 @@ async def test_a_silent_worker_s_attempts_are_lost_when_its_lease_ends() -> None
         assert heard.lost == [f"decode d0 r#0: no sign of life for {TTL:g} s"]
         with pytest.raises(WorkerLost):
             start(fleet, heard)
+
+
+@virtual_time
+async def test_a_conductor_that_stood_still_does_not_take_its_workers_for_dead() -> None:
+    async with fleet_and_network() as (fleet, network):
+        await join(fleet, network, hang_at=1)
+        heard = Heard()
+        start(fleet, heard)
+        await settle()
+        stand_still(10 * TTL)
+        await asyncio.sleep(TTL / 4)
+        assert state_of(fleet) is WorkerState.LIVE
+        await asyncio.sleep(TTL)  # and still nothing is heard
+        assert state_of(fleet) is WorkerState.DEAD
+        assert len(heard.lost) == 1
 
 
 @virtual_time
