@@ -279,8 +279,7 @@ class Serving:
         number = run.attempt.number + 1
         if not error.retryable or run.num_tokens or number >= MAX_ATTEMPTS:
             raise error
-        if isinstance(error, Overloaded):
-            self._avoid.update(_names(failed))
+        self._avoid.update(_names(failed))
         try:
             self._begin(run, number)
         except BatonError:

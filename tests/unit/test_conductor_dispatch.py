@@ -172,6 +172,20 @@ async def test_a_retryable_failure_before_the_first_token_tries_other_workers() 
 
 
 @virtual_time
+@pytest.mark.parametrize("split", [False, True])
+async def test_another_attempt_prefers_other_workers(split: bool) -> None:
+    failing = WireError("transport_error", "no route", retryable=True)
+    counts = {"prefill": 2, "decode": 1} if split else {"prefill": 0, "decode": 2}
+    async with fake_cluster(say("ok"), **counts) as cluster:
+        name = "prefill-0" if split else "decode-0"
+        cluster.workers[name].script = say("ok", error_at=0, error=failing)
+        for _ in range(12):  # each begins where the hash of its id says
+            deltas, _ = await ask(cluster.conductor)
+            assert text_of(deltas) == "ok"
+        await cluster.check_nothing_left()
+
+
+@virtual_time
 async def test_retries_end_with_the_error() -> None:
     failing = WireError("transport_error", "no route", retryable=True)
     async with fake_cluster(say("x", error_at=0, error=failing)) as cluster:
