@@ -15,6 +15,7 @@ from baton.errors import (
     LayoutMismatch,
     LeaseExpired,
     Overloaded,
+    PeerGone,
     StaleAttempt,
     TransportError,
 )
@@ -335,8 +336,9 @@ async def test_layouts_transports_and_lives_must_match() -> None:
         assert answer.error.code == ConfigError.code
         assert "loopback" in answer.error.message
         good = await c.decode("d2")
-        with pytest.raises(StaleAttempt, match="restarted"):
+        with pytest.raises(PeerGone, match="restarted") as gone:
             await good.fetch(A, Peer("p0", "life0", prefill.address), (1,))
+        assert gone.value.retryable  # at the worker's new life, for one
 
 
 @pytest.mark.parametrize("missing", ["block", "layer", "twice", "beyond", "outside"])

@@ -175,14 +175,15 @@ async def test_a_dead_prefill_worker_is_a_retryable_error() -> None:
         gate.opened.set()
 
 
-async def test_an_unknown_life_of_the_prefill_worker_is_refused() -> None:
+async def test_a_former_life_of_the_prefill_worker_is_gone() -> None:
     async with running_pair() as pair:
         task = make_task("t")
         old = replace(pair.peer, incarnation="before-the-restart")
         await pair.to_decode.send(StartDecode(task, old))
         finish = await pair.to_decode.finish(task.attempt)
         assert finish.error is not None
-        assert finish.error.code == "stale_attempt"
+        assert finish.error.code == "peer_gone"
+        assert finish.error.retryable
 
 
 async def test_kv_that_nobody_takes_over_is_freed_when_its_lease_ends() -> None:

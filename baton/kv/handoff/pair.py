@@ -112,7 +112,7 @@ class Pair:
             if not isinstance(hello, Hello) or hello.lease_ttl_s <= 0:
                 raise TransportError(f"{self.peer.name} answered a greeting with {hello!r}")
             if (hello.worker, hello.incarnation) != (self.peer.name, self.peer.incarnation):
-                raise StaleAttempt(
+                raise PeerGone(
                     f"{self.peer.address} is {life(hello.worker, hello.incarnation)}, "
                     f"not {self.key}: the worker was restarted"
                 )

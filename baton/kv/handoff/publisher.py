@@ -222,7 +222,7 @@ class HandoffPublisher:
     def _check(self, hello: Hello) -> None:
         us = self._identity
         if hello.expected_incarnation != us.incarnation:
-            raise StaleAttempt(
+            raise PeerGone(  # that life has: the request may be tried again
                 f"{hello.worker} looks for life {hello.expected_incarnation} of {us.name}, but "
                 f"this is life {us.incarnation}: the worker was restarted"
             )
