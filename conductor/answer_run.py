@@ -97,7 +97,7 @@ class AnswerRun:
         if output.finish is not None:
             self.cached_tokens = max(self.cached_tokens, output.finish.cached_tokens)
         if self.phase is Phase.SETTLING:
-            if output.finish is not None and duty is Role.DECODE:
+            if output.finish is not None and self._knows_usage(duty):
                 self.phase = Phase.DONE
             return None
         if self.phase is not Phase.RUNNING:
@@ -121,6 +121,12 @@ class AnswerRun:
             self._fail(WorkerLost(lost))
         elif not self._prefill_done and not (self._decoding and self.num_tokens):
             self._awaiting = lost  # the KV may have been handed over: the decode worker knows
+
+    def _knows_usage(self, duty: Role) -> bool:
+        """Whether this worker's last word says how many prompt tokens were cached: a decode worker
+        that has not taken over yet does not know."""
+        took_over = not self._split or self._decoding or self._prefill_done
+        return duty is (Role.DECODE if took_over else Role.PREFILL)
 
     def _in_order(self, tokens: tuple[SampledToken, ...]) -> list[SampledToken]:
         ready: list[SampledToken] = []

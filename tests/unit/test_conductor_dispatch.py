@@ -15,13 +15,15 @@ from baton.errors import (
     Overloaded,
     WorkerLost,
 )
+from baton.rpc.memory import Fault
 from baton.types.fleet import Role
+from baton.types.link import StepReport
 from baton.types.request import FinishReason, GenerationTask, WireError
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
 from conductor.request import Ask, Options
 from conductor.service import Conductor, Policy
-from tests.fake_worker import EOS, Script, echo, fake_cluster, say, wait_for
+from tests.fake_worker import EOS, Meeting, Script, echo, fake_cluster, say, wait_for
 from tests.virtual_time import virtual_time
 
 
@@ -101,6 +103,22 @@ async def test_stop_string_across_tokens_cancels_both_workers() -> None:
         assert usage.cached_tokens == 3
         assert cluster.workers["decode-0"].cancelled
         await cluster.check_nothing_left()
+
+
+@virtual_time
+async def test_cached_tokens_are_known_also_when_the_first_token_ends_the_answer() -> None:
+    def late_endings(sender: str, receiver: str, message: object) -> Fault:
+        ending = isinstance(message, StepReport) and any(o.finish for o in message.outputs)
+        return Fault(delay_s=0.3 if ending and sender.startswith("prefill") else 0.0)
+
+    async with fake_cluster(say("one", cached_tokens=3)) as cluster:
+        decode = cluster.workers["decode-0"]
+        decode.script = say("one")
+        decode.meeting = Meeting()  # it has not taken over when it is cancelled
+        cluster.network.plan.on_message = late_endings  # type: ignore[method-assign]
+        deltas, usage = await ask(cluster.conductor, stop=("o",), max_tokens=50)
+        assert (text_of(deltas), reason_of(deltas)) == ("", ["stop"])
+        assert usage.cached_tokens == 3
 
 
 @virtual_time
