@@ -16,6 +16,7 @@ from baton.cli.options import Json, Url, connect
 from baton.client.http import DEFAULT_URL
 from baton.types.fleet import BlockState
 
+_IDLE = (BlockState.FREE, BlockState.CACHED)
 _STATE_COLOURS = {"live": "green", "draining": "yellow", "suspect": "yellow", "dead": "red"}
 
 
@@ -40,19 +41,31 @@ def members(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def fleet_table(cluster: Mapping[str, Any]) -> Table:
-    """One row per process; blocks in the states that they are in."""
+    """One row per process, within 80 columns. Of its KV blocks those that are in use (active,
+    leased, quarantined), cached and there at all: `--json` has every state."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("name", "role", "pid", "address", "state"):
-        table.add_column(name, no_wrap=True)
-    for name in ("running", "waiting", *BlockState):
-        table.add_column(str(name), justify="right", no_wrap=True)
+    for name in ("name", "pid", "address", "state"):
+        table.add_column(name, overflow="fold")
+    for name in ("run", "wait", "used", "cached", "blocks"):
+        table.add_column(name, justify="right", no_wrap=True)
     for member in members(cluster):
-        blocks = member.get("blocks") or {}
         state = str(member.get("state", ""))
         table.add_row(
-            *(str(member.get(name, "")) for name in ("name", "role", "pid", "address")),
+            *(str(member.get(name, "")) for name in ("name", "pid", "address")),
             Text(state, style=_STATE_COLOURS.get(state, "")),
             *(str(member.get(name, "")) for name in ("running", "waiting")),
-            *(str(blocks[state]) if state in blocks else "" for state in BlockState),
+            *_block_cells(member.get("blocks") or {}),
         )
     return table
+
+
+def blocks_in_use(blocks: Mapping[str, int]) -> int:
+    """Blocks that a request holds, or that a transfer may still touch."""
+    return sum(blocks.values()) - sum(blocks.get(state, 0) for state in _IDLE)
+
+
+def _block_cells(blocks: Mapping[str, int]) -> tuple[str, str, str]:
+    if not blocks:
+        return ("", "", "")
+    cached = blocks.get(BlockState.CACHED, 0)
+    return (str(blocks_in_use(blocks)), str(cached), str(sum(blocks.values())))

@@ -14,12 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from baton.cli.options import Url, connect
-from baton.cli.status import fleet_table, members
+from baton.cli.status import blocks_in_use, fleet_table, members
 from baton.client.http import DEFAULT_URL, Client
 from baton.errors import BatonError
 from baton.types.fleet import BlockState
-
-_IDLE = (BlockState.FREE, BlockState.CACHED)
 
 
 def top(
@@ -59,10 +57,10 @@ def view(url: str, cluster: Mapping[str, Any]) -> RenderableType:
         total = sum(blocks.values())
         if not total:
             continue
-        used = total - sum(blocks.get(state, 0) for state in _IDLE)
+        used = blocks_in_use(blocks)
         bars.add_row(
             str(member.get("name", "")),
-            ProgressBar(total=total, completed=used, width=40),
+            ProgressBar(total=total, completed=used, width=24),
             f"{used}/{total} blocks in use, {blocks.get(BlockState.CACHED, 0)} cached",
         )
     return Group(Text(url, style="bold"), fleet_table(cluster), Text(), bars)

@@ -50,8 +50,8 @@ CLUSTER: dict[str, Any] = {
 }
 
 
-def text_of(renderable: Any) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+def text_of(renderable: Any, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     with console.file:
         console.print(renderable)
         return console.export_text()
@@ -220,9 +220,31 @@ async def test_an_answer_without_an_end_is_an_error(capsys: pytest.CaptureFixtur
 
 def test_status_table_has_every_member() -> None:
     lines = text_of(fleet_table(CLUSTER)).splitlines()
-    assert lines[0].split()[:6] == ["name", "role", "pid", "address", "state", "running"]
+    assert lines[0].split()[:5] == ["name", "pid", "address", "state", "run"]
+    assert lines[1].split() == ["c0", "1", "127.0.0.1:1", "live"]
     assert lines[2].split() == [
-        *("decode-0", "decode", "2", "127.0.0.1:2", "suspect", "3", "0", "5", "3", "2", "0", "0")
+        *("decode-0", "2", "127.0.0.1:2", "suspect", "3", "0", "3", "2", "10")
+    ]
+
+
+@pytest.mark.parametrize("show", [fleet_table, lambda cluster: view("http://x", cluster)])
+def test_tables_lose_nothing_on_a_terminal_of_80_columns(show: Any) -> None:
+    worker = {
+        "name": "prefill-10",
+        "role": "prefill",
+        "pid": 4194303,
+        "address": "127.0.0.1:65535",
+        "state": "draining",
+        "running": 256,
+        "waiting": 1024,
+        "blocks": {"free": 10_000, "active": 20_000, "cached": 30_000, "leased": 40_000},
+    }
+    text = text_of(show({"workers": [worker]}), width=80)
+    assert "…" not in text
+    row = next(line for line in text.splitlines() if "4194303" in line)
+    assert row.split() == [
+        *("prefill-10", "4194303", "127.0.0.1:65535", "draining"),
+        *("256", "1024", "60000", "30000", "100000"),
     ]
 
 
