@@ -101,8 +101,8 @@ class StreamResponse(GenerationResponse):
                 ],
             }
         )
-        opening = self._reply.opening()
-        await _send_body(send, b"".join(map(_event, opening)) + self._events(first))
+        opening = b"".join(self._with_usage(chunk) for chunk in self._reply.opening())
+        await _send_body(send, opening + self._events(first))
         try:
             async for result in results:
                 await _send_body(send, self._events(result))
@@ -124,8 +124,10 @@ class StreamResponse(GenerationResponse):
     def _delta_event(self, delta: Delta) -> bytes:
         self._tokens += len(delta.tokens)
         chunk = self._reply.chunk(delta)
-        if chunk is None:
-            return b""
+        return b"" if chunk is None else self._with_usage(chunk)
+
+    def _with_usage(self, chunk: dict[str, Any]) -> bytes:
+        """Who asks for the usage gets the field in every chunk; it is null but in the last."""
         if self._every_chunk:
             usage = Usage(self._request.prompt_tokens, self._tokens, 0)
             chunk["usage"] = usage_body(usage)
