@@ -23,7 +23,13 @@ from pydantic_core import PydanticCustomError
 from baton.errors import InvalidRequest
 from conductor.body_errors import explain_fields, explain_json
 from conductor.request import Ask, Chat, Options, Prompt
-from conductor.validate import DEFAULT_COMPLETION_TOKENS, MAX_LOGIT_BIAS, make_chat, quote
+from conductor.validate import (
+    DEFAULT_COMPLETION_TOKENS,
+    MAX_ANSWERS,
+    MAX_LOGIT_BIAS,
+    make_chat,
+    quote,
+)
 
 # Fields of OpenAI's and vLLM's APIs that have no counterpart here; null means not given.
 _UNSUPPORTED = frozenset(
@@ -54,6 +60,8 @@ def _as_prompts(value: object) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list):
+        if len(value) > MAX_ANSWERS and type(value[0]) is not int:
+            raise PydanticCustomError("prompts", f"must have at most {MAX_ANSWERS} prompts")
         if all(type(item) is str for item in value):
             return tuple(value)
         if all(type(item) is int for item in value):
