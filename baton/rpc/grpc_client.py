@@ -165,11 +165,15 @@ class _DialedStream(WireDuplex[Out, In]):
         self._pump = asyncio.create_task(self.run(), name="stream-pump")
 
     async def aclose(self) -> None:
-        """Flush, end our side, give the server a moment to end its own, then cut."""
-        await super().aclose()
-        if self._pump is not None:
-            await asyncio.wait([self._pump], timeout=HALF_CLOSE_S)
+        """Flush, end our side, give the server a moment to end its own, then cut: at once when
+        cancelled."""
+        try:
+            await super().aclose()
+            if self._pump is not None:
+                await asyncio.wait([self._pump], timeout=HALF_CLOSE_S)
+        finally:
             self._call.cancel()
-            self._pump.cancel()
-            await asyncio.wait([self._pump])
-        await self._channel.close()
+            if self._pump is not None:
+                self._pump.cancel()
+                await asyncio.wait([self._pump])
+            await self._channel.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -172,6 +173,23 @@ async def test_a_full_stream_makes_the_sender_wait_and_ends_with_peer_gone() -> 
         with pytest.raises(PeerGone):
             await asyncio.wait_for(send_for_ever(), 20)
         await stream.aclose()
+
+
+async def test_closing_may_be_cancelled_and_leaves_nothing_behind() -> None:
+    async def ignore(stream: WorkerEnd) -> None:
+        with contextlib.suppress(PeerGone):
+            await stream.receive()
+            await asyncio.sleep(30)
+
+    async with serving(ignore) as address:
+        stream = await GrpcWorkerDialer(TOKEN).link(address, 5.0)
+        await stream.send(Drain())
+        closing = asyncio.create_task(stream.aclose())
+        await asyncio.sleep(0.05)  # now it waits for the server to end its side
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert "stream-pump" not in {task.get_name() for task in asyncio.all_tasks()}
 
 
 async def test_a_failing_service_reaches_the_caller_with_its_message() -> None:
