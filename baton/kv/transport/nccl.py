@@ -85,6 +85,7 @@ class NcclTransport:
     async def connect(self, peer: str, endpoint: bytes) -> None:
         kind = self._own_memory().device.partition(":")[0]
         await self.disconnect(peer)
+        writer: asyncio.StreamWriter | None = None
         try:
             host, port, cookie, nbytes, their_kind = json.loads(endpoint)
             if kind != their_kind:
@@ -95,8 +96,12 @@ class NcclTransport:
                 await link.say(cookie)
         except (OSError, ValueError, TypeError, TransportError) as error:  # OSError: also timeouts
             raise refused_endpoint(peer, self.name, error) from error
-        link.start()
-        self._links[peer] = link
+        else:
+            link.start()
+            self._links[peer] = link
+        finally:
+            if writer is not None and peer not in self._links:
+                writer.close()
 
     async def disconnect(self, peer: str) -> None:
         link = self._links.pop(peer, None)
