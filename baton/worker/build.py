@@ -22,11 +22,11 @@ from baton.errors import ConfigError
 from baton.kv.handoff.digest import Verify
 from baton.kv.handoff.options import HandoffOptions, Identity, life
 from baton.kv.transport.base import PoolMemory, Transport
+from baton.kv.transport.registry import make_transport
 from baton.model.hub import resolve_model
 from baton.model.spec import ModelSpec, choose_dtype, kv_layout, load_spec
 from baton.types.fleet import KvLayout, Role, WorkerInfo
 from baton.worker.config import WorkerConfig, reachable_address
-from baton.worker.transports import choose_transport, make_transport
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
     num_blocks = choose_num_blocks(config, layout, device, weights)
     identity = Identity(worker_name(config, role), uuid.uuid4().hex[:12], layout)
     host = reachable_address(config.advertise, config.listen).rpartition(":")[0]
-    transport = make_transport(
-        choose_transport(config.transport), life(identity.name, identity.incarnation), host
+    transport = await asyncio.to_thread(
+        make_transport, config.transport, life(identity.name, identity.incarnation), host=host
     )
     await transport.start()
     try:

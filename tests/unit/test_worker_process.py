@@ -26,7 +26,6 @@ from baton.worker.build import (
 )
 from baton.worker.config import WorkerConfig, reachable_address
 from baton.worker.lifecycle import StopSignals
-from baton.worker.transports import choose_transport, make_transport
 
 LAYOUT = KvLayout("ab", "float32", 2, 2, 16, 32)  # 16 KiB a block
 
@@ -111,15 +110,6 @@ def test_block_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 1 << 20
     with pytest.raises(ConfigError, match="--kv-memory-mib"):
         blocks("cuda:0")
-
-
-def test_transports() -> None:
-    assert choose_transport("shm") == "shm"
-    assert choose_transport("auto") in ("nixl", "shm")
-    assert make_transport("shm", "w", "127.0.0.1").name == "shm"
-    assert make_transport("nccl", "w", "127.0.0.1").name == "nccl"
-    with pytest.raises(ConfigError, match="there is no transport 'pigeon'"):
-        make_transport("pigeon", "w", "127.0.0.1")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
