@@ -20,6 +20,7 @@ from baton.errors import ConfigError, InternalError
 from baton.kernels.dispatch import kernels_for
 from baton.kv.transport.base import PoolMemory
 from baton.model.decoder import Decoder, DecoderInput
+from baton.model.packing import pack
 from baton.model.spec import DTYPES, ModelSpec
 from baton.model.weights import TORCH_DTYPES, load_weights
 from baton.types.fleet import KvLayout
@@ -62,7 +63,7 @@ class TorchRunner:
         self._device = device
         self._block_size = layout.block_size
         self._group_ends = _group_ends(spec.num_layers, layer_groups)
-        weights = load_weights(spec, model_dir, layout.dtype, device)
+        weights = pack(load_weights(spec, model_dir, layout.dtype, device))
         self._resources: _Resources | None = _Resources(
             Decoder(spec, weights, kernels_for(device), device),
             _pool_tensor(layout, memory, num_blocks),

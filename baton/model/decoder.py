@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from baton.kernels.dispatch import Kernels
-from baton.model.layers import DecoderWeights, Heads, mix, project_qkv, rms_norm
+from baton.model.layers import DecoderWeights, Heads, linear, mix, project_qkv, rms_norm
 from baton.model.rope import rope_table
 from baton.model.spec import ModelSpec
 
@@ -80,7 +80,7 @@ class Decoder:
         if not len(batch.sample_rows):
             return hidden.new_empty((0, self._spec.vocab_size), dtype=torch.float32)
         hidden = rms_norm(hidden, self._weights.norm, self._heads.eps)
-        return functional.linear(hidden, self._weights.lm_head).float()
+        return linear(hidden, self._weights.lm_head).float()
 
     def _attend(
         self, q: torch.Tensor, kv: torch.Tensor, index: int, batch: DecoderInput

@@ -12,7 +12,8 @@ from baton.model.rope import apply_rope
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer. Matrices are `[out, in]`; those that read the same input are one matrix.
+    """One layer. Matrices are `[out, in]`; those that read the same input are one matrix,
+    plain or packed.
 
     `qkv` `[(heads + 2 * kv_heads) * head_dim, hidden]`: queries, then keys, then values.
     `qk_norm` `[heads + kv_heads, head_dim]`: each head's row of the query or key norm.
@@ -57,6 +58,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ weight.T + bias` for a plain or a packed weight (see `baton.model.packing`)."""
+    if not weight.is_mkldnn:
+        return functional.linear(x, weight, bias)
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
 def project_qkv(
     hidden: torch.Tensor,
     layer: LayerWeights,
@@ -67,7 +76,7 @@ def project_qkv(
     """Queries `[tokens, heads, head_dim]` and keys and values `[tokens, kv_heads, head_dim]`;
     queries and keys normed where the family does, and rotated."""
     normed = rms_norm(hidden, layer.input_norm, shape.eps)
-    qkv = functional.linear(normed, layer.qkv, layer.qkv_bias)
+    qkv = linear(normed, layer.qkv, layer.qkv_bias)
     qkv = qkv.view(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
     qk, v = torch.split(qkv, [shape.heads + shape.kv_heads, shape.kv_heads], dim=1)
     if layer.qk_norm is not None:
@@ -83,7 +92,7 @@ def mix(
 
     `attended` is `[tokens, heads, head_dim]`; `hidden` and the result are `[tokens, hidden]`.
     """
-    hidden = hidden + functional.linear(attended.flatten(1), layer.output, layer.output_bias)
+    hidden = hidden + linear(attended.flatten(1), layer.output, layer.output_bias)
     normed = rms_norm(hidden, layer.post_norm, eps)
-    gate, up = functional.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-    return hidden + functional.linear(functional.silu(gate) * up, layer.down, layer.down_bias)
+    gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+    return hidden + linear(functional.silu(gate) * up, layer.down, layer.down_bias)
