@@ -25,9 +25,12 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
     Dimension i pairs with i + head_dim / 2. Computed in float32, returned contiguous in x's type.
     """
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    halves = x.view(*x.shape[:-1], 2, -1).float()
+    rotated = halves * cos.unsqueeze(-2)
+    # In place: at prefill sizes, time goes into passes over memory.
+    rotated[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-1)
+    rotated[..., 1, :].addcmul_(halves[..., 0, :], sin)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
