@@ -70,6 +70,7 @@ class AnswerRun:
         self._prefill_done = False
         self._decoding = False
         self._awaiting: str | None = None
+        self._prefill_lost: str | None = None
 
     def begin(self, number: int, split: bool) -> None:
         """A (new) attempt starts; `split` when a prefill worker takes part."""
@@ -82,6 +83,7 @@ class AnswerRun:
         self._prefill_done = False
         self._decoding = False
         self._awaiting = None
+        self._prefill_lost = None
 
     @property
     def awaiting_peer(self) -> bool:
@@ -106,6 +108,9 @@ class AnswerRun:
             self._awaiting = None
             self._decoding = True
         ready = self._in_order(output.tokens)
+        if self._early and self._prefill_lost is not None:
+            self._fail(WorkerLost(self._prefill_lost))  # and the first token with it
+            return None
         if output.finish is not None:
             self._on_finish(duty, output.finish)
         return self._make_delta(ready)
@@ -117,10 +122,11 @@ class AnswerRun:
         if self.phase is not Phase.RUNNING:
             return
         lost = f"worker {worker} was lost while it held the request: {reason}"
-        if duty is Role.DECODE:
+        if duty is Role.DECODE or self._early:  # early ones waited for the lost worker's token
             self._fail(WorkerLost(lost))
         elif not self._prefill_done and not (self._decoding and self.num_tokens):
-            self._awaiting = lost  # the KV may have been handed over: the decode worker knows
+            # The KV may have been handed over: the decode worker knows.
+            self._awaiting = self._prefill_lost = lost
 
     def _knows_usage(self, duty: Role) -> bool:
         """Whether this worker's last word says how many prompt tokens were cached: a decode worker

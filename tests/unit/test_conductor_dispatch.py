@@ -295,6 +295,27 @@ async def test_a_prefill_worker_lost_during_the_handoff_is_noticed_in_time() -> 
 
 
 @virtual_time
+@pytest.mark.parametrize("decode_first", [False, True])
+async def test_a_first_token_lost_with_its_worker_is_not_waited_for(decode_first: bool) -> None:
+    def late(sender: str, receiver: str, message: object) -> Fault:
+        slow = sender.startswith("prefill") or not decode_first
+        return Fault(delay_s=1.0 if slow and isinstance(message, StepReport) else 0.0)
+
+    async with fake_cluster(say("long", hang_at=3)) as cluster:
+        cluster.network.plan.on_message = late  # type: ignore[method-assign]
+        task = asyncio.create_task(ask(cluster.conductor, timeout_s=100))
+        await asyncio.sleep(0.5)  # the handoff is over, the first token is under way
+        for link in cluster.workers["prefill-0"].links:
+            link._out.end("lost", discard=True)  # type: ignore[attr-defined]
+        cluster.network.kill("prefill-0:1")
+        cluster.workers["decode-0"].script = say("again")
+        deltas, _ = await task
+        assert text_of(deltas) == "again"
+        assert asyncio.get_running_loop().time() < 4
+        await cluster.check_nothing_left()
+
+
+@virtual_time
 async def test_no_worker_and_shutting_down() -> None:
     async with fake_cluster(prefill=1, decode=0) as cluster:
         assert not cluster.conductor.ready
