@@ -53,15 +53,17 @@ def copies_for(
         raise TransportError(
             f"layers [{layer_begin}, {layer_end}) are not in a model of {layout.num_layers} layers"
         )
+    first, run = byte_range(layout, 0, layer_begin, layer_end)
+    stride = layout.block_bytes
     merged: list[Copy] = []
+    remote_end = local_end = -1
     for remote_block, local_block in zip(remote_blocks, local_blocks, strict=True):
-        remote, length = byte_range(layout, remote_block, layer_begin, layer_end)
-        local, _ = byte_range(layout, local_block, layer_begin, layer_end)
-        last = merged[-1] if merged else None
-        if last and last.remote + last.length == remote and last.local + last.length == local:
-            merged[-1] = Copy(last.remote, last.local, last.length + length)
-        else:
-            merged.append(Copy(remote, local, length))
+        remote, local, length = remote_block * stride + first, local_block * stride + first, run
+        if remote == remote_end and local == local_end:
+            last = merged.pop()
+            remote, local, length = last.remote, last.local, last.length + run
+        merged.append(Copy(remote, local, length))
+        remote_end, local_end = remote + length, local + length
     return merged
 
 

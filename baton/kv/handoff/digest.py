@@ -8,7 +8,7 @@ reader needs no setting of its own: it verifies whatever the publisher says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 
 import xxhash
@@ -48,10 +48,8 @@ def block_digests(
     """One digest per block (17 bytes), or none when the mode is off."""
     if mode is Verify.OFF:
         return ()
-    return tuple(
-        _digest(host_bytes(memory, *byte_range(layout, block, layer_begin, layer_end)), mode)
-        for block in blocks
-    )
+    runs = _runs(memory, layout, blocks, layer_begin, layer_end)
+    return tuple(_digest(run, mode) for run in runs)
 
 
 def check_digests(
@@ -68,12 +66,12 @@ def check_digests(
         return
     if len(expected) != len(blocks):
         raise DigestMismatch(f"{source} sent {len(expected)} digests for {len(blocks)} blocks")
-    for block, digest in zip(blocks, expected, strict=True):
+    runs = _runs(memory, layout, blocks, layer_begin, layer_end)
+    for block, run, digest in zip(blocks, runs, expected, strict=True):
         mode = _MODES.get(digest[:1])
         if mode is None:
             raise DigestMismatch(f"{source} sent a digest of an unknown kind: {digest[:1]!r}")
-        offset, length = byte_range(layout, block, layer_begin, layer_end)
-        if _digest(host_bytes(memory, offset, length), mode) != digest:
+        if _digest(run, mode) != digest:
             raise DigestMismatch(
                 f"layers [{layer_begin}, {layer_end}) of block {block} differ from what {source} "
                 "published; the read is discarded"
@@ -93,6 +91,22 @@ def combine(cells: Iterable[Cell]) -> bytes:
 
 def cells_of(first_block: int, layer_begin: int, digests: Sequence[bytes]) -> list[Cell]:
     return [(first_block + n, layer_begin, digest) for n, digest in enumerate(digests)]
+
+
+def _runs(
+    memory: PoolMemory, layout: KvLayout, blocks: Sequence[int], layer_begin: int, layer_end: int
+) -> Iterator[memoryview]:
+    """The bytes of layers [layer_begin, layer_end) of each block."""
+    first, length = byte_range(layout, 0, layer_begin, layer_end)
+    stride = layout.block_bytes
+    if memory.device == "cpu":
+        pool = host_bytes(memory, 0, memory.nbytes)  # once: a view per block is what costs here
+        for block in blocks:
+            start = block * stride + first
+            yield pool[start : start + length]
+    else:
+        for block in blocks:
+            yield host_bytes(memory, block * stride + first, length)
 
 
 def _digest(data: memoryview, mode: Verify) -> bytes:
