@@ -10,16 +10,19 @@ await server.stop(grace_s=5)
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
+import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from baton.errors import BatonError, ConfigError, Unauthenticated
+from baton.errors import BatonError, ConfigError, InvalidRequest, Unauthenticated
 from baton.rpc.codec_fleet import info_from_pb, lease_to_pb, load_from_pb
 from baton.rpc.codec_handoff import decode_from_pb, prefill_to_pb
 from baton.rpc.codec_link import conductor_from_pb, worker_to_pb
@@ -65,8 +68,10 @@ class RpcServer:
             )
         self._listen = listen
         self._health = health.aio.HealthServicer()
+        self._health_names = ("", *reflect)
         self.grpc = grpc.aio.server(
-            interceptors=(_TokenInterceptor(token),), options=list(SERVER_OPTIONS)
+            interceptors=(_TokenInterceptor(token), _ParseInterceptor()),
+            options=list(SERVER_OPTIONS),
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         if reflect:
@@ -97,9 +102,10 @@ class RpcServer:
         return f"{host}:{port}"
 
     async def set_ready(self, ready: bool) -> None:
-        """What the health service answers."""
+        """What the health service answers, for the whole server and for each public service."""
         status = health_pb2.HealthCheckResponse
-        await self._health.set("", status.SERVING if ready else status.NOT_SERVING)
+        for name in self._health_names:
+            await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls at once, let running ones end for `grace_s` seconds, then cancel."""
@@ -128,6 +134,42 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         given = dict(details.invocation_metadata).get("authorization", "")
         raw = given if isinstance(given, bytes) else given.encode()
         return hmac.compare_digest(raw, self._expected)
+
+
+class _ParseInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Answers a request message that is no protobuf, or has text that is not UTF-8, with
+    INVALID_ARGUMENT; grpc itself would answer UNKNOWN and log a traceback."""
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or handler.request_deserializer is None:
+            return handler
+        serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        if not inspect.iscoroutinefunction(serve):
+            return handler
+
+        async def checked(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            if isinstance(request, InvalidRequest):
+                await _abort(context, request)
+            return await serve(request, context)
+
+        make = (
+            grpc.unary_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        parse = functools.partial(_parse, handler.request_deserializer)
+        return make(checked, parse, handler.response_serializer)
+
+
+def _parse(parse: Callable[[bytes], Any], raw: bytes) -> Any:
+    """The message, or the InvalidRequest that stands for it."""
+    try:
+        return parse(raw)
+    except DecodeError as error:
+        return InvalidRequest(f"the request is not a valid protobuf message: {error}")
 
 
 async def _deny(_request: Any, context: grpc.aio.ServicerContext) -> None:

@@ -251,6 +251,43 @@ async def test_reflection_describes_the_public_service(cluster: FakeCluster) -> 
         assert methods == {"Generate", "Tokenize", "ListModels"}
 
 
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [(b"\xff\xff\xff", "corrupt"), (b"\x0a\x04tiny\x12\x02\xff\xfe", "UTF-8")],
+)
+@pytest.mark.parametrize("method", ["Generate", "Tokenize"])
+async def test_messages_that_cannot_be_parsed(
+    cluster: FakeCluster, method: str, raw: bytes, why: str
+) -> None:
+    async with channel_to(cluster) as channel:
+        make = channel.unary_stream if method == "Generate" else channel.unary_unary
+        call = make(
+            f"/baton.v1.Inference/{method}",
+            request_serializer=lambda data: data,
+            response_deserializer=lambda data: data,
+        )(raw, timeout=20)
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "not a valid protobuf message" in await call.details()
+        assert why in await call.details()
+        assert dict(await call.trailing_metadata())["baton-error-code"] == "invalid_request_error"
+
+
+async def test_long_names_do_not_break_the_status(cluster: FakeCluster) -> None:
+    """gRPC bounds the size of a status, so a message must not repeat all of the input."""
+    status, code, _, _ = await failure(cluster, model="x" * 100_000)
+    assert (status, code) == (grpc.StatusCode.NOT_FOUND, "model_not_found")
+
+
+async def test_health_knows_the_public_service(cluster: FakeCluster) -> None:
+    async with channel_to(cluster) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="baton.v1.Inference")
+        async for answer in stub.Watch(request, timeout=20):
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                break
+        assert (await stub.Check(request, timeout=20)).status == answer.status
+
+
 async def test_health_follows_readiness() -> None:
     async with fake_server(prefill=0, decode=0) as cluster, channel_to(cluster) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
