@@ -30,6 +30,7 @@ from conductor.service import Conductor, Policy, ServedModel
 CANCEL_S = 2.0  # for clean-up after running requests were cancelled
 CLOSE_S = 2  # for open connections to take the last bytes
 HEALTH_POLL_S = 0.2
+BACKLOG = 2048  # connections that wait to be accepted
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +159,7 @@ class _HttpServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 lifespan="off",
+                backlog=BACKLOG,
                 access_log=False,
                 log_config=None,
                 log_level="warning",
@@ -182,6 +184,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(BACKLOG)  # only this, not binding, notices a port that somebody listens on
     except OSError as error:
         listener.close()
         raise ConfigError(
