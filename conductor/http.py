@@ -126,7 +126,7 @@ def _guarded_routes(
         check_token_ids(body.tokens, limits, "tokens")
         return JsonResponse({"prompt": await conductor.detokenize(tuple(body.tokens))})
 
-    @router.get("/trace/{request_id}")
+    @router.get("/trace/{request_id:path}")
     async def trace(request_id: str) -> Response:
         timeline = conductor.traces.get(request_id)
         if timeline is None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 import orjson
@@ -69,7 +70,7 @@ class Client:
     """Use as an async context manager. Every method raises a BatonError when it fails.
 
     `timeout_s` bounds the wait for a connection and for each next event of a stream, not a whole
-    stream. `api_key` is sent when it is not empty.
+    stream. `api_key` is sent when it is not empty. A `url` without a scheme means http.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Client:
         api_key: str = "",
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/") if "://" in url else f"http://{url}".rstrip("/")
         self._model = ""
         # Proxies of the environment are for the outside world; a cluster is addressed directly.
         self._http = httpx.AsyncClient(
@@ -143,7 +144,7 @@ class Client:
 
     async def trace(self, request_id: str) -> dict[str, Any]:
         """Spans of one recent request. Raises InvalidRequest when it is not known (any more)."""
-        return await self._get(f"/trace/{request_id}")
+        return await self._get(f"/trace/{quote(request_id, safe='')}")
 
     async def ready(self) -> bool:
         """Whether a request would succeed now. False also when nothing answers."""

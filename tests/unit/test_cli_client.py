@@ -54,6 +54,24 @@ async def test_a_stream_of_text_and_usage() -> None:
     assert {piece.request_id for piece in pieces} == {"r1"}
 
 
+async def test_an_address_without_scheme_means_http() -> None:
+    for url in ("cluster:8000", "http://cluster:8000/"):
+        async with Client(url) as asking:
+            assert asking.url == "http://cluster:8000"
+
+
+async def test_any_text_may_be_asked_for_as_a_trace() -> None:
+    seen = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(request.url.raw_path)
+        return httpx.Response(200, json={})
+
+    async with client(handle) as asking:
+        await asking.trace("a/b?c#d")
+    assert seen == [b"/trace/a%2Fb%3Fc%23d"]
+
+
 async def test_the_request_says_what_the_prompt_says() -> None:
     seen = {}
 
