@@ -19,6 +19,8 @@ from baton.cli.options import api_key
 from baton.cli.serve import ServeOptions
 from baton.errors import ConfigError
 
+_TRANSPORTS = ("nixl", "nccl", "shm")
+
 
 @dataclass(frozen=True, slots=True)
 class BenchHandoffOptions:
@@ -51,7 +53,7 @@ def bench_handoff(options: BenchHandoffOptions) -> None:
     """Read KV from another process, next to a plain copy of the same blocks."""
     from baton.bench import handoff  # gRPC and numpy: only this command needs them
 
-    transports = [name.strip() for name in options.transport.split(",")]
+    transports = _transports(options.transport)
     sizes = _numbers(options.block_kib, "--block-kib")
     lengths = _numbers(options.input_tokens, "--input-tokens")
     with progress_bar() as bar:
@@ -91,6 +93,16 @@ async def _exposures(options: BenchHandoffOptions, lengths: list[int]) -> tuple[
 def _on(bar: Progress, description: str) -> Callable[[int, int], None]:
     task = bar.add_task(description, total=None)
     return lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _transports(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in _TRANSPORTS:
+            raise ConfigError(
+                f"--transport takes some of {', '.join(_TRANSPORTS)} by commas, not {name!r}"
+            )
+    return names
 
 
 def _numbers(text: str, flag: str) -> list[int]:

@@ -54,9 +54,9 @@ class ServeOptions:
         str | None,
         typer.Option("--try", metavar="TEXT", help="Answer TEXT once ready, then keep serving."),
     ] = None
-    start_timeout: Annotated[float, typer.Option(help="Seconds until ready.")] = 600.0
+    start_timeout: Annotated[float, typer.Option(min=1, help="Seconds until ready.")] = 600.0
     drain_timeout: Annotated[
-        float, typer.Option(help="Seconds that running requests get on Ctrl-C.")
+        float, typer.Option(min=0, help="Seconds that running requests get on Ctrl-C.")
     ] = 30.0
     verbose: Annotated[bool, typer.Option("--verbose", help="Show every process's log.")] = False
     json: Annotated[
@@ -108,6 +108,10 @@ def serve(options: ServeOptions) -> None:
 async def _serve(options: ServeOptions) -> None:
     if options.prefill == 0 and not options.colocated:
         raise ConfigError("--prefill 0 leaves nobody to prefill: give at least 1, or --colocated")
+    if options.port == options.grpc_port != 0:
+        raise ConfigError(
+            f"--port and --grpc-port are both {options.port}: give HTTP and gRPC a port each"
+        )
     for port, flag in ((options.port, "--port"), (options.grpc_port, "--grpc-port")):
         _check_free(options.host, port, flag)
     with Reporter(options.json, options.verbose) as reporter:
@@ -229,10 +233,11 @@ def _check_free(host: str, port: int, flag: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            reason = error.strerror or str(error)
             if error.errno == errno.EADDRINUSE:
-                reason = "is in use"
+                message = f"is in use; choose another with {flag} (0 = any free port)"
+            elif error.errno == errno.EACCES:
+                message = f"cannot be used: {reason}; choose another with {flag} (above 1023)"
             else:
-                reason = f"cannot be used: {error.strerror or error}"
-            raise ConfigError(
-                f"{host}:{port} {reason}; choose another with {flag} (0 = any free port)"
-            ) from error
+                message = f"cannot be used: {reason}; choose an address of this machine with --host"
+            raise ConfigError(f"{host}:{port} {message}") from error

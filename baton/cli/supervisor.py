@@ -120,7 +120,11 @@ class Supervisor:
                 conductor.announcement(self.plan.start_timeout_s)
             )
         except TimeoutError:
-            raise self._blame("conductor", conductor, "did not announce its address") from None
+            what = (
+                f"did not say its address within {self.plan.start_timeout_s:g} s; give it longer "
+                "with --start-timeout"
+            )
+            raise self._blame("conductor", conductor, what) from None
         addresses = Addresses(_local(listening["http"]), _local(listening["grpc"]))
         self._addresses = addresses
         self.reporter.step(
@@ -233,7 +237,7 @@ class Supervisor:
 
     def _blame(self, name: str, child: Child, what: str) -> StartFailed:
         lines = "".join(f"\n  {line}" for line in child.tail)
-        return StartFailed(f"{name} {what}{':' if lines else ' without a word'}{lines}")
+        return StartFailed(f"{name} {what}{':' if lines else '; it wrote nothing'}{lines}")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

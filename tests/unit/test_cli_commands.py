@@ -176,6 +176,19 @@ def test_a_port_in_use_is_named() -> None:
     assert f"127.0.0.1:{port} is in use" in result.exception.message
 
 
+def test_http_and_grpc_need_a_port_each() -> None:
+    result = runner.invoke(main.app, ["serve", "--port", "8123", "--grpc-port", "8123"])
+    assert isinstance(result.exception, ConfigError)
+    assert "--port and --grpc-port are both 8123" in result.exception.message
+
+
+def test_a_foreign_address_is_blamed_on_host() -> None:
+    arguments = ["serve", "--host", "192.0.2.1", "--grpc-port", "0"]  # RFC 5737: nobody's
+    result = runner.invoke(main.app, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.message.endswith("with --host")
+
+
 def test_reporter_prints_objects_or_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with Reporter(as_json=True, verbose=False) as reporter:
         reporter.step("decode-0", "loading", pid=4)
@@ -299,6 +312,11 @@ def test_bench_handoff_takes_whole_numbers() -> None:
         options = BenchHandoffOptions(**{flag: "64,big"})  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="--" + flag.replace("_", "-")):
             bench_handoff(options)
+
+
+def test_bench_handoff_knows_its_transports() -> None:
+    with pytest.raises(ConfigError, match="nixl, nccl, shm by commas, not 'tcp'"):
+        bench_handoff(BenchHandoffOptions(transport="shm, tcp"))
 
 
 def test_doctor_fails_only_on_failures(monkeypatch: pytest.MonkeyPatch) -> None:
