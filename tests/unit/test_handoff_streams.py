@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from baton.errors import PeerGone
+from baton.errors import DeadlineExceeded, PeerGone
 from baton.kv.handoff.leases import Ending
 from baton.kv.transport.loopback import Fault, LoopbackTransport
 from baton.rpc.memory import Fault as MessageFault
@@ -101,6 +101,19 @@ async def test_a_peer_that_stands_still_holds_up_no_reads_from_others() -> None:
         await within(5, decode.fetch(attempt, other.peer, (2,)))
         hanging.cancel()
         c.network.kill("p0:1")
+
+
+@virtual_time
+async def test_reads_that_hang_after_they_were_given_up_cost_the_stream_not_the_blocks() -> None:
+    async with cluster(Plan(hang=True)) as c:
+        prefill, decode = await c.prefill(), await c.decode()
+        prefill.publish(A, (1,))
+        with pytest.raises(DeadlineExceeded):
+            await decode.fetch(A, prefill.peer, (1,), timeout_s=1)
+        await asyncio.sleep(OPTIONS.linger_s - 1)
+        assert (decode.quarantined, decode.idle) == ([A], [])
+        await asyncio.sleep(2)
+        assert decode.idle == [A]
 
 
 @virtual_time

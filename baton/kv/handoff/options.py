@@ -25,7 +25,7 @@ class HandoffOptions:
     lease_ttl_s: float = 10.0  # published KV that nobody renews returns after this
     attach_timeout_s: float = 30.0  # how long an attach may wait for an unknown attempt
     hello_timeout_s: float = 10.0  # for dialling and greeting together
-    linger_s: float = 30.0  # how long a source still makes progress for reads that were given up
+    linger_s: float = 30.0  # a source still helps on reads that were given up; then they are cut
     verify: Verify = Verify.SAMPLE  # said by the publisher, followed by the reader
     max_reads: int = 64  # transfers under way at a time, per pair of workers
 

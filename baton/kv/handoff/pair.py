@@ -68,6 +68,11 @@ class Pair:
             raise InternalError("a message was sent before the stream was ready")
         await self._stream.send(message)
 
+    async def break_off(self) -> None:
+        """End the stream, and with it all attempts of the pair and every read from the peer."""
+        if self._stream is not None:
+            await self._stream.aclose()
+
     async def run(self, on_end: Callable[[Pair], None]) -> None:
         """Never raises because of the peer: attempts learn of it through their inboxes."""
         failure: BatonError = PeerGone(f"the stream to {self.peer.name} was closed here")

@@ -12,7 +12,8 @@ A fetch that fails hands its running transfers to the reader, which waits until 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 from baton.errors import (
@@ -42,6 +43,8 @@ from baton.types.handoff import (
     Released,
 )
 from baton.types.request import AttemptId
+
+log = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 5.0
 
@@ -283,14 +286,24 @@ class HandoffReader:
     async def _settle(self, fetch: _Fetch, reason: str) -> None:
         """Tell the peer, wait until nothing writes into the blocks, and say so."""
         async with asyncio.TaskGroup() as tasks:
-            for transfer in fetch.running:
-                tasks.create_task(transfer.abort())
             tasks.create_task(_send_abort(fetch, reason))
+            try:
+                async with asyncio.timeout(self._options.linger_s):
+                    await _until_idle(fetch.running)
+            except TimeoutError:  # the peer has stopped helping them on: end them from here
+                name = fetch.pair.peer.name
+                log.warning("reads of %s hang: closing the stream to %s", fetch.attempt, name)
+                await fetch.pair.break_off()
+                await _until_idle(fetch.running)
         if fetch.blocks is not None:
             self._end_quarantine(fetch.attempt)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+async def _until_idle(transfers: Iterable[Transfer]) -> None:
+    await asyncio.gather(*(transfer.abort() for transfer in transfers))
 
 
 async def _send_abort(fetch: _Fetch, reason: str) -> None:
