@@ -98,4 +98,5 @@ def _sample(model: Any, tokenizer: Any, prompt: str, title: str, sampled: bool) 
     begin = inputs["input_ids"].shape[1] if is_chat else 0
     text = tokenizer.decode(out[begin:], skip_special_tokens=True).rstrip()
     label = f"temperature 0.7, top_p 0.9, seed {SEED}" if sampled else "greedy"
-    return f"`{title}` ({label}):\n\n```python\n{text}\n```"
+    # Fenced as text: a formatter that knows Markdown would rewrite Python.
+    return f"`{title}` ({label}):\n\n```text\n{text}\n```"
