@@ -62,6 +62,8 @@ def main() -> None:
         app()
     except BatonError as error:
         sys.exit(f"baton: {error.message}")
+    except OSError as error:  # such as a full disk under standard output
+        sys.exit(f"baton: {error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
 

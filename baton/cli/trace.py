@@ -17,6 +17,7 @@ from baton.cli.options import Json, Url, connect
 from baton.client.http import DEFAULT_URL
 
 _BAR_WIDTH = 44
+_OTHER_COLUMNS = 50  # characters that the table needs besides the bars
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
 
 
@@ -30,7 +31,8 @@ def trace(
     if as_json:
         sys.stdout.write(orjson.dumps(timeline).decode() + "\n")
     else:
-        Console().print(render(timeline))
+        console = Console()
+        console.print(render(timeline, console.width))
 
 
 async def _fetch(url: str, request_id: str) -> dict[str, Any]:
@@ -38,15 +40,16 @@ async def _fetch(url: str, request_id: str) -> dict[str, Any]:
         return await client.trace(request_id)
 
 
-def render(timeline: Mapping[str, Any]) -> RenderableType:
-    """A header, the choice of workers with its reasons, and one bar for each span."""
+def render(timeline: Mapping[str, Any], width: int = 100) -> RenderableType:
+    """A header, the choice of workers with its reasons, and one bar for each span. The bars shrink
+    where `width` characters of terminal leave them less room."""
     header = Text.assemble(
         (str(timeline.get("request_id", "")), "bold"),
         f"  {timeline.get('model', '')}  {timeline.get('outcome', '')}  "
         f"{timeline.get('prompt_tokens', 0)} prompt tokens, "
         f"{timeline.get('output_tokens', 0)} output tokens",
     )
-    return Group(header, *_choices(timeline), _bars(timeline))
+    return Group(header, *_choices(timeline), _bars(timeline, width))
 
 
 def _choices(timeline: Mapping[str, Any]) -> list[Text]:
@@ -58,7 +61,8 @@ def _choices(timeline: Mapping[str, Any]) -> list[Text]:
     return lines
 
 
-def _bars(timeline: Mapping[str, Any]) -> Table:
+def _bars(timeline: Mapping[str, Any], width: int) -> Table:
+    bar_width = max(8, min(_BAR_WIDTH, width - _OTHER_COLUMNS))
     spans = timeline.get("spans") or []
     start = min([timeline.get("received_s", 0.0), *(span["start_s"] for span in spans)])
     end = max((span["end_s"] for span in spans), default=start)
@@ -73,7 +77,7 @@ def _bars(timeline: Mapping[str, Any]) -> Table:
         table.add_row(
             span["source"],
             span["name"],
-            Text(bar(begin / total, length / total), style=colour),
+            Text(bar(begin / total, length / total, bar_width), style=colour),
             f"{begin * 1e3:.1f}",
             f"{length * 1e3:.1f}",
         )

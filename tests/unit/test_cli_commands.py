@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import socket
@@ -182,6 +183,15 @@ def test_http_and_grpc_need_a_port_each() -> None:
     assert "--port and --grpc-port are both 8123" in result.exception.message
 
 
+def test_a_failing_system_call_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(main, "app", full)
+    with pytest.raises(SystemExit, match="baton: No space left on device"):
+        main.main()
+
+
 def test_a_foreign_address_is_blamed_on_host() -> None:
     arguments = ["serve", "--host", "192.0.2.1", "--grpc-port", "0"]  # RFC 5737: nobody's
     result = runner.invoke(main.app, arguments)
@@ -282,6 +292,9 @@ def test_trace_bars_cover_the_request() -> None:
             {"source": "d0", "attempt": "r1#0", "name": "decode", "start_s": 10.5, "end_s": 11.0},
         ],
     }
+    narrow = text_of(render(timeline, width=80), width=80)
+    assert "…" not in narrow
+    assert narrow.count("█") > 20
     text = text_of(render(timeline))
     assert "p0 → d0  (least loaded)" in text
     prefill, decode = [line for line in text.splitlines() if "█" in line]

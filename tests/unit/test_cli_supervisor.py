@@ -106,7 +106,7 @@ async def test_a_conductor_that_cannot_start_ends_everything(tmp_path: Path) -> 
 async def test_a_silent_conductor_meets_a_deadline(tmp_path: Path) -> None:
     silent = plan(tmp_path, conductor="silent")
     short = ClusterPlan(silent.conductor, silent.workers, start_timeout_s=0.5)
-    with pytest.raises(StartFailed, match="did not say its address within 0.5 s"):
+    with pytest.raises(StartFailed, match="did not say its address"):
         await run(Supervisor(short, Recorder()))
 
 
