@@ -100,6 +100,10 @@ class ServeOptions:
         return "demo" if self.model is None else Path(self.model).resolve().name
 
 
+# The same answer every time; the penalty keeps a tiny model from saying one line over and over.
+_TRY_OPTIONS = {"temperature": 0.0, "repetition_penalty": 1.2}
+
+
 def serve(options: ServeOptions) -> None:
     """Run a whole cluster on this machine until Ctrl-C."""
     asyncio.run(_serve(options))
@@ -123,7 +127,7 @@ async def _serve(options: ServeOptions) -> None:
             reporter.settle()
             if options.try_text is not None and not options.json:
                 async with connect(addresses.url) as client:
-                    prompt = Prompt(options.try_text, max_tokens=96, options={"temperature": 0.0})
+                    prompt = Prompt(options.try_text, max_tokens=96, options=_TRY_OPTIONS)
                     await print_answer(client, prompt, timing=True, echo=True)
             _say_ready(options, reporter, addresses)
 
