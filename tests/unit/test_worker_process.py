@@ -140,8 +140,8 @@ def test_a_process_ends_with_its_standard_input_even_when_its_loop_is_blocked() 
         "from baton.worker.lifecycle import StopSignals, watch_parent\n"
         "async def main():\n"
         "    StopSignals().install()\n"
+        "    watch_parent()\n"
         "    time.sleep(50)\n"
-        "watch_parent()\n"
         "asyncio.run(main())\n"
     )
     assert run_python(code, stdin=subprocess.DEVNULL).returncode == 1
