@@ -161,6 +161,15 @@ def test_each_cluster_has_a_token_unless_one_is_given(monkeypatch: pytest.Monkey
     assert new_environ()["BATON_CLUSTER_TOKEN"] == "given"
 
 
+def test_huge_pages_are_asked_for_unless_glibc_is_tuned_already(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert new_environ()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    assert new_environ()["GLIBC_TUNABLES"] == "glibc.malloc.check=1"
+
+
 def test_serving_without_worker_for_prefill_needs_colocated() -> None:
     result = runner.invoke(main.app, ["serve", "--prefill", "0"])
     assert isinstance(result.exception, ConfigError)
