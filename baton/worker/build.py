@@ -104,6 +104,7 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
             config.layer_groups,
             config.threads,
         )
+        await asyncio.to_thread(runner.warm_up)
     except BaseException:
         await transport.close()
         raise
