@@ -1,0 +1,1 @@
+"""Failures in virtual time: broken streams, lost peers, expired leases, random interleavings."""
