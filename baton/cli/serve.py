@@ -144,11 +144,12 @@ async def find_model(options: ServeOptions, reporter: Reporter) -> Path:
 
 
 def _say_ready(options: ServeOptions, reporter: Reporter, addresses: Addresses) -> None:
-    workers = f"{options.prefill_workers} prefill, {options.decode} decode"
+    split = f"{options.prefill_workers}P{options.decode}D"
+    shape = f"{options.decode} co-located" if options.colocated else split
     reporter.result(
         "ready",
-        f"ready  {addresses.url}  grpc {addresses.grpc}  "
-        f"model {options.served_name}  ({workers}; Ctrl-C stops)",
+        f"ready  {addresses.url}  grpc {addresses.grpc}  {options.served_name} {shape}  "
+        "Ctrl-C stops",
         http=addresses.http,
         grpc=addresses.grpc,
         url=addresses.url,
