@@ -1,7 +1,7 @@
 """Bodies of the OpenAI-shaped endpoints: JSON in, an `Ask` out.
 
 Types are checked here, strictly; ranges in `conductor.validate`. A field that baton does not have
-is an error, never ignored: with null as its value it is taken as not given.
+is an error, never ignored; one that asks for nothing (null, false, empty) counts as not given.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from conductor.validate import (
     quote,
 )
 
-# Fields of OpenAI's and vLLM's APIs that have no counterpart here; null means not given.
+# Fields of OpenAI's and vLLM's APIs that have no counterpart here. Frameworks send many of them
+# with a value that asks for nothing (null, false, empty), which is taken as not given.
 _UNSUPPORTED = frozenset(
     {
         "audio", "best_of", "function_call", "functions", "guided_json", "guided_regex", "logits",
@@ -313,7 +314,8 @@ def parse_body(cls: type[Body], raw: bytes) -> Body:
     if not isinstance(data, dict):
         raise InvalidRequest("the body must be a JSON object")
     for name in _UNSUPPORTED & data.keys():
-        if data.pop(name) is not None:
+        value = data.pop(name)
+        if not (value is None or value is False or value in ([], {}, "")):
             raise InvalidRequest(
                 f"{name} is not supported here: leave it out",
                 param=name,

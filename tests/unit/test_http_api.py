@@ -132,7 +132,8 @@ async def test_fields_reach_the_workers(cluster: FakeCluster) -> None:
 async def test_null_means_not_given(cluster: FakeCluster) -> None:
     body = await complete(
         cluster, prompt="x", max_tokens=None, stop=None, tools=None, suffix=None, stream=None,
-        response_format={"type": "text"}, logit_bias=None, best_of=None, echo=False,
+        response_format={"type": "text"}, logit_bias=None, best_of=None, echo=False, store=False,
+        functions=[], metadata={},
     )  # fmt: skip
     assert body["choices"][0]["text"] == "x"
 
