@@ -73,7 +73,8 @@ def as_json(plan: LoadPlan, runs: dict[str, LoadSummary], argv: Sequence[str]) -
         "baton": __version__,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
-            "system": platform.platform(),
+            "os": platform.system(),
+            "arch": platform.machine(),
             "cpus": len(os.sched_getaffinity(0)),
             "load_1min": os.getloadavg()[0],
         },
