@@ -58,6 +58,8 @@ class Answer:
 
 async def collect(client: Client, prompt: Prompt, on_text: Callable[[str], None]) -> Answer:
     """One whole answer; `on_text` gets each part as it arrives. Raises BatonError."""
+    if not prompt.model:
+        await client.default_model()  # looked up before the clock starts
     watch = Stopwatch()
     parts = []
     finish_reason = None
