@@ -61,11 +61,13 @@ class WorkerDialer(Protocol):
     """How a conductor reaches workers."""
 
     async def link(self, address: str, timeout_s: float) -> Duplex[ConductorMessage, WorkerMessage]:
-        """Raises PeerGone when the worker cannot be reached in time."""
+        """Raises PeerGone when the worker cannot be reached in time, and the worker's own
+        BatonError when it ends the stream before it stands."""
 
 
 class HandoffDialer(Protocol):
     """How a decode worker reaches prefill workers."""
 
     async def pair(self, address: str, timeout_s: float) -> Duplex[DecodeMessage, PrefillMessage]:
-        """Raises PeerGone when the worker cannot be reached in time."""
+        """Raises PeerGone when the worker cannot be reached in time, and the worker's own
+        BatonError when it ends the stream before it stands."""

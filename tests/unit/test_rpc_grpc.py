@@ -194,10 +194,12 @@ async def test_closing_may_be_cancelled_and_leaves_nothing_behind() -> None:
 
 async def test_a_failing_service_reaches_the_caller_with_its_message() -> None:
     async def fail(stream: WorkerEnd) -> None:
+        await stream.receive()  # the stream stands: a failure before that may fail the dialling
         raise LayoutMismatch("layouts A and B differ")
 
     async with serving(fail) as address:
         stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        await stream.send(Drain())
         with pytest.raises(PeerGone, match="layouts A and B differ"):
             await asyncio.wait_for(stream.receive(), 5)
         await stream.aclose()
