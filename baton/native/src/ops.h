@@ -104,9 +104,17 @@ int64_t attention_scratch(const Pool& pool, const AttentionShape& shape);
 
 // --- rows (rows.cpp) -----------------------------------------------------------------------------
 
-// RMS norm (arXiv:1910.07467) of `rows` rows of [.., width], as panels of depth round_up(width, 32).
-void rms_norm(Member&, const bf16* x, int64_t rows, int64_t width, const bf16* weight, float eps,
-              bf16* out_panels);
+// Embeddings of tokens, row-major [rows, width]: from `table` [vocab, width], or where that is null
+// (tied embeddings) from the packed output head.
+void embed(Member&, const int32_t* tokens, int64_t rows, const bf16* table, const Packed& head,
+           int64_t width, bf16* out, int64_t stride);
+
+// RMS norm (arXiv:1910.07467) of rows of `width` values, as panels of depth round_up(width, 32).
+void rms_norm(Member&, const bf16* x, int64_t rows, int64_t stride, int64_t width,
+              const bf16* weight, float eps, bf16* out_panels);
+// The same by the calling member alone, without a barrier: for panels of its own.
+void rms_norm_alone(const bf16* x, int64_t rows, int64_t stride, int64_t width,
+                    const bf16* weight, float eps, bf16* out_panels);
 
 struct RopeShape {
   int64_t heads;
@@ -116,13 +124,19 @@ struct RopeShape {
   const float* sin;
 };
 
-// Norm and rotate queries and keys of qkv rows (in place for queries), and put K and V into the
-// pool: row r at `slots[r]` = block * block_size + offset, at position `positions[r]`.
+// Norm and rotate queries and keys of qkv rows [heads + 2 * kv_heads, head_dim] (in place for
+// queries), and put K and V into the pool: row r at `slots[r]` = block * block_size + offset, at
+// position `positions[r]`. The pool needs no alignment.
 void rope_and_write(Member&, bf16* qkv, int64_t rows, int64_t stride, const RopeShape& shape,
                     const int32_t* positions, const int64_t* slots, const Pool& pool,
                     int64_t layer);
 
+// Rows `picked` of row-major x and of panels.
+void gather(Member&, const int32_t* picked, int64_t count, const bf16* x, int64_t width,
+            int64_t stride, bf16* out, const bf16* panels, int64_t depth, bf16* out_panels);
+
 // The greatest of each row, first on ties; -1 for a row with NaN or whose best is not finite.
-void argmax(Member&, const float* logits, int64_t rows, int64_t width, int64_t* best);
+void argmax(Member&, const float* logits, int64_t rows, int64_t width, int64_t stride,
+            int64_t* best);
 
 }  // namespace baton
