@@ -96,11 +96,13 @@ struct AttentionShape {
 
 // Causal attention of every span. `q` is row-major [rows, heads * head_dim] with `stride` values
 // per row; `out_panels` has depth heads * head_dim (a multiple of 32). head_dim is a multiple of
-// 32, at most 256. `scratch` belongs to the member: attention_scratch() bytes each.
+// 32, at most 256; block_size a multiple of 16; `scale` is positive. Of a span's blocks only those
+// with a visible position are read. `scratch` is one memory for the whole team, of
+// attention_scratch() bytes; nothing in it is kept from call to call.
 void attention(Member&, const Pool& pool, int64_t layer, const AttentionShape& shape,
                const Span* spans, int64_t num_spans, const bf16* q, int64_t stride,
                bf16* out_panels, uint8_t* scratch);
-int64_t attention_scratch(const Pool& pool, const AttentionShape& shape);
+int64_t attention_scratch(int64_t kv_heads, int64_t head_dim, int members);
 
 // --- rows (rows.cpp) -----------------------------------------------------------------------------
 
