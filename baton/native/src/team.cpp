@@ -38,7 +38,6 @@ struct Team::State {
   std::vector<std::thread> threads;
   const std::function<void(Member&)>* body = nullptr;
   bool stopping = false;
-  bool caller_pinned = false;
 
   alignas(64) std::atomic<uint32_t> round{0};    // grows with every run; starts the threads
   alignas(64) std::atomic<uint32_t> arrived{0};  // at the current barrier
@@ -93,8 +92,9 @@ Team::~Team() {
 int Team::size() const { return state_->size; }
 
 void Team::run(const std::function<void(Member&)>& body) {
-  if (!state_->caller_pinned) pin(state_->cpus, 0);
-  state_->caller_pinned = true;
+  thread_local const State* pinned_by = nullptr;
+  if (pinned_by != state_.get()) pin(state_->cpus, 0);
+  pinned_by = state_.get();
   for (auto& loop : state_->loops) loop.next.store(0, std::memory_order_relaxed);
   state_->body = &body;
   Member member(*this, 0);
@@ -107,7 +107,10 @@ void Team::run(const std::function<void(Member&)>& body) {
 int Member::size() const { return team_.state_->size; }
 
 void Member::barrier() {
-  if (size() > 1) team_.state_->barrier();
+  if (size() == 1) return;
+  const uint64_t before = __rdtsc();
+  team_.state_->barrier();
+  waited_ += __rdtsc() - before;
 }
 
 // Loop k counts on loops[k % 4]. While it runs, nobody is still in loop k - 1, whose counter is set

@@ -28,6 +28,9 @@ class Member {
   // Returns when every member has called it. What they wrote before is visible afterwards.
   void barrier();
 
+  // Time stamp counts that this member has spent in `barrier`, the ends of loops included.
+  uint64_t waited() const { return waited_; }
+
   // Calls `body(i)` once for every i in [0, count), each on whichever member is free, and returns
   // after a barrier. All members must call it with the same count.
   template <typename Body>
@@ -42,14 +45,15 @@ class Member {
   Team& team_;
   int index_;
   uint32_t loops_ = 0;  // loops begun; the team's counters are used in turn
+  uint64_t waited_ = 0;
 };
 
-// The threads live as long as the team. `run` is called by one thread at a time. Waiting threads spin for a few microseconds and then sleep in the kernel: an idle team
-// takes no CPU.
+// The threads live as long as the team. `run` is called by one thread at a time. Waiting threads
+// spin for a few microseconds and then sleep in the kernel: an idle team takes no CPU.
 class Team {
  public:
-  // `cpus[i]` is where thread i is pinned; empty: nowhere. Thread 0 is the caller of `run`, which
-  // is pinned by its first `run`.
+  // `cpus[i]` is where thread i is pinned; empty: nowhere. Thread 0 is the caller of `run`: each
+  // thread that calls is pinned by its first `run`.
   Team(int size, const std::vector<int>& cpus);
   ~Team();
   Team(const Team&) = delete;
