@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
-from baton.engine.batch import Batch, BatchItem, BatchResult, LayerCallback, SampleRequest
+from baton.engine.batch import (
+    Batch,
+    BatchItem,
+    BatchResult,
+    Computed,
+    Launched,
+    LayerCallback,
+    SampleRequest,
+    resolve,
+)
 from baton.types.fleet import KvLayout
 from baton.types.request import GenerationTask, SampledToken, SamplingParams
 
@@ -58,20 +67,25 @@ class FakeRunner:
         self.before_step = before_step
         self.after_layers = after_layers
         self.batches: list[Batch] = []
+        self.last: dict[int, int] = {}  # sequence -> what the last step sampled
         self.closed = False
 
-    def execute(self, batch: Batch, on_layers: LayerCallback | None = None) -> BatchResult:
+    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
         self.before_step(batch)
         self.batches.append(batch)
+        items = resolve(batch, self.last).items
         written: set[tuple[int, int]] = set()
-        for item in batch.items:
+        for item in items:
             self._write(item, written)
         if on_layers is not None:
             for group in range(1, self.layer_groups + 1):
                 layer_end = self.layout.num_layers * group // self.layer_groups
                 on_layers(layer_end)
                 self.after_layers(layer_end)
-        return BatchResult(tuple(self._sample(item) for item in batch.items))
+        tokens = [self._sample(item) for item in items]
+        pairs = zip(items, tokens, strict=True)
+        self.last = {item.sequence: token.token_id for item, token in pairs if token is not None}
+        return Computed(BatchResult(tuple(tokens)))
 
     def close(self) -> None:
         self.closed = True

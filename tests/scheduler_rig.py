@@ -64,7 +64,7 @@ class Rig:
         return batch
 
     def commit(self, batch: Batch) -> tuple[Advance, ...]:
-        result = self.runner.execute(batch)
+        result = self.runner.launch(batch).wait()
         self.publisher.end()
         advances = self.scheduler.commit(batch, result, 0.0)
         self.record(advances)

@@ -1,8 +1,8 @@
 """The engine: schedule, execute, commit, until somebody stops it.
 
 The process that owns the engine awaits `run()`; every other method belongs to the same event loop
-and returns at once, `reserve` aside. Only `Runner.execute` runs elsewhere, in the engine's one
-thread. Listener calls of one step come in this order: on_kv_ready, on_outputs, on_prefilled.
+and returns at once, `reserve` aside. Only `Runner.launch` and what it returns run elsewhere, in the
+engine's own thread. Listener calls of one step come in this order: on_kv_ready, on_outputs, on_prefilled.
 """
 
 from __future__ import annotations

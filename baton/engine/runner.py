@@ -12,8 +12,11 @@ from baton.engine.batch import (
     Batch,
     BatchItem,
     BatchResult,
+    Computed,
+    Launched,
     LayerCallback,
     SampleRequest,
+    resolve,
 )
 from baton.engine.sampler import sample
 from baton.errors import ConfigError, InternalError
@@ -64,14 +67,16 @@ class TorchRunner:
         self._block_size = layout.block_size
         self._group_ends = _group_ends(spec.num_layers, layer_groups)
         weights = pack(load_weights(spec, model_dir, layout.dtype, device))
+        self._last: dict[int, int] = {}  # sequence -> the token that the last step sampled
         self._resources: _Resources | None = _Resources(
             Decoder(spec, weights, kernels_for(device), device),
             _pool_tensor(layout, memory, num_blocks),
         )
 
-    def execute(self, batch: Batch, on_layers: LayerCallback | None = None) -> BatchResult:
+    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
         """See `engine.batch.Runner`. Raises InternalError when the model gives no usable logits."""
         resources = self._opened()
+        batch = resolve(batch, self._last)
         with torch.inference_mode():
             logits = resources.decoder.forward(
                 build_input(batch, self._block_size, self._device),
@@ -80,7 +85,13 @@ class TorchRunner:
             )
             requests = [item.sample for item in batch.items if item.sample is not None]
             sampled = iter(sample(logits, requests))
-        return BatchResult(tuple(next(sampled) if item.sample else None for item in batch.items))
+        tokens = tuple(next(sampled) if item.sample else None for item in batch.items)
+        self._last = {
+            item.sequence: token.token_id
+            for item, token in zip(batch.items, tokens, strict=True)
+            if token is not None
+        }
+        return Computed(BatchResult(tokens))
 
     def warm_up(self) -> None:
         """Run one prefill and one decode, so that the first request pays for no lazy set-up.
@@ -90,8 +101,8 @@ class TorchRunner:
         kv = self._opened().kv
         request = SampleRequest(SamplingParams(temperature=0.0), index=0, stop_ids=())
         chunk = (0,) * (self._block_size - 1)
-        self.execute(Batch(0, (BatchItem(0, chunk, 0, (0,), request),)), lambda _: None)
-        self.execute(Batch(0, (BatchItem(0, (0,), len(chunk), (0,), request),)))
+        self.launch(Batch(0, (BatchItem(0, chunk, 0, (0,), request),)), lambda _: None)
+        self.launch(Batch(0, (BatchItem(0, (0,), len(chunk), (0,), request),)))
         kv[0].zero_()
 
     def close(self) -> None:
@@ -166,7 +177,7 @@ def _block_tables(items: tuple[BatchItem, ...]) -> np.ndarray:
 
 
 def build_input(batch: Batch, block_size: int, device: str) -> DecoderInput:
-    """Flatten a batch: leading one-token items are decodes, the rest are prefill chunks."""
+    """Flatten a resolved batch: leading one-token items are decodes, the rest prefill chunks."""
     items = batch.items
     decodes = next((i for i, item in enumerate(items) if len(item.tokens) != 1), len(items))
     lengths = np.array([len(item.tokens) for item in items], dtype=np.int64)

@@ -46,7 +46,7 @@ class StepThread:
                 # The loop sees these and the step's end in the order in which they happened.
                 loop.call_soon_threadsafe(callback, layer_end)
 
-        step = loop.run_in_executor(self._executor, self._runner.execute, batch, hop)
+        step = loop.run_in_executor(self._executor, self._run, batch, hop)
         try:
             result = await asyncio.shield(step)
         except asyncio.CancelledError:
@@ -54,6 +54,9 @@ class StepThread:
             raise
         _check(batch, result)
         return result
+
+    def _run(self, batch: Batch, on_layers: LayerCallback | None) -> BatchResult:
+        return self._runner.launch(batch, on_layers).wait()
 
 
 async def _settled(step: asyncio.Future[BatchResult]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from baton.engine.batch import Batch, BatchResult, LayerCallback
+from baton.engine.batch import Batch, BatchResult, Computed, Launched, LayerCallback
 from baton.engine.block_pool import BlockPool
 from baton.engine.loop import MAX_FAILURES, Engine
 from baton.errors import InternalError, InvalidRequest, Overloaded, StaleAttempt, TransportError
@@ -262,8 +262,8 @@ class Liar(FakeRunner):
 
     answer: tuple[SampledToken | None, ...] = ()
 
-    def execute(self, batch: Batch, on_layers: LayerCallback | None = None) -> BatchResult:
-        return BatchResult(self.answer)
+    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
+        return Computed(BatchResult(self.answer))
 
 
 @pytest.mark.parametrize("answer", [(), (None,), (SampledToken(1, 7),)])

@@ -73,7 +73,7 @@ def test_greedy_tokens_match_generate(family: str, tmp_path: Path) -> None:
     blocks = [tuple(range(16 * i, 16 * i + 16)) for i in range(len(prompts))]
     items = [BatchItem(i, tuple(p), 0, blocks[i], request()) for i, p in enumerate(prompts)]
     for step in range(steps):
-        result = runner.execute(Batch(step, tuple(items)))
+        result = runner.launch(Batch(step, tuple(items))).wait()
         items = []
         for i, sampled in enumerate(result.tokens):
             assert sampled is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from baton.engine.batch import Batch, BatchItem, SampleRequest
+from baton.engine.batch import Batch, BatchItem, BatchResult, LayerCallback, SampleRequest
 from baton.engine.runner import TorchRunner, build_input
 from baton.errors import ConfigError, InternalError
 from baton.kv.transport.base import PoolMemory
@@ -28,6 +28,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def step(*items: BatchItem) -> Batch:
     return Batch(0, items)
+
+
+def execute(
+    runner: TorchRunner, batch: Batch, on_layers: LayerCallback | None = None
+) -> BatchResult:
+    return runner.launch(batch, on_layers).wait()
 
 
 def test_batch_is_flattened() -> None:
@@ -55,11 +61,12 @@ def test_batch_is_flattened() -> None:
 def test_only_items_that_ask_get_a_token(model_dir: Path) -> None:
     runner, _ = open_runner(model_dir)
     sampling = SamplingParams(temperature=0.8, seed=4, logprobs=2)
-    result = runner.execute(
+    result = execute(
+        runner,
         step(
             BatchItem(1, PROMPT[:20], 0, (0, 1), None),
             BatchItem(2, PROMPT, 0, (2, 3, 4), SampleRequest(sampling, 0, ())),
-        )
+        ),
     )
     nothing, token = result.tokens
     assert nothing is None
@@ -67,7 +74,7 @@ def test_only_items_that_ask_get_a_token(model_dir: Path) -> None:
     assert token.index == 0
     assert token.logprob is not None
     assert len(token.logprob.top) == 2
-    silent = runner.execute(step(BatchItem(1, PROMPT[20:], 20, (0, 1, 5), None)))
+    silent = execute(runner, step(BatchItem(1, PROMPT[20:], 20, (0, 1, 5), None)))
     assert silent.tokens == (None,)
 
 
@@ -84,7 +91,7 @@ def test_layers_are_announced_in_groups(layer_groups: int, model_dir: Path) -> N
             written = any(memory[layer * layer_bytes : (layer + 1) * layer_bytes])
             assert written == (layer < layer_end)
 
-    runner.execute(step(BatchItem(1, PROMPT[:16], 0, (0,), request())), on_layers)
+    execute(runner, step(BatchItem(1, PROMPT[:16], 0, (0,), request())), on_layers)
     ends = {1: [4], 2: [2, 4], 3: [2, 4], 4: [1, 2, 3, 4], 9: [1, 2, 3, 4]}
     assert calls == ends[layer_groups]
 
@@ -92,14 +99,14 @@ def test_layers_are_announced_in_groups(layer_groups: int, model_dir: Path) -> N
 def test_layers_are_announced_for_chunks_that_sample_nothing(model_dir: Path) -> None:
     runner, _ = open_runner(model_dir)
     calls: list[int] = []
-    runner.execute(step(BatchItem(1, PROMPT[:16], 0, (0,), None)), calls.append)
+    execute(runner, step(BatchItem(1, PROMPT[:16], 0, (0,), None)), calls.append)
     assert calls == [2, 4]
 
 
 def test_kv_goes_to_its_blocks_and_nowhere_else(model_dir: Path) -> None:
     runner, memory = open_runner(model_dir, num_blocks=8)
     block_bytes = len(memory) // 8
-    runner.execute(step(BatchItem(1, PROMPT[:20], 0, (6, 2), request())))
+    execute(runner, step(BatchItem(1, PROMPT[:20], 0, (6, 2), request())))
     touched = [any(memory[i * block_bytes : (i + 1) * block_bytes]) for i in range(8)]
     assert touched == [False, False, True, False, False, False, True, False]
 
@@ -109,7 +116,7 @@ def test_blocks_can_be_moved_to_another_runner(model_dir: Path) -> None:
     prefill, source = open_runner(model_dir, num_blocks=8)
     decode, target = open_runner(model_dir, num_blocks=16)
     size = len(source) // 8
-    first = prefill.execute(step(BatchItem(1, PROMPT, 0, (5, 1, 7), request()))).tokens[0]
+    first = execute(prefill, step(BatchItem(1, PROMPT, 0, (5, 1, 7), request()))).tokens[0]
     assert first is not None
     for here, there in zip((5, 1, 7), (14, 3, 9), strict=True):
         target[there * size : (there + 1) * size] = source[here * size : (here + 1) * size]
@@ -120,7 +127,7 @@ def test_blocks_can_be_moved_to_another_runner(model_dir: Path) -> None:
             item = BatchItem(
                 1, (tokens[-1],), len(PROMPT) + index - 1, blocks, request(index=index)
             )
-            sampled = runner.execute(step(item)).tokens[0]
+            sampled = execute(runner, step(item)).tokens[0]
             assert sampled is not None
             tokens.append(sampled.token_id)
         return tokens
@@ -141,7 +148,7 @@ def test_close_is_idempotent_and_lets_go_of_the_memory(model_dir: Path) -> None:
     runner.close()
     memory.clear()  # raises BufferError while anything still views it
     with pytest.raises(InternalError, match="closed"):
-        runner.execute(step(BatchItem(1, (5,), 0, (0,), request())))
+        execute(runner, step(BatchItem(1, (5,), 0, (0,), request())))
     with pytest.raises(InternalError, match="closed"):
         runner.warm_up()
 
@@ -152,7 +159,7 @@ def test_pool_in_a_tensor(model_dir: Path) -> None:
     buffer = torch.zeros(4 * layout.block_bytes + 64, dtype=torch.uint8)
     pool = PoolMemory(buffer.data_ptr(), len(buffer), "cpu", buffer)
     runner = TorchRunner(spec, model_dir, layout, pool, 4, "cpu", 1)
-    runner.execute(step(BatchItem(1, PROMPT[:9], 0, (3,), request())))
+    execute(runner, step(BatchItem(1, PROMPT[:9], 0, (3,), request())))
     assert buffer[3 * layout.block_bytes : 4 * layout.block_bytes].any()
     assert not buffer[: 3 * layout.block_bytes].any()
 
@@ -196,4 +203,4 @@ def test_nan_weights_are_an_error_not_garbage(tmp_path: Path) -> None:
     save_file(tensors, file)
     runner, _ = open_runner(tmp_path)
     with pytest.raises(InternalError, match="not finite"):
-        runner.execute(step(BatchItem(1, (5, 6), 0, (0,), request())))
+        execute(runner, step(BatchItem(1, (5, 6), 0, (0,), request())))
