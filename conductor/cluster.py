@@ -60,6 +60,8 @@ def _worker_body(worker: WorkerView) -> dict[str, Any]:
         "model": info.model_name,
         "transport": info.transport,
         "device": info.device,
+        "cpus": info.cpus,
+        "threads": info.threads,
         "num_blocks": info.num_blocks,
         "block_size": info.layout.block_size,
         "max_model_len": info.max_model_len,

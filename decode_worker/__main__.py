@@ -6,6 +6,7 @@ import os
 import sys
 
 from baton.config import parse_config
+from baton.cpus import choose_placement
 from baton.errors import ConfigError
 from baton.types.fleet import Role
 from baton.worker.config import WorkerConfig
@@ -15,11 +16,13 @@ from baton.worker.lifecycle import watch_parent
 def main() -> None:
     try:
         config = parse_config(WorkerConfig, sys.argv[1:], os.environ, "python -m decode_worker")
+        placement = choose_placement(config.cpus, config.threads)
     except ConfigError as error:
         sys.stderr.write(f"error: {error.message}\n")
         sys.exit(2)
     if config.exit_with_parent:
         watch_parent()
+    placement.apply()
     # torch takes seconds to import: after the cheap ways to fail, and under the parent's watch.
     from baton.rpc.grpc_client import GrpcHandoffDialer
     from baton.worker.build import WorkerParts

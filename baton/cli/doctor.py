@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from baton.cli.options import Json
+from baton.cpus import available_cpus, cpu_quota, format_cpus
 from baton.errors import ModelLoadError
 
 _PROBE_TIMEOUT_S = 120.0
@@ -44,7 +45,7 @@ class Check:
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: Python, torch, GPUs, RDMA, NIXL, shared memory, Redis, ports, model."""
+    """Check this machine: Python, CPUs, torch, GPUs, RDMA, NIXL, shared memory, Redis, ports."""
     checks = []
     console = Console(stderr=True)
     with console.status("checking") as status:
@@ -80,8 +81,13 @@ Finding = tuple[Verdict, str] | tuple[Verdict, str, str]
 
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    cores = len(os.sched_getaffinity(0))
-    return Verdict.OK, f"{version}, {cores} CPU cores"
+    return Verdict.OK, version
+
+
+def _cpus() -> Finding:
+    cpus, quota = available_cpus(), cpu_quota()
+    bound = "" if quota is None else f", time of {quota:g} (the container's quota)"
+    return Verdict.OK, f"{len(cpus)}: {format_cpus(cpus)}{bound}"
 
 
 def _torch() -> Finding:
@@ -180,6 +186,7 @@ def _demo_model() -> Finding:
 
 _CHECKS: dict[str, Callable[[], Finding]] = {
     "Python": _python,
+    "CPUs": _cpus,
     "torch": _torch,
     "GPU": _gpu,
     "RDMA": _rdma,

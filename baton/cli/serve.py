@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import secrets
 import socket
@@ -21,6 +22,7 @@ from baton.cli.options import connect
 from baton.cli.report import Reporter
 from baton.cli.supervisor import Addresses, ClusterPlan, Supervisor
 from baton.client.http import Prompt
+from baton.cpus import available_cpus, format_cpus, parse_cpus, share_cpus
 from baton.errors import ConfigError
 from baton.model.hub import resolve_model
 from baton.model.spec import load_spec
@@ -83,6 +85,22 @@ class ServeOptions:
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="CPU threads of a worker.", rich_help_panel=_ENGINE),
+    ] = None
+    prefill_cpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="CPUs that the prefill workers divide, as 0-3,8.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None
+    decode_cpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="CPUs that the decode workers divide. Without either, all workers get a part.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None
     verify: Annotated[
         str | None,
@@ -159,7 +177,8 @@ def _say_ready(options: ServeOptions, reporter: Reporter, addresses: Addresses) 
 
 
 def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> ClusterPlan:
-    """The command lines of every process."""
+    """The command lines of every process. Raises ConfigError."""
+    placed = place_workers(options, available_cpus())
     common = ("--model", str(model), "--model-name", options.served_name, "--exit-with-parent")
 
     def conductor(listening: Addresses | None) -> ChildSpec:
@@ -176,31 +195,49 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
         )
 
     def workers(addresses: Addresses) -> Sequence[ChildSpec]:
-        roles = [("prefill", i) for i in range(options.prefill_workers)]
-        roles += [("decode", i) for i in range(options.decode)]
-        flags = tuple(_worker_flags(options, len(roles)))
+        flags = tuple(_worker_flags(options))
         return [
             ChildSpec(
-                f"{role}-{i}",
+                name,
                 _python(
-                    *(f"{role}_worker", "--name", f"{role}-{i}", "--conductor", addresses.grpc),
-                    *("--listen", "127.0.0.1:0", *common, *flags),
+                    *(f"{role}_worker", "--name", name, "--conductor", addresses.grpc),
+                    *("--listen", "127.0.0.1:0", "--cpus", cpus, *common, *flags),
                 ),
                 environ,
             )
-            for role, i in roles
+            for role, name, cpus in placed
         ]
 
     return ClusterPlan(conductor, workers, options.start_timeout, options.drain_timeout)
 
 
-def _worker_flags(options: ServeOptions, workers: int) -> Iterator[str]:
-    threads = options.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+def place_workers(options: ServeOptions, cpus: Sequence[int]) -> list[tuple[str, str, str]]:
+    """Role, name and CPUs of every worker. Roles without CPUs of their own divide those that are
+    left, or all when none is. Raises ConfigError."""
+    given = {"prefill": options.prefill_cpus, "decode": options.decode_cpus}
+    own = {role: parse_cpus(text) for role, text in given.items() if text is not None}
+    taken = {cpu for part in own.values() for cpu in part}
+    if foreign := taken - set(cpus):
+        raise ConfigError(
+            f"CPU {format_cpus(sorted(foreign))} cannot be used here; there are {format_cpus(cpus)}"
+        )
+    counts = {"prefill": options.prefill_workers, "decode": options.decode}
+    rest = [cpu for cpu in cpus if cpu not in taken] or cpus
+    shared = iter(share_cpus(rest, sum(n for role, n in counts.items() if role not in own)))
+    placed = []
+    for role, count in counts.items():
+        parts = share_cpus(own[role], count) if role in own else itertools.islice(shared, count)
+        for number, part in enumerate(parts):
+            placed.append((role, f"{role}-{number}", format_cpus(part)))
+    return placed
+
+
+def _worker_flags(options: ServeOptions) -> Iterator[str]:
     yield from ("--device", options.device, "--dtype", options.dtype)
-    yield from ("--transport", options.transport, "--threads", str(threads))
+    yield from ("--transport", options.transport)
     for name in ("block_size", "num_blocks", "kv_memory_mib", "max_num_seqs", "max_batch_tokens"):
         yield from _flag(options, name)
-    for name in ("max_model_len", "verify"):
+    for name in ("max_model_len", "threads", "verify"):
         yield from _flag(options, name)
 
 

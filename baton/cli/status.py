@@ -43,7 +43,13 @@ def members(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def fleet_table(cluster: Mapping[str, Any]) -> Table:
     """One row per process, within 80 columns. Of its KV blocks those that are in use (active,
     leased, quarantined), cached and there at all: `--json` has every state."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    placed = [
+        f"{member['name']} {member['cpus']}" for member in members(cluster) if member.get("cpus")
+    ]
+    caption = f"CPUs: {'; '.join(placed)}" if placed else None
+    table = Table(
+        box=None, header_style="bold", pad_edge=False, caption=caption, caption_justify="left"
+    )
     for name in ("name", "pid", "address", "state"):
         table.add_column(name, overflow="fold")
     for name in ("run", "wait", "used", "cached", "blocks"):

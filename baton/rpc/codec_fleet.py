@@ -94,6 +94,8 @@ def info_to_pb(value: WorkerInfo) -> pb.WorkerInfo:
         max_model_len=value.max_model_len,
         transport=value.transport,
         device=value.device,
+        cpus=value.cpus,
+        threads=value.threads,
     )
 
 
@@ -110,6 +112,8 @@ def info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
         max_model_len=message.max_model_len,
         transport=message.transport,
         device=message.device,
+        cpus=message.cpus,
+        threads=message.threads,
     )
 
 

@@ -96,6 +96,8 @@ class WorkerInfo:
     max_model_len: int  # tokens, prompt and answer together
     transport: str  # nixl | nccl | shm | loopback
     device: str = "cpu"
+    cpus: str = ""  # that the process may run on, as 0-3,8
+    threads: int = 0  # of the model on a CPU
 
 
 @dataclass(frozen=True, slots=True)

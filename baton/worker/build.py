@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from baton.cpus import Placement, choose_placement, format_cpus
 from baton.engine.batch import Runner
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
@@ -43,6 +44,7 @@ class WorkerParts:
     identity: Identity
     model_name: str
     device: str
+    placement: Placement
     transport: Transport
     memory: PoolMemory
     runner: Runner
@@ -67,6 +69,8 @@ class WorkerParts:
             max_model_len=self.engine.max_model_len,
             transport=self.transport.name,
             device=self.device,
+            cpus=format_cpus(self.placement.cpus),
+            threads=self.placement.threads,
         )
 
     async def close(self) -> None:
@@ -82,6 +86,7 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
     model_dir = await asyncio.to_thread(resolve_model, config.model or None)
     spec = await asyncio.to_thread(load_spec, model_dir)
     device = choose_device(config.device)
+    placement = choose_placement(config.cpus, config.threads)
     layout = kv_layout(spec, choose_dtype(config.dtype, spec, device), config.block_size)
     weights = weight_bytes(model_dir, spec.dtype, layout.dtype)
     num_blocks = choose_num_blocks(config, layout, device, weights)
@@ -102,7 +107,7 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
             num_blocks,
             device,
             config.layer_groups,
-            config.threads,
+            placement.threads,
         )
         await asyncio.to_thread(runner.warm_up)
     except BaseException:
@@ -112,6 +117,7 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
         identity=identity,
         model_name=config.model_name or model_dir.resolve().name,
         device=device,
+        placement=placement,
         transport=transport,
         memory=memory,
         runner=runner,

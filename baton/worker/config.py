@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass
 
 from baton.config import option
+from baton.cpus import parse_cpus
 from baton.errors import ConfigError
 from baton.telemetry import LEVELS
 
@@ -35,7 +36,8 @@ class WorkerConfig:
     verify: str = option("sample", "digests of handed-over KV", choices=("off", "sample", "full"))
     lease_ttl: float = option(10.0, "seconds until published KV that nobody renews returns")
     layer_groups: int = option(4, "groups of layers in which a chunk's KV is published")
-    threads: int = option(0, "CPU threads of the model; 0: torch's choice")
+    cpus: str = option("", "CPUs of this process, as 0-3,8; empty: all that it may run on")
+    threads: int = option(0, "CPU threads of the model; 0: one on each of its CPUs")
     prefix_caching: bool = option(True, "reuse the KV of common prefixes")
     log_level: str = option("info", "least level that is logged", choices=LEVELS)
     drain_timeout: float = option(30.0, "seconds that running requests get at SIGTERM")
@@ -48,6 +50,8 @@ class WorkerConfig:
             _require(getattr(self, name) >= 0, name, "at least 0")
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
         _require(_is_address(self.listen), "listen", "host:port")
+        if self.cpus:
+            parse_cpus(self.cpus)
         _require(not self.conductor or _is_address(self.conductor), "conductor", "host:port")
 
 

@@ -20,12 +20,13 @@ from baton.cli.bench import BenchServeOptions
 from baton.cli.bench_handoff import BenchHandoffOptions, bench_handoff
 from baton.cli.doctor import Check, Verdict
 from baton.cli.report import Reporter
-from baton.cli.serve import ServeOptions, make_plan, new_environ
+from baton.cli.serve import ServeOptions, make_plan, new_environ, place_workers
 from baton.cli.status import fleet_table
 from baton.cli.supervisor import Addresses
 from baton.cli.top import view
 from baton.cli.trace import bar, render
 from baton.client.http import Client, Prompt
+from baton.cpus import parse_cpus
 from baton.errors import ConfigError, InternalError
 from tests.unit.fake_cluster import EVENTS, sse
 
@@ -42,6 +43,7 @@ CLUSTER: dict[str, Any] = {
             "pid": 2,
             "address": "127.0.0.1:2",
             "state": "suspect",
+            "cpus": "4-7",
             "running": 3,
             "waiting": 0,
             "blocks": {"free": 5, "active": 3, "cached": 2, "leased": 0, "quarantined": 0},
@@ -128,7 +130,8 @@ def test_the_plan_starts_one_conductor_and_the_workers() -> None:
         assert flags["--conductor"] == ADDRESSES.grpc
         assert flags["--model"] == "/models/m"
         assert (flags["--block-size"], flags["--verify"]) == ("16", "full")
-        assert int(flags["--threads"]) >= 1
+        assert parse_cpus(flags["--cpus"])
+        assert "--threads" not in flags
         assert "--num-blocks" not in flags
         assert "--exit-with-parent" in spec.argv
         assert spec.environ == {"A": "b"}
@@ -143,6 +146,27 @@ def test_a_restarted_conductor_keeps_its_ports() -> None:
 def test_colocated_has_no_prefill_workers() -> None:
     plan = make_plan(ServeOptions(colocated=True, decode=2), Path("m"), {})
     assert [spec.name for spec in plan.workers(ADDRESSES)] == ["decode-0", "decode-1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"colocated": True}, {"decode-0": "0-7"}),
+        ({}, {"prefill-0": "0-3", "decode-0": "4-7"}),
+        ({"prefill": 1, "decode": 3}, {"prefill-0": "0-1", "decode-2": "6-7"}),
+        ({"prefill_cpus": "2"}, {"prefill-0": "2", "decode-0": "0-1,3-7"}),
+        ({"prefill": 2, "prefill_cpus": "0-7"}, {"prefill-1": "4-7", "decode-0": "0-7"}),
+        ({"prefill": 8, "decode": 8}, {"prefill-7": "7", "decode-0": "0"}),
+    ],
+)
+def test_workers_divide_the_cpus(flags: dict[str, Any], expected: dict[str, str]) -> None:
+    placed = {name: cpus for _, name, cpus in place_workers(ServeOptions(**flags), range(8))}
+    assert {name: placed[name] for name in expected} == expected
+
+
+def test_cpus_that_are_not_there() -> None:
+    with pytest.raises(ConfigError, match="CPU 9 cannot be used here; there are 0-7"):
+        place_workers(ServeOptions(decode_cpus="0,9"), range(8))
 
 
 def test_the_served_name() -> None:
@@ -257,6 +281,7 @@ def test_status_table_has_every_member() -> None:
     assert lines[2].split() == [
         *("decode-0", "2", "127.0.0.1:2", "suspect", "3", "0", "3", "2", "10")
     ]
+    assert lines[3].strip() == "CPUs: decode-0 4-7"
 
 
 @pytest.mark.parametrize("show", [fleet_table, lambda cluster: view("http://x", cluster)])

@@ -112,6 +112,8 @@ infos = st.builds(
     max_model_len=u32,
     transport=text,
     device=text,
+    cpus=text,
+    threads=u32,
 )
 hellos = st.builds(
     Hello,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from baton.cpus import Placement
 from baton.engine.batch import Batch
 from baton.engine.config import EngineConfig
 from baton.errors import PeerGone
@@ -151,7 +152,10 @@ async def make_parts(
     values |= {"eos_token_ids": (), "layer_groups": 2, **settings}
     runner = FakeRunner(layout, PoolKv(memory, layout), values["layer_groups"], before_step)
     engine = EngineConfig(layout, BLOCKS, **values)
-    return WorkerParts(identity, "demo", "cpu", transport, memory, runner, engine, options)
+    placement = Placement((0,), 1)
+    return WorkerParts(
+        identity, "demo", "cpu", placement, transport, memory, runner, engine, options
+    )
 
 
 @asynccontextmanager
