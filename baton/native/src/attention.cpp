@@ -1,0 +1,298 @@
+// Causal attention over the paged pool with online softmax (FlashAttention, arXiv:2205.14135).
+//
+// The queries of a span and the heads that share a KV head are one sequence of columns: column
+// query * group + head of the group, `group` = heads / kv_heads. An item of work is a block of
+// columns of one KV head, with all keys that they see; a prefill chunk makes many of them, a decode
+// one per KV head. Decodes whose keys are a large share of the step are split by tiles of keys.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "attention_tile.h"
+#include "ops.h"
+#include "tile.h"
+#include "vec.h"
+
+namespace baton {
+namespace {
+
+using attend::Columns;
+using attend::Head;
+using attend::kKeys;
+using attend::kLanes;
+using attend::Range;
+using attend::State;
+using attend::Workspace;
+
+constexpr TileConfig kTiles = tile_config({16, 16, 16, 16, 16, 16, 16, 16});
+constexpr int64_t kMinColumns = 128;  // of a block: fewer make transposing V expensive
+constexpr int64_t kRound = 8;         // tiles of a split context that are computed at a time
+constexpr int64_t kItemsPerMember = 8;
+
+// A block's queries and results stay in the second-level cache.
+int64_t max_columns(int64_t head_dim) { return round_up(65536 / head_dim, 32); }
+
+// Denormals as zeros, as AMX has them, for the calling thread: they are slow, and mean nothing here.
+class FlushDenormals {
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  unsigned before_;
+};
+
+// What one member needs besides the tiles' workspace, for one block of columns.
+struct Scratch {
+  Workspace work;
+  bf16* queries;       // [groups of columns, head_dim * 16]
+  int32_t* positions;  // [groups, 16]
+  float* states;       // [groups, State::floats]
+
+  static int64_t bytes(int64_t head_dim) {
+    const int64_t columns = max_columns(head_dim), dim = head_dim;
+    return (2 * kKeys * kLanes + 4 * 256) * 4 + kKeys * dim * 2 + columns * (dim * 2 + 4) +
+           columns / kLanes * State::floats(dim) * 4;
+  }
+  Scratch(uint8_t* base, int64_t head_dim) {
+    const int64_t columns = max_columns(head_dim);
+    work.scores = reinterpret_cast<float*>(base);
+    work.products = work.scores + 2 * kKeys * kLanes;
+    work.values = reinterpret_cast<bf16*>(work.products + 4 * 256);
+    queries = work.values + kKeys * head_dim;
+    positions = reinterpret_cast<int32_t*>(queries + columns * head_dim);
+    states = reinterpret_cast<float*>(positions + columns);
+  }
+};
+
+// Arguments of `attention`, and what one member does with them.
+class Attention {
+ public:
+  Attention(Member& member, const Pool& pool, int64_t layer, const AttentionShape& shape,
+            const Span* spans, int64_t num_spans, const bf16* q, int64_t stride, bf16* out,
+            uint8_t* scratch)
+      : member_(member), pool_(pool), layer_(layer), shape_(shape), spans_(spans),
+        num_spans_(num_spans), q_(q), stride_(stride), out_(out), dim_(pool.head_dim),
+        group_(shape.heads / pool.kv_heads), scale_(shape.scale * 1.44269504f),
+        scratch_(scratch + member.index() * Scratch::bytes(pool.head_dim), pool.head_dim),
+        shared_(reinterpret_cast<float*>(scratch + member.size() * Scratch::bytes(pool.head_dim))) {
+    plan();
+  }
+
+  void run() {
+    for (int64_t i = 0; i < num_spans_; ++i) {
+      if (is_split(spans_[i])) run_split(spans_[i]);
+    }
+    int64_t items = 0;
+    for (int64_t i = 0; i < num_spans_; ++i) items += items_of(spans_[i]);
+    // Spans with many queries have the large items, and come first. A member's indices only grow,
+    // so each finds its span by going on from the one before.
+    int64_t visited = 0, begin = 0;
+    member_.for_each(items, [&](int64_t item) {
+      while (item >= begin + items_at(visited)) begin += items_at(visited++);
+      run_item(span_at(visited), item - begin);
+    });
+  }
+
+ private:
+  bool is_narrow(const Span& span) const { return span.queries * group_ <= kLanes; }
+
+  Range seen(const Span& span, int64_t first, int64_t last) const {
+    const int64_t window = shape_.window;
+    return {window == 0 ? 0 : std::max<int64_t>(0, span.start + first - window + 1),
+            span.start + last + 1};
+  }
+
+  int64_t tiles_of(const Span& span) const {
+    const Range range = seen(span, 0, span.queries - 1);
+    return (range.end + kKeys - 1) / kKeys - range.begin / kKeys;
+  }
+
+  void plan() {
+    int64_t columns = 0;
+    for (int64_t i = 0; i < num_spans_; ++i) {
+      tiles_ += tiles_of(spans_[i]) * pool_.kv_heads;
+      if (!is_narrow(spans_[i])) columns += spans_[i].queries * group_;
+    }
+    const int64_t wanted = columns * pool_.kv_heads / (member_.size() * kItemsPerMember);
+    block_ = std::clamp(round_up(wanted, 32), kMinColumns, max_columns(dim_));
+  }
+
+  // Whether one head of the span would be a large part of a member's share.
+  bool is_split(const Span& span) const {
+    const int64_t tiles = tiles_of(span);
+    return member_.size() > 1 && is_narrow(span) && tiles > 1 &&
+           tiles * kItemsPerMember * member_.size() > tiles_;
+  }
+
+  int64_t blocks_of(const Span& span) const {
+    return (span.queries * group_ + block_ - 1) / block_;
+  }
+  int64_t items_of(const Span& span) const {
+    return is_split(span) ? 0 : blocks_of(span) * pool_.kv_heads;
+  }
+
+  // Spans are visited twice: first the wide ones, then the narrow ones.
+  const Span& span_at(int64_t visit) const { return spans_[visit % num_spans_]; }
+  int64_t items_at(int64_t visit) const {
+    const Span& span = span_at(visit);
+    return is_narrow(span) == (visit >= num_spans_) ? items_of(span) : 0;
+  }
+
+  // The last columns see the most keys: they come first.
+  void run_item(const Span& span, int64_t item) {
+    const int64_t head = item % pool_.kv_heads;
+    const int64_t first = (blocks_of(span) - 1 - item / pool_.kv_heads) * block_;
+    const int64_t columns = std::min(block_, span.queries * group_ - first);
+    const Head source = {pool_, span.blocks, layer_, head};
+    const Range range = seen(span, first / group_, (first + columns - 1) / group_);
+    const int64_t groups = (columns + kLanes - 1) / kLanes;
+    Columns parts[2];
+    State states[2];
+    for (int64_t i = 0; i < groups; ++i) load_queries(span, head, first + i * kLanes, i);
+    settle();
+    const int64_t begin = range.begin / kKeys * kKeys;
+    for (int64_t tile = begin; tile < range.end; tile += kKeys) {
+      load_values(source, tile, range);
+      for (int64_t i = 0; i < groups; i += 2) {
+        const int64_t count = std::min<int64_t>(2, groups - i);
+        for (int64_t j = 0; j < count; ++j) parts[j] = columns_at(span, first, i + j);
+        for (int64_t j = 0; j < count; ++j) states[j] = state_at(i + j);
+        const bool fresh = tile == begin;
+        if (count == 2) {
+          attend::attend<2>(source, tile, parts, shape_.window, scale_, fresh, scratch_.work, states);
+        } else {
+          attend::attend<1>(source, tile, parts, shape_.window, scale_, fresh, scratch_.work, states);
+        }
+      }
+    }
+    for (int64_t i = 0; i < groups; ++i) finish(span, head, first + i * kLanes, state_at(i));
+  }
+
+  // Tiles of all KV heads, some at a time; then each head's are merged in their order.
+  void run_split(const Span& span) {
+    const Range range = seen(span, 0, span.queries - 1);
+    const int64_t begin = range.begin / kKeys * kKeys, heads = pool_.kv_heads;
+    const int64_t tiles = tiles_of(span);
+    const auto slot = [&](int64_t head, int64_t index) {
+      return State::at(shared_ + (head * (kRound + 1) + index) * State::floats(dim_), dim_);
+    };
+    for (int64_t done = 0; done < tiles; done += kRound) {
+      const int64_t count = std::min(kRound, tiles - done);
+      member_.for_each(count * heads, [&](int64_t item) {
+        const int64_t head = item / count, index = item % count;
+        const Head source = {pool_, span.blocks, layer_, head};
+        const int64_t tile = begin + (done + index) * kKeys;
+        load_queries(span, head, 0, 0);
+        settle();
+        load_values(source, tile, range);
+        const Columns columns = columns_at(span, 0, 0);
+        // The first tile of all is put where the others will be merged.
+        const State state = slot(head, done + index == 0 ? 0 : index + 1);
+        attend::attend<1>(source, tile, &columns, shape_.window, scale_, true, scratch_.work, &state);
+      });
+      member_.for_each(heads, [&](int64_t head) {
+        for (int64_t index = done == 0 ? 1 : 0; index < count; ++index) {
+          attend::merge(slot(head, 0), slot(head, index + 1), dim_);
+        }
+        if (done + count == tiles) finish(span, head, 0, slot(head, 0));
+      });
+    }
+  }
+
+  State state_at(int64_t group) const {
+    return State::at(scratch_.states + group * State::floats(dim_), dim_);
+  }
+
+  Columns columns_at(const Span& span, int64_t first, int64_t group) const {
+    const int64_t last = span.queries * group_ - 1, column = first + group * kLanes;
+    return {scratch_.queries + group * kLanes * dim_, scratch_.positions + group * kLanes,
+            seen(span, column / group_, std::min(column + kLanes - 1, last) / group_)};
+  }
+
+  // Queries and positions of the 16 columns from `first`; columns that the span does not have
+  // repeat its last one.
+  void load_queries(const Span& span, int64_t head, int64_t first, int64_t group) {
+    const bf16* rows[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t column = std::min(first + i, span.queries * group_ - 1);
+      const int64_t query = column / group_;
+      rows[i] = q_ + (span.first_row + query) * stride_ + (head * group_ + column % group_) * dim_;
+      scratch_.positions[group * kLanes + i] = static_cast<int32_t>(span.start + query);
+    }
+    for (int64_t d = 0; d < dim_; d += 32) {
+      __m512i pairs[16];
+      for (int i = 0; i < 16; ++i) pairs[i] = _mm512_loadu_si512(rows[i] + d);
+      attend::transpose(pairs);
+      bf16* to = scratch_.queries + group * kLanes * dim_ + d * kLanes;
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 32, pairs[i]);
+    }
+  }
+
+  void load_values(const Head& source, int64_t tile, Range range) {
+    const int64_t end = std::min(range.end, tile + kKeys);
+    int64_t step = std::max(range.begin - tile, int64_t{0}) / attend::kStep;
+    for (; tile + step * attend::kStep < end; ++step) {
+      attend::transpose_values(source, tile + step * attend::kStep, range,
+                               scratch_.work.values + step * 512, kKeys * 16);
+    }
+    settle();
+  }
+
+  // Divide by the sums, and put the columns from `first` into the output's panels.
+  void finish(const Span& span, int64_t head, int64_t first, const State& state) {
+    const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(state.sum));
+    const int64_t count = std::min(kLanes, span.queries * group_ - first);
+    for (int64_t d = 0; d < dim_; d += 32) {
+      __m512i pairs[16];
+      for (int i = 0; i < 16; ++i) {
+        const float* at = state.out + (d + 2 * i) * kLanes;
+        pairs[i] = attend::pair_bf16(_mm512_mul_ps(_mm512_load_ps(at), factor),
+                                     _mm512_mul_ps(_mm512_load_ps(at + kLanes), factor));
+      }
+      attend::transpose(pairs);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = span.first_row + (first + i) / group_;
+        const int64_t column = (head * group_ + (first + i) % group_) * dim_ + d;
+        _mm512_storeu_si512(out_ + panel_index(row, column, shape_.heads * dim_), pairs[i]);
+      }
+    }
+  }
+
+  Member& member_;
+  const Pool& pool_;
+  const int64_t layer_;
+  const AttentionShape& shape_;
+  const Span* const spans_;
+  const int64_t num_spans_;
+  const bf16* const q_;
+  const int64_t stride_;
+  bf16* const out_;
+  const int64_t dim_, group_;
+  const float scale_;  // of scores in units of log 2
+  Scratch scratch_;
+  float* const shared_;  // [kv_heads, 1 + kRound] states of a split span
+  int64_t tiles_ = 0;    // of all spans and KV heads
+  int64_t block_ = 0;    // columns of an item
+};
+
+}  // namespace
+
+void attention(Member& member, const Pool& pool, int64_t layer, const AttentionShape& shape,
+               const Span* spans, int64_t num_spans, const bf16* q, int64_t stride,
+               bf16* out_panels, uint8_t* scratch) {
+  const FlushDenormals flush;
+  const Tiles tiles(kTiles);
+  Attention(member, pool, layer, shape, spans, num_spans, q, stride, out_panels, scratch).run();
+}
+
+int64_t attention_scratch(int64_t kv_heads, int64_t head_dim, int members) {
+  return members * Scratch::bytes(head_dim) +
+         kv_heads * (kRound + 1) * State::floats(head_dim) * static_cast<int64_t>(sizeof(float));
+}
+
+}  // namespace baton
