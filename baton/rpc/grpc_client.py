@@ -15,7 +15,8 @@ import grpc
 from baton.errors import PeerGone
 from baton.rpc.codec_fleet import info_to_pb, lease_from_pb, load_to_pb
 from baton.rpc.codec_handoff import decode_to_pb, prefill_from_pb
-from baton.rpc.codec_link import conductor_to_pb, worker_from_pb
+from baton.rpc.codec_link import conductor_to_pb
+from baton.rpc.codec_report import ReportDecoder
 from baton.rpc.errors import from_status
 from baton.rpc.grpc_stream import Codec, WireDuplex
 from baton.rpc.services import Duplex
@@ -50,7 +51,6 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_http_proxy", 0),
 )
 
-_LINK_CODEC: Codec[ConductorMessage, WorkerMessage] = Codec(conductor_to_pb, worker_from_pb)
 _PAIR_CODEC: Codec[DecodeMessage, PrefillMessage] = Codec(decode_to_pb, prefill_from_pb)
 
 
@@ -68,7 +68,10 @@ class GrpcWorkerDialer:
     async def link(self, address: str, timeout_s: float) -> Duplex[ConductorMessage, WorkerMessage]:
         channel = _channel(address)
         call = WorkerStub(channel).Link(metadata=bearer(self._token))
-        return await _open(channel, call, _LINK_CODEC, address, timeout_s)
+        codec: Codec[ConductorMessage, WorkerMessage] = Codec(
+            conductor_to_pb, ReportDecoder().decode
+        )
+        return await _open(channel, call, codec, address, timeout_s)
 
 
 class GrpcHandoffDialer:

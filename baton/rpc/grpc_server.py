@@ -25,7 +25,8 @@ from grpc_reflection.v1alpha import reflection
 from baton.errors import BatonError, ConfigError, InvalidRequest, Unauthenticated
 from baton.rpc.codec_fleet import info_from_pb, lease_to_pb, load_from_pb
 from baton.rpc.codec_handoff import decode_from_pb, prefill_to_pb
-from baton.rpc.codec_link import conductor_from_pb, worker_to_pb
+from baton.rpc.codec_link import conductor_from_pb
+from baton.rpc.codec_report import ReportEncoder
 from baton.rpc.errors import status_of, to_wire, trailing_metadata
 from baton.rpc.grpc_client import MAX_MESSAGE_BYTES
 from baton.rpc.grpc_stream import Codec, WireDuplex
@@ -55,7 +56,6 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
 )
 
-_LINK_CODEC: Codec[WorkerMessage, ConductorMessage] = Codec(worker_to_pb, conductor_from_pb)
 _PAIR_CODEC: Codec[PrefillMessage, DecodeMessage] = Codec(prefill_to_pb, decode_from_pb)
 
 
@@ -191,7 +191,10 @@ class _WorkerServicer(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
         self._service = service
 
     async def Link(self, _requests: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        await _serve(context, _LINK_CODEC, self._service.link)
+        codec: Codec[WorkerMessage, ConductorMessage] = Codec(
+            ReportEncoder().encode, conductor_from_pb
+        )
+        await _serve(context, codec, self._service.link)
 
 
 class _HandoffServicer(handoff_pb2_grpc.HandoffServicer):  # type: ignore[misc]

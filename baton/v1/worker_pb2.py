@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"6\n\x0cStartPrefill\x12&\n\x04task\x18\x01 \x01(\x0b\x32\x18.baton.v1.GenerationTask\"V\n\x0bStartDecode\x12&\n\x04task\x18\x01 \x01(\x0b\x32\x18.baton.v1.GenerationTask\x12\x1f\n\x07prefill\x18\x02 \x01(\x0b\x32\x0e.baton.v1.Peer\">\n\x06\x43\x61ncel\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x07\n\x05\x44rain\"\xc0\x01\n\x10\x43onductorMessage\x12/\n\rstart_prefill\x18\x01 \x01(\x0b\x32\x16.baton.v1.StartPrefillH\x00\x12-\n\x0cstart_decode\x18\x02 \x01(\x0b\x32\x15.baton.v1.StartDecodeH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x12 \n\x05\x64rain\x18\x04 \x01(\x0b\x32\x0f.baton.v1.DrainH\x00\x42\x06\n\x04kind\"4\n\x04Span\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07start_s\x18\x02 \x01(\x01\x12\r\n\x05\x65nd_s\x18\x03 \x01(\x01\"\x8a\x01\n\x06\x46inish\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\"\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x13.baton.v1.WireError\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1d\n\x05spans\x18\x04 \x03(\x0b\x32\x0e.baton.v1.Span\"\x7f\n\rAttemptOutput\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.baton.v1.SampledToken\x12 \n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.baton.v1.Finish\"Z\n\nStepReport\x12(\n\x07outputs\x18\x01 \x03(\x0b\x32\x17.baton.v1.AttemptOutput\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\"D\n\rWorkerMessage\x12+\n\x0bstep_report\x18\x01 \x01(\x0b\x32\x14.baton.v1.StepReportH\x00\x42\x06\n\x04kind*\xb3\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1c\n\x18\x46INISH_REASON_HANDED_OFF\x10\x05\x32I\n\x06Worker\x12?\n\x04Link\x12\x1a.baton.v1.ConductorMessage\x1a\x17.baton.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"6\n\x0cStartPrefill\x12&\n\x04task\x18\x01 \x01(\x0b\x32\x18.baton.v1.GenerationTask\"V\n\x0bStartDecode\x12&\n\x04task\x18\x01 \x01(\x0b\x32\x18.baton.v1.GenerationTask\x12\x1f\n\x07prefill\x18\x02 \x01(\x0b\x32\x0e.baton.v1.Peer\">\n\x06\x43\x61ncel\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x07\n\x05\x44rain\"\xc0\x01\n\x10\x43onductorMessage\x12/\n\rstart_prefill\x18\x01 \x01(\x0b\x32\x16.baton.v1.StartPrefillH\x00\x12-\n\x0cstart_decode\x18\x02 \x01(\x0b\x32\x15.baton.v1.StartDecodeH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x12 \n\x05\x64rain\x18\x04 \x01(\x0b\x32\x0f.baton.v1.DrainH\x00\x42\x06\n\x04kind\"4\n\x04Span\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07start_s\x18\x02 \x01(\x01\x12\r\n\x05\x65nd_s\x18\x03 \x01(\x01\"\x8a\x01\n\x06\x46inish\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\"\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x13.baton.v1.WireError\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1d\n\x05spans\x18\x04 \x03(\x0b\x32\x0e.baton.v1.Span\"\x7f\n\rAttemptOutput\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.baton.v1.SampledToken\x12 \n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.baton.v1.Finish\"\xb3\x01\n\nStepReport\x12(\n\x07outputs\x18\x01 \x03(\x0b\x32\x17.baton.v1.AttemptOutput\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\x12\"\n\x05named\x18\x03 \x03(\x0b\x32\x13.baton.v1.AttemptId\x12\x0f\n\x07numbers\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x0f\n\x07indices\x18\x06 \x03(\r\"D\n\rWorkerMessage\x12+\n\x0bstep_report\x18\x01 \x01(\x0b\x32\x14.baton.v1.StepReportH\x00\x42\x06\n\x04kind*\xb3\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1c\n\x18\x46INISH_REASON_HANDED_OFF\x10\x05\x32I\n\x06Worker\x12?\n\x04Link\x12\x1a.baton.v1.ConductorMessage\x1a\x17.baton.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=957
-  _globals['_FINISHREASON']._serialized_end=1136
+  _globals['_FINISHREASON']._serialized_start=1047
+  _globals['_FINISHREASON']._serialized_end=1226
   _globals['_STARTPREFILL']._serialized_start=58
   _globals['_STARTPREFILL']._serialized_end=112
   _globals['_STARTDECODE']._serialized_start=114
@@ -50,10 +50,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FINISH']._serialized_end=663
   _globals['_ATTEMPTOUTPUT']._serialized_start=665
   _globals['_ATTEMPTOUTPUT']._serialized_end=792
-  _globals['_STEPREPORT']._serialized_start=794
-  _globals['_STEPREPORT']._serialized_end=884
-  _globals['_WORKERMESSAGE']._serialized_start=886
-  _globals['_WORKERMESSAGE']._serialized_end=954
-  _globals['_WORKER']._serialized_start=1138
-  _globals['_WORKER']._serialized_end=1211
+  _globals['_STEPREPORT']._serialized_start=795
+  _globals['_STEPREPORT']._serialized_end=974
+  _globals['_WORKERMESSAGE']._serialized_start=976
+  _globals['_WORKERMESSAGE']._serialized_end=1044
+  _globals['_WORKER']._serialized_start=1228
+  _globals['_WORKER']._serialized_end=1301
 # @@protoc_insertion_point(module_scope)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import InternalError
-from baton.rpc import codec_fleet, codec_handoff, codec_link, codec_request
+from baton.rpc import codec_fleet, codec_handoff, codec_link, codec_report, codec_request
 from baton.types.fleet import BlockState, FleetLease, KvLayout, Peer, WorkerInfo, WorkerLoad
 from baton.types.handoff import (
     Abort,
@@ -30,6 +30,7 @@ from baton.types.request import (
     AttemptId,
     AttemptOutput,
     Finish,
+    FinishReason,
     GenerationTask,
     SampledToken,
     SamplingParams,
@@ -159,10 +160,62 @@ def test_conductor_messages(message: Any) -> None:
     check(message, codec_link.conductor_to_pb, codec_link.conductor_from_pb)
 
 
+few_attempts = st.builds(AttemptId, st.sampled_from("ab"), st.integers(0, 1))
+plain_tokens = st.builds(SampledToken, token_id=u32, index=u32).map(lambda token: (token,))
+plain = st.builds(AttemptOutput, few_attempts, plain_tokens)
+mixed = st.builds(
+    AttemptOutput,
+    few_attempts,
+    st.lists(sampled, max_size=3).map(tuple),
+    st.none() | finishes,
+)
+reports = st.builds(StepReport, st.lists(plain | mixed | outputs, max_size=6).map(tuple), loads)
+
+
+def by_attempt(reports: Iterable[StepReport]) -> dict[AttemptId, list[AttemptOutput]]:
+    told: dict[AttemptId, list[AttemptOutput]] = {}
+    for report in reports:
+        for output in report.outputs:
+            told.setdefault(output.attempt, []).append(output)
+    return told
+
+
 @few
-@given(st.builds(StepReport, st.lists(outputs, max_size=4).map(tuple), loads))
-def test_worker_messages(message: Any) -> None:
-    check(message, codec_link.worker_to_pb, codec_link.worker_from_pb)
+@given(st.lists(reports, max_size=6))
+def test_worker_messages(sent: list[StepReport]) -> None:
+    encoder, decoder = codec_report.ReportEncoder(), codec_report.ReportDecoder()
+    wire = [encoder.encode(report).SerializeToString() for report in sent]
+    got = [decoder.decode(worker_pb2.WorkerMessage.FromString(raw)) for raw in wire]
+    assert [report.load for report in got] == [report.load for report in sent]
+    assert by_attempt(got) == by_attempt(sent)
+
+
+def test_a_token_is_a_few_bytes_and_an_attempt_is_named_once() -> None:
+    encoder, decoder = codec_report.ReportEncoder(), codec_report.ReportDecoder()
+    attempts = [AttemptId(f"cmpl-0123456789abcdef-{i}") for i in range(16)]
+
+    def step(index: int, finish: Finish | None = None) -> bytes:
+        token = SampledToken(7000 + index, index)
+        outputs = tuple(AttemptOutput(attempt, (token,), finish) for attempt in attempts)
+        raw: bytes = encoder.encode(StepReport(outputs, WorkerLoad())).SerializeToString()
+        report = decoder.decode(worker_pb2.WorkerMessage.FromString(raw))
+        assert report.outputs == outputs
+        return raw
+
+    assert len(step(0)) > 16 * len(attempts[0].request_id)
+    assert all(len(step(index)) < 16 * 6 for index in (1, 2, 300))
+    step(301, Finish(FinishReason.STOP))
+    assert len(step(0)) > 16 * len(attempts[0].request_id)  # forgotten with its finish
+
+
+def test_columns_that_make_no_sense_are_clear_errors() -> None:
+    for columns in (
+        {"numbers": [0], "token_ids": [1], "indices": [0]},
+        {"token_ids": [1], "indices": []},
+    ):
+        message = worker_pb2.WorkerMessage(step_report=worker_pb2.StepReport(**columns))
+        with pytest.raises(InternalError, match="makes no sense"):
+            codec_report.ReportDecoder().decode(message)
 
 
 @few
@@ -211,7 +264,7 @@ def test_token_lists_are_packed() -> None:
     ("decode", "empty"),
     [
         (codec_link.conductor_from_pb, worker_pb2.ConductorMessage()),
-        (codec_link.worker_from_pb, worker_pb2.WorkerMessage()),
+        (codec_report.ReportDecoder().decode, worker_pb2.WorkerMessage()),
         (codec_handoff.decode_from_pb, handoff_pb2.DecodeMessage()),
         (codec_handoff.prefill_from_pb, handoff_pb2.PrefillMessage()),
     ],
@@ -232,4 +285,4 @@ def test_unknown_enum_values_are_clear_errors() -> None:
     output = worker_pb2.AttemptOutput(finish=worker_pb2.Finish())
     report = worker_pb2.StepReport(outputs=[output])
     with pytest.raises(InternalError, match="finish message"):
-        codec_link.worker_from_pb(worker_pb2.WorkerMessage(step_report=report))
+        codec_report.ReportDecoder().decode(worker_pb2.WorkerMessage(step_report=report))
