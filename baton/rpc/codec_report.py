@@ -26,6 +26,7 @@ from baton.types.request import (
     SampledToken,
     Span,
 )
+from baton.v1 import common_pb2
 from baton.v1 import worker_pb2 as pb
 
 _REASONS = {
@@ -46,7 +47,7 @@ class ReportEncoder:
         self._next = 0
 
     def encode(self, value: WorkerMessage) -> pb.WorkerMessage:
-        named: list[pb.AttemptId] = []
+        named: list[common_pb2.AttemptId] = []
         numbers: list[int] = []
         token_ids: list[int] = []
         indices: list[int] = []
