@@ -11,6 +11,7 @@ BENCH_FLAGS ?=
 PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
+NATIVE := setup.py $(wildcard baton/native/src/*)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -26,12 +27,12 @@ $(VENV)/.torch:
 	$(PIP) '$(TORCH)' $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@touch $@
 
-$(VENV)/.serve: $(VENV)/.torch pyproject.toml constraints.txt
+$(VENV)/.serve: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
 	@echo "installing baton and NIXL"
 	$(PIP) -e '.[nixl]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
 	@echo "installing baton with the development tools"
 	$(PIP) -e '.[nixl,cuda,redis,dev]'
 	@touch $@ $(VENV)/.serve

@@ -44,7 +44,8 @@ class TorchRunner:
 
     `memory` must hold `num_blocks` blocks of `layout` and outlive the runner. `layer_groups` is
     into how many groups of layers a step's `on_layers` calls are divided. `threads` > 0 bounds
-    the CPU threads of torch in this process; 0 leaves them as they are.
+    the CPU threads of torch in this process; 0 leaves them as they are. `kernels` is a name for
+    `kernels_for`.
 
     Raises ModelLoadError, and ConfigError when layout or memory do not fit the model.
     """
@@ -59,18 +60,19 @@ class TorchRunner:
         device: str,
         layer_groups: int,
         threads: int = 0,
+        kernels: str | None = None,
     ) -> None:
-        _check_layout(spec, layout)
+        check_layout(spec, layout)
         if threads > 0:
             torch.set_num_threads(threads)
         self._device = device
         self._block_size = layout.block_size
-        self._group_ends = _group_ends(spec.num_layers, layer_groups)
+        self._group_ends = group_ends(spec.num_layers, layer_groups)
         weights = pack(load_weights(spec, model_dir, layout.dtype, device))
         self._last: dict[int, int] = {}  # sequence -> the token that the last step sampled
         self._resources: _Resources | None = _Resources(
-            Decoder(spec, weights, kernels_for(device), device),
-            _pool_tensor(layout, memory, num_blocks),
+            Decoder(spec, weights, kernels_for(device, kernels), device),
+            pool_tensor(layout, memory, num_blocks),
         )
 
     def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
@@ -99,10 +101,8 @@ class TorchRunner:
         To be called before the pool is used: writes to block 0, and leaves the pool zeroed.
         """
         kv = self._opened().kv
-        request = SampleRequest(SamplingParams(temperature=0.0), index=0, stop_ids=())
-        chunk = (0,) * (self._block_size - 1)
-        self.launch(Batch(0, (BatchItem(0, chunk, 0, (0,), request),)), lambda _: None)
-        self.launch(Batch(0, (BatchItem(0, (0,), len(chunk), (0,), request),)))
+        for batch in warm_up_batches(self._block_size):
+            self.launch(batch, lambda _: None)
         kv[0].zero_()
 
     def close(self) -> None:
@@ -129,7 +129,18 @@ class TorchRunner:
         return notify
 
 
-def _check_layout(spec: ModelSpec, layout: KvLayout) -> None:
+def warm_up_batches(block_size: int) -> tuple[Batch, Batch]:
+    """A prefill and a decode in block 0."""
+    request = SampleRequest(SamplingParams(temperature=0.0), index=0, stop_ids=())
+    chunk = (0,) * (block_size - 1)
+    return (
+        Batch(0, (BatchItem(0, chunk, 0, (0,), request),)),
+        Batch(0, (BatchItem(0, (0,), len(chunk), (0,), request),)),
+    )
+
+
+def check_layout(spec: ModelSpec, layout: KvLayout) -> None:
+    """Raises ConfigError when KV in this layout is not the model's, or nothing to compute in."""
     mine = (spec.fingerprint, spec.num_layers, spec.kv_heads, spec.head_dim)
     theirs = (layout.model, layout.num_layers, layout.kv_heads, layout.head_dim)
     if mine != theirs:
@@ -144,7 +155,7 @@ def _check_layout(spec: ModelSpec, layout: KvLayout) -> None:
         )
 
 
-def _pool_tensor(layout: KvLayout, memory: PoolMemory, num_blocks: int) -> torch.Tensor:
+def pool_tensor(layout: KvLayout, memory: PoolMemory, num_blocks: int) -> torch.Tensor:
     """The pool `[num_blocks, num_layers, 2, kv_heads, block_size, head_dim]` over `memory`."""
     nbytes = num_blocks * layout.block_bytes
     if num_blocks < 1 or memory.nbytes < nbytes:
@@ -160,7 +171,7 @@ def _pool_tensor(layout: KvLayout, memory: PoolMemory, num_blocks: int) -> torch
     return flat.view(shape)
 
 
-def _group_ends(num_layers: int, layer_groups: int) -> frozenset[int]:
+def group_ends(num_layers: int, layer_groups: int) -> frozenset[int]:
     """Layer counts after which `on_layers` is called: every ceil(num_layers / layer_groups)."""
     if layer_groups < 1:
         raise ConfigError(f"layer_groups must be at least 1, not {layer_groups}")

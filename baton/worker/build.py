@@ -18,7 +18,7 @@ from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
 from baton.engine.events import EngineListener
 from baton.engine.loop import Engine
-from baton.engine.runner import TorchRunner
+from baton.engine.make_runner import make_runner
 from baton.errors import ConfigError
 from baton.kv.handoff.digest import Verify
 from baton.kv.handoff.options import HandoffOptions, Identity, life
@@ -99,7 +99,7 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
     try:
         memory = transport.allocate(num_blocks * layout.block_bytes, device)
         runner = await asyncio.to_thread(
-            TorchRunner,
+            make_runner,
             spec,
             model_dir,
             layout,
@@ -107,7 +107,8 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
             num_blocks,
             device,
             config.layer_groups,
-            placement.threads,
+            placement,
+            config.kernels,
         )
         await asyncio.to_thread(runner.warm_up)
     except BaseException:

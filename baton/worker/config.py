@@ -10,6 +10,9 @@ from baton.cpus import parse_cpus
 from baton.errors import ConfigError
 from baton.telemetry import LEVELS
 
+KERNELS = ("auto", "native", "reference", "triton", "flash")
+"""See `baton.engine.make_runner`."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -21,6 +24,7 @@ class WorkerConfig:
     model_name: str = option("", "served name; empty: the model's last part")
     dtype: str = option("auto", "of weights and KV", choices=("auto", "float32", "bfloat16"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    kernels: str = option("auto", "what computes; auto: the fastest here", choices=KERNELS)
     listen: str = option("127.0.0.1:0", "host:port of this worker's gRPC server; port 0: any")
     advertise: str = option("", "host or host:port that others reach it by; empty: what it bound")
     block_size: int = option(32, "tokens of a KV block: 16, 32, 64, 128 or 256")

@@ -141,4 +141,14 @@ void gather(Member&, const int32_t* picked, int64_t count, const bf16* x, int64_
 void argmax(Member&, const float* logits, int64_t rows, int64_t width, int64_t stride,
             int64_t* best);
 
+// --- ceilings (ceilings.cpp) ---------------------------------------------------------------------
+
+// Measurements, not operations: what the whole team reaches at best, as every member sees it.
+
+// FLOP per second of tile products on operands in the first-level cache; `steps` of 131,072 FLOP
+// per member (a step takes about 25 ns).
+double matrix_peak(Member&, int64_t steps);
+// Bytes per second of reading `bytes` (a multiple of 256) once, in order, with prefetching.
+double read_bandwidth(Member&, const uint8_t* data, int64_t bytes);
+
 }  // namespace baton
