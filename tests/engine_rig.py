@@ -91,6 +91,13 @@ class Rig:
     def in_state(self, *states: BlockState) -> int:
         return self.engine.load().blocks_in(*states)
 
+    async def until_idle(self) -> None:
+        """A step may still be on its way for sequences that have ended."""
+        async with asyncio.timeout(20):
+            while self.in_state(BlockState.ACTIVE):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        self.assert_idle()
+
     def assert_idle(self) -> None:
         self.engine.check_integrity()
         load = self.engine.load()

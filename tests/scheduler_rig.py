@@ -59,7 +59,7 @@ class Rig:
         if batch is not None:
             assert batch.num_tokens <= self.config.max_batch_tokens
             assert len(batch.items) <= self.config.max_num_seqs
-            self.publisher.begin(self.scheduler.scheduled(batch))
+            self.publisher.begin(self.scheduler.to_publish(batch))
         self.scheduler.check_integrity()
         return batch
 
@@ -126,4 +126,4 @@ def make_task(
 def shape(batch: Batch | None) -> list[tuple[int, int, int]]:
     """(sequence, start, tokens) of every item."""
     assert batch is not None
-    return [(item.sequence, item.start, len(item.tokens)) for item in batch.items]
+    return [(item.sequence, item.start, item.length) for item in batch.items]

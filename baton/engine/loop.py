@@ -1,8 +1,15 @@
 """The engine: schedule, execute, commit, until somebody stops it.
 
 The process that owns the engine awaits `run()`; every other method belongs to the same event loop
-and returns at once, `reserve` aside. Only `Runner.launch` and what it returns run elsewhere, in the
-engine's own thread. Listener calls of one step come in this order: on_kv_ready, on_outputs, on_prefilled.
+and returns at once, `reserve` aside. Only the runner works elsewhere, in the engine's own threads,
+where one step follows the other: while step n runs, step n + 1 lies ready.
+
+    threads:   step 1        | step 2             | step 3       ...
+    loop:      schedule 2 .. | commit 1, schedule 3 .. | commit 2, schedule 4 ..
+
+What changes while a step runs (a request came, another was cancelled) is in the next one all the
+same: if that has not been launched yet, it is taken back and scheduled anew. Listener calls of one
+step come in this order: on_kv_ready, on_outputs, on_prefilled.
 """
 
 from __future__ import annotations
@@ -20,9 +27,9 @@ from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
 from baton.engine.events import EngineListener, KvReady
 from baton.engine.publish import Publisher
-from baton.engine.scheduler import Advance, Scheduler
+from baton.engine.scheduler import MAX_IN_FLIGHT, Advance, Scheduler
 from baton.engine.sequence import Ending, Sequence
-from baton.engine.step import StepThread
+from baton.engine.step import LayersReady, StepThreads
 from baton.engine.waiting import Reservation
 from baton.errors import (
     BatonError,
@@ -72,7 +79,6 @@ class Engine:
             raise InternalError(
                 f"The pool has {pool.num_blocks} blocks, the configuration {config.num_blocks}."
             )
-        self._runner = runner
         self._config = config
         self._listener = listener
         self._wall_clock = wall_clock
@@ -83,6 +89,8 @@ class Engine:
         self._deadlines: dict[AttemptId, asyncio.TimerHandle] = {}
         self._numbers = count(1)
         self._wake = asyncio.Event()
+        self._threads = StepThreads(runner, self._wake.set)
+        self._changed = False  # there is news that the step behind the running one lacks
         self._stopped = False
         self._failures = 0  # steps in a row
         self._untold: deque[tuple[AttemptOutput, ...]] = deque()
@@ -98,47 +106,68 @@ class Engine:
         Raises InternalError when MAX_FAILURES steps failed in a row or the books are wrong.
         """
         last_word = _CANCELLED
+        self._threads.open()
         try:
-            with StepThread(self._runner) as thread:
-                while not self._stopped:
-                    batch = self._scheduler.schedule(_now())
-                    if batch is None:
-                        await self._wait_for_work()
-                    else:
-                        await self._step(batch, thread)
+            while not self._stopped or self._threads.in_flight:
+                self._schedule()
+                await self._wake.wait()  # without a deadline: whatever changes the state sets it
+                self._wake.clear()
+                self._handle_events()
         except Exception as error:
             last_word = _error(error)
             raise
         finally:
             self._stopped = True
+            for batch in await self._threads.close():
+                self._discard(batch, last_word)
             self._end_everything(last_word)
             self.check_integrity()
 
     def stop(self) -> None:
         """Ask `run` to end after the step that is running."""
         self._stopped = True
+        self._take_back()
         self._wake.set()
 
-    async def _wait_for_work(self) -> None:
-        """Without a deadline on purpose: whatever changes the state sets the event."""
-        await self._wake.wait()
-        self._wake.clear()
+    def _schedule(self) -> None:
+        """Put steps until one is ready behind the one that runs."""
+        if self._changed:
+            self._changed = False
+            self._take_back()
+        while not (
+            self._stopped
+            or self._threads.recovering
+            or self._threads.in_flight == MAX_IN_FLIGHT
+            or (batch := self._scheduler.schedule(_now())) is None
+        ):
+            publishes = bool(self._scheduler.to_publish(batch))
+            if publishes and not self._threads.in_flight:
+                self._begin(batch)
+            self._threads.put(batch, publishes and self._config.layer_groups > 1)
 
-    async def _step(self, batch: Batch, thread: StepThread) -> None:
-        self._announce(self._publisher.begin(self._scheduler.scheduled(batch)))
-        by_layers = self._publisher.busy and self._config.layer_groups > 1
-        try:
-            result = await thread.execute(batch, self._layers_ready if by_layers else None)
-        except asyncio.CancelledError:
-            self._discard(batch, _CANCELLED)
-            raise
-        except Exception as error:
-            self._fail(batch, error)
-        else:
-            self._commit(batch, result)
+    def _take_back(self) -> None:
+        batch = self._threads.take_back()
+        if batch is not None:
+            self._report(self._scheduler.withdraw(batch))
 
-    def _layers_ready(self, layer_end: int) -> None:
-        self._announce(self._publisher.layers_ready(layer_end))
+    def _handle_events(self) -> None:
+        for event in self._threads.events():
+            if isinstance(event, LayersReady):
+                self._announce(self._publisher.layers_ready(event.layer_end))
+                continue
+            if isinstance(event.outcome, BatchResult):
+                self._commit(event.batch, event.outcome)
+            elif event.outcome is None:
+                self._report(self._scheduler.withdraw(event.batch))
+            else:
+                self._fail(event.batch, event.outcome)
+            running = self._threads.running
+            if running is not None and not self._threads.recovering:
+                self._begin(running)
+
+    def _begin(self, batch: Batch) -> None:
+        """Nothing runs before this step any more."""
+        self._announce(self._publisher.begin(self._scheduler.to_publish(batch)))
 
     def _commit(self, batch: Batch, result: BatchResult) -> None:
         self._failures = 0
@@ -182,7 +211,7 @@ class Engine:
         self._track(sequence)
         if ending is not None:  # a resumed answer that was complete
             self._report((Advance(sequence, ending=ending),))
-        self._wake.set()
+        self._news()
 
     def cancel(self, attempt: AttemptId) -> None:
         """End a live attempt with Finish(CANCELLED); at once, or with the step that uses it.
@@ -268,7 +297,7 @@ class Engine:
         ending = self._scheduler.ending_of(sequence)
         if ending is not None:
             self._end(task.attempt, ending)
-        self._wake.set()
+        self._news()
 
     def unreserve(self, attempt: AttemptId) -> None:
         """Free the reservation's blocks: nothing writes to them. Ignored when it is unknown, and
@@ -313,6 +342,7 @@ class Engine:
         sequence = self._sequences.get(attempt)
         reservation = self._reservations.get(attempt)
         if sequence is not None:
+            self._take_back()  # the step behind the running one would only compute for nothing
             if self._scheduler.remove(sequence, ending):
                 self._report((Advance(sequence, ending=ending),))
         elif reservation is not None and not reservation.quarantined:
@@ -408,6 +438,11 @@ class Engine:
         """Blocks may have become free."""
         if not self._stopped:
             self._scheduler.grant_reservations()
+        self._news()
+
+    def _news(self) -> None:
+        """The next step may have to be another one."""
+        self._changed = True
         self._wake.set()
 
     def _unix_epoch(self) -> float:

@@ -20,7 +20,8 @@ from baton.types.fleet import KvLayout
 
 
 class Publisher:
-    """One step at a time: `begin`, any number of `layers_ready`, then `end` or `abandon`."""
+    """One step at a time, the one that runs: `begin`, any number of `layers_ready`, then `end` or
+    `abandon`. The step after it begins here when this one has been committed."""
 
     def __init__(self, pool: BlockPool, layout: KvLayout) -> None:
         self._pool = pool
@@ -28,22 +29,16 @@ class Publisher:
         self._chunks: list[tuple[Sequence, int, int]] = []  # (sequence, first, last)
         self._layers = 0  # already published in this step
 
-    @property
-    def busy(self) -> bool:
-        """Whether the step that runs computes anything to publish."""
-        return bool(self._chunks)
-
     def begin(self, items: Iterable[tuple[Sequence, BatchItem]]) -> tuple[KvReady, ...]:
-        """Note what the step will make final. Returns what was final before: prefix cache hits."""
+        """Note what the step will make final, of sequences with `hand_off`. Returns what was final
+        before: prefix cache hits."""
         hits = []
         self._layers = 0
         for sequence, item in items:
-            if not sequence.hand_off:
-                continue
             final = item.start // self._layout.block_size
             if final > sequence.leased:
                 hits.append(self._publish(sequence, sequence.leased, final, 0, self._all_layers))
-            end = item.start + len(item.tokens)
+            end = item.start + item.length
             complete = end == len(sequence.context)
             last = self._layout.blocks_for(end) if complete else end // self._layout.block_size
             if last > sequence.leased:
@@ -68,7 +63,7 @@ class Publisher:
         return ready
 
     def abandon(self) -> None:
-        """The step failed."""
+        """The step failed, or was not run."""
         self._chunks.clear()
 
     @property

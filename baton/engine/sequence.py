@@ -28,13 +28,21 @@ class Sequence:
     Always true:
     - `context` is prompt + answer so far; its KV is computed for [0, computed), and
       computed < len(context): the last token's KV is never there yet, its logits are wanted.
-    - `blocks` is empty while the sequence waits and covers at least `computed` tokens.
+    - `steps` steps in flight use the sequence. When they have ended, KV is computed for
+      [0, planned), and `coming` tokens more are in the context:
+
+          |<------ context ------>|<- coming ->|
+          |<- computed ->|<-- steps -->|          planned < len(context) + coming
+                                       ^ planned
+
+    - `blocks` is empty while the sequence waits and covers at least `planned` tokens.
     - blocks[:leased] are published to a handoff; without `hand_off`, leased is 0.
     """
 
     __slots__ = (
         "blocks",
         "cached_tokens",
+        "coming",
         "computed",
         "context",
         "ending",
@@ -42,11 +50,14 @@ class Sequence:
         "hand_off",
         "keys",
         "leased",
+        "limit",
         "number",
         "order",
         "penalized",
+        "planned",
         "preemptions",
         "started_at",
+        "steps",
         "stop_ids",
         "submitted_at",
         "task",
@@ -68,11 +79,16 @@ class Sequence:
         self.context = [*task.prompt, *task.output]
         self.blocks: tuple[int, ...] = ()
         self.computed = 0
+        self.planned = 0
+        self.coming = 0
+        self.steps = 0
         self.leased = 0
+        # Context length at which it leaves, unless a stop token comes first.
+        self.limit = len(self.context) + 1 if hand_off else len(task.prompt) + params.max_tokens
         self.keys: list[bytes] = []  # of the leading full blocks, as far as anybody asked
         self.cached_tokens = 0
         self.preemptions = 0
-        self.ending: Ending | None = None  # decided while a step was running; the commit acts
+        self.ending: Ending | None = None  # decided while a step used it; the commit acts
         self.stop_ids = (() if params.ignore_eos else eos_token_ids) + params.stop_token_ids
         self.penalized = (
             params.presence_penalty != 0
@@ -89,16 +105,28 @@ class Sequence:
         return len(self.context) - self.computed
 
     @property
+    def unplanned(self) -> int:
+        """Context tokens that no step in flight computes either. 1 for a decode; the token is not
+        known while `coming` is not 0."""
+        return len(self.context) + self.coming - self.planned
+
+    @property
+    def spent(self) -> bool:
+        """Whether the steps in flight are its last, whatever they sample."""
+        return len(self.context) + self.coming >= self.limit or self.ending is not None
+
+    @property
     def num_output(self) -> int:
         """Answer tokens so far; also the output index of the next token."""
         return len(self.context) - len(self.task.prompt)
 
     def sample_request(self) -> SampleRequest:
-        task = self.task
+        """For the first token that no step in flight samples."""
+        task, index = self.task, self.num_output + self.coming
         if not self.penalized:
-            return SampleRequest(task.sampling, self.num_output, self.stop_ids)
+            return SampleRequest(task.sampling, index, self.stop_ids)
         output = tuple(self.context[len(task.prompt) :])
-        return SampleRequest(task.sampling, len(output), self.stop_ids, task.prompt, output)
+        return SampleRequest(task.sampling, index, self.stop_ids, task.prompt, output)
 
     def append(self, token: SampledToken, now: float) -> None:
         self.context.append(token.token_id)

@@ -1,72 +1,162 @@
-"""Runs the runner in a thread of its own, so that the event loop goes on while a step computes."""
+"""Runs the runner in threads of its own: the event loop goes on while a step computes, and the
+device goes on from one step to the next without the event loop.
+
+    launcher:  launch(1) launch(2)      launch(3)       each as soon as the one before has returned
+    waiter:    wait(1) ......... wait(2) ......... wait(3)
+    loop:             1 ended           2 ended         puts the next step
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from types import TracebackType
+from dataclasses import dataclass
 
-from baton.engine.batch import Batch, BatchResult, LayerCallback, Runner
+from baton.engine.batch import Batch, BatchResult, Launched, LayerCallback, Runner
 from baton.errors import InternalError
 
 log = logging.getLogger(__name__)
 
 
-class StepThread:
-    """One thread, one step at a time; lives as long as the `with` block."""
+@dataclass(frozen=True, slots=True)
+class LayersReady:
+    """KV of layers [0, layer_end) of the oldest step in flight is final."""
 
-    def __init__(self, runner: Runner) -> None:
+    layer_end: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnded:
+    """The oldest step has ended. Without an outcome it counts as never run, because the one before
+    it failed: what it follows may not exist."""
+
+    batch: Batch
+    outcome: BatchResult | Exception | None
+
+
+Event = LayersReady | StepEnded
+
+
+class _Step:
+    """Attributes are set before the thread that reads them is told of the step."""
+
+    def __init__(self, batch: Batch, before: _Step | None) -> None:
+        self.batch = batch
+        self.before = before  # the step in flight that this one follows, until it has ended
+        self.error: Exception | None = None
+        self.launching: Future[Launched]
+        self.waiting: Future[None]
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether the step before it failed."""
+        return self.before is not None and self.before.error is not None
+
+
+class StepThreads:
+    """The steps in flight, in order. Belongs to the event loop, where `wake` tells of new events.
+    Has no threads before `open` and after `close`."""
+
+    def __init__(self, runner: Runner, wake: Callable[[], None]) -> None:
         self._runner = runner
+        self._wake = wake
+        self._steps: deque[_Step] = deque()
+        self._events: deque[Event] = deque()
+        self.recovering = False  # a step failed, and the one behind it has not ended: put no other
 
-    def __enter__(self) -> StepThread:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-step")
-        return self
+    def open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="engine-step-launch")
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="engine-step-wait")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._executor.shutdown()
-
-    async def execute(self, batch: Batch, on_layers: LayerCallback | None) -> BatchResult:
-        """Raises whatever the runner raises. `on_layers` is called on the event loop, before this
-        returns. When cancelled, waits until the step has ended: a thread cannot be interrupted,
-        and nobody may have the batch's blocks while it writes to them.
+    async def close(self) -> tuple[Batch, ...]:
+        """Return when every launched step has ended, however often the waiting task is cancelled:
+        a thread cannot be interrupted, and nobody may have a step's blocks while it writes to them.
+        Returns the batches whose end nobody has been told of.
         """
-        loop = asyncio.get_running_loop()
-        hop: LayerCallback | None = None
-        if on_layers is not None:
-            callback = on_layers
+        for step in self._steps:
+            step.launching.cancel()
+        ends = [asyncio.wrap_future(step.waiting) for step in self._steps]
+        while not all(end.done() for end in ends):
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait(ends)
+        self._launcher.shutdown()
+        self._waiter.shutdown()
+        for step in self._steps:
+            if step.error is not None:
+                log.error("Step %d failed, the last one.", step.batch.step, exc_info=step.error)
+        batches = tuple(step.batch for step in self._steps)
+        self._steps.clear()
+        return batches
 
-            def hop(layer_end: int) -> None:
-                # The loop sees these and the step's end in the order in which they happened.
-                loop.call_soon_threadsafe(callback, layer_end)
+    @property
+    def in_flight(self) -> int:
+        return len(self._steps)
 
-        step = loop.run_in_executor(self._executor, self._run, batch, hop)
+    @property
+    def running(self) -> Batch | None:
+        """The oldest step in flight."""
+        return self._steps[0].batch if self._steps else None
+
+    def put(self, batch: Batch, layers: bool) -> None:
+        """Launch a step after those in flight; with `layers`, tell of its LayersReady."""
+        step = _Step(batch, self._steps[-1] if self._steps else None)
+        hop = self._layers_ready if layers else None
+        step.launching = self._launcher.submit(self._launch, step, hop)
+        step.waiting = self._waiter.submit(self._wait, step)
+        self._steps.append(step)
+
+    def take_back(self) -> Batch | None:
+        """The step behind the one that runs, if it has not been launched: now it never is."""
+        if len(self._steps) < 2 or not self._steps[-1].launching.cancel():
+            return None
+        return self._steps.pop().batch
+
+    def events(self) -> Iterator[Event]:
+        """What has happened since the last call, in order."""
+        while self._events:
+            event = self._events.popleft()
+            if isinstance(event, StepEnded):
+                self._steps.popleft()
+                failed = self.recovering or isinstance(event.outcome, Exception)
+                self.recovering = failed and bool(self._steps)
+            yield event
+
+    def _tell(self, event: Event) -> None:
+        self._events.append(event)
+        self._wake()
+
+    # -- in the threads ---------------------------------------------------------------------
+
+    def _launch(self, step: _Step, on_layers: LayerCallback | None) -> Launched:
+        if step.spoilt:
+            raise InternalError("the step before this one failed")
         try:
-            result = await asyncio.shield(step)
-        except asyncio.CancelledError:
-            await _settled(step)
+            return self._runner.launch(step.batch, on_layers)
+        except Exception as error:
+            step.error = error
             raise
-        _check(batch, result)
-        return result
 
-    def _run(self, batch: Batch, on_layers: LayerCallback | None) -> BatchResult:
-        return self._runner.launch(batch, on_layers).wait()
+    def _layers_ready(self, layer_end: int) -> None:
+        self._loop.call_soon_threadsafe(self._tell, LayersReady(layer_end))
 
-
-async def _settled(step: asyncio.Future[BatchResult]) -> None:
-    """Return when the step has ended, however often the waiting task is cancelled."""
-    while not step.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait((step,))
-    error = step.exception()
-    if error is not None:
-        log.error("The last step failed.", exc_info=error)
+    def _wait(self, step: _Step) -> None:
+        outcome: BatchResult | Exception | None
+        try:
+            outcome = step.launching.result().wait()
+            _check(step.batch, outcome)
+        except CancelledError:
+            return  # it was taken back
+        except Exception as error:
+            outcome = step.error = error
+        if step.spoilt:
+            outcome = step.error = None
+        step.before = None
+        self._loop.call_soon_threadsafe(self._tell, StepEnded(step.batch, outcome))
 
 
 def _check(batch: Batch, result: BatchResult) -> None:

@@ -46,8 +46,8 @@ class Chaos:
             async with asyncio.TaskGroup() as group:
                 for task in self.tasks:
                     group.create_task(self.disturb(group.create_task(self.serve(task)), task))
-            self.source.assert_idle()
-            self.target.assert_idle()
+            await self.source.until_idle()
+            await self.target.until_idle()
 
     async def disturb(self, serving: asyncio.Task[None], task: GenerationTask) -> None:
         if self.dice.random() < 0.4:

@@ -254,14 +254,17 @@ def test_a_full_line_refuses() -> None:
 # -- books ----------------------------------------------------------------------------------
 
 
-def test_one_step_at_a_time() -> None:
+def test_two_steps_at_a_time() -> None:
     rig = make_rig()
     rig.submit(make_task(4))
-    batch = rig.schedule()
-    assert batch is not None
-    with pytest.raises(InternalError, match="before the last one"):
+    first, second = rig.scheduler.schedule(0.0), rig.scheduler.schedule(0.0)
+    assert first is not None
+    assert shape(second) == [(1, 4, 1)]
+    with pytest.raises(InternalError, match="2 steps"):
         rig.scheduler.schedule(0.0)
-    rig.commit(batch)
+    rig.commit(first)
+    with pytest.raises(InternalError, match="not in flight"):
+        rig.scheduler.withdraw(first)
 
 
 def test_the_check_sees_holds_without_a_holder() -> None:

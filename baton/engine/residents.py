@@ -1,0 +1,230 @@
+"""Who is in an engine, and which blocks of the pool each one holds."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from baton.engine.block_pool import BlockPool
+from baton.engine.config import EngineConfig
+from baton.engine.prefix_cache import PrefixCache
+from baton.engine.sequence import Ending, Sequence
+from baton.engine.waiting import Line, Reservation, WaitingLine
+from baton.errors import InternalError, Overloaded
+from baton.types.fleet import WorkerLoad
+from baton.types.request import AttemptId
+
+log = logging.getLogger(__name__)
+
+
+class Residents:
+    """Synchronous and torch-free; belongs to the event loop. Every block in the pool is held by a
+    running or leaving sequence, a granted reservation or a handed-off sequence, or by nobody."""
+
+    def __init__(self, pool: BlockPool, config: EngineConfig) -> None:
+        self._pool = pool
+        self._config = config
+        self._cache = PrefixCache(pool, config.layout, config.prefix_caching)
+        self._waiting = WaitingLine()
+        self._running: Line[Sequence] = Line()
+        self._leaving: dict[int, Sequence] = {}  # by number: ended, but a step in flight uses them
+        self._granted: set[Reservation] = set()  # quarantined ones included
+        self._handed_off: dict[AttemptId, Sequence] = {}
+        # Every context ends at this length: the model's, or what the whole pool can hold.
+        self._longest = min(config.max_model_len, config.num_blocks * config.block_size + 1)
+
+    # -- entering and leaving ---------------------------------------------------------------
+
+    def enqueue(self, entry: Sequence | Reservation) -> None:
+        """Raises Overloaded when the line is full."""
+        if len(self._waiting) >= self._config.max_waiting:
+            raise Overloaded(
+                f"{len(self._waiting)} requests wait on this worker, which is its bound: retry "
+                "later."
+            )
+        if isinstance(entry, Sequence):
+            entry.limit = min(entry.limit, self._longest)
+        self._waiting.add(entry)
+        self.grant_reservations()
+
+    def admit(self, sequence: Sequence, reservation: Reservation, cached_tokens: int) -> None:
+        """Run a sequence whose KV, all but the last token's, is in the reservation's blocks."""
+        self._granted.remove(reservation)
+        sequence.blocks, reservation.blocks = reservation.blocks, ()
+        sequence.limit = min(sequence.limit, self._longest)
+        sequence.computed = sequence.planned = len(sequence.context) - 1
+        sequence.cached_tokens = cached_tokens
+        self._cache.register(sequence, 0)
+        self._running.add(sequence)
+
+    def remove(self, sequence: Sequence, ending: Ending) -> bool:
+        """Take a sequence out and free its blocks, wherever it is. False while a step is using
+        it: then it leaves with that step's commit."""
+        if sequence.steps:
+            sequence.ending = sequence.ending or ending
+            return False
+        if self._handed_off.pop(sequence.task.attempt, None) is not None:
+            self._pool.end_lease(sequence.blocks)
+        elif sequence.blocks:
+            self._leave(sequence)
+        else:
+            self._waiting.remove(sequence)
+        return True
+
+    def drop_reservation(self, reservation: Reservation) -> None:
+        """Free its blocks: nothing writes to them. It need not have been granted."""
+        if reservation not in self._granted:
+            self._waiting.remove(reservation)
+            return
+        self._granted.remove(reservation)
+        if reservation.quarantined:
+            self._pool.end_quarantine(reservation.blocks)
+        else:
+            self._pool.release(reservation.blocks)
+        reservation.blocks = ()
+
+    def quarantine(self, reservation: Reservation) -> None:
+        """Keep the blocks of a granted reservation out of use until it is dropped."""
+        if not reservation.quarantined:
+            reservation.quarantined = True
+            self._pool.quarantine(reservation.blocks)
+
+    def grant_reservations(self) -> None:
+        """Grant reservations at the head of the line as far as blocks and places go."""
+        while (
+            isinstance(head := self._waiting.first, Reservation)
+            and self._has_place()
+            and (blocks := self._allocate_for(head)) is not None
+        ):
+            self._waiting.remove(head)
+            self._granted.add(head)
+            head.blocks = blocks
+            head.settle(blocks)
+
+    # -- inspection -------------------------------------------------------------------------
+
+    def load(self) -> WorkerLoad:
+        prefilling = sum(s.remaining for s in self._running if s.remaining > 1)
+        return WorkerLoad(
+            running=len(self._running) + len(self._granted) + len(self._handed_off),
+            waiting=len(self._waiting),
+            waiting_tokens=self._waiting.tokens + prefilling,
+            blocks=self._pool.counts(),
+        )
+
+    def is_handed_off(self, attempt: AttemptId) -> bool:
+        return attempt in self._handed_off
+
+    def attempts(self) -> Counter[AttemptId]:
+        """Every live attempt that is here, once per place (so never more than once)."""
+        sequences = (*self._running, *self._handed_off.values())
+        entries = (*self._granted, *self._waiting)
+        return Counter(
+            [s.task.attempt for s in sequences]
+            + [e.task.attempt if isinstance(e, Sequence) else e.attempt for e in entries]
+        )
+
+    def check_integrity(self) -> None:
+        """Raises InternalError unless every hold on a block has its holder here."""
+        references: Counter[int] = Counter()
+        leases: Counter[int] = Counter()
+        for sequence in self._running:
+            references.update(sequence.blocks)
+            leases.update(sequence.blocks[: sequence.leased])
+            if len(sequence.blocks) * self._config.block_size < sequence.planned:
+                raise InternalError(f"{sequence.task.attempt} has more KV than blocks.")
+            if sequence.remaining < 1 or sequence.unplanned < 1:
+                raise InternalError(f"{sequence.task.attempt} has nothing to compute.")
+        for sequence in self._leaving.values():
+            references.update(sequence.blocks)
+            if not sequence.steps:
+                raise InternalError(f"{sequence.task.attempt} left, and still holds blocks.")
+        for reservation in self._granted:
+            if not reservation.quarantined:
+                references.update(reservation.blocks)
+        for sequence in self._handed_off.values():
+            leases.update(sequence.blocks)
+        self._pool.check_integrity(references, leases)
+        waiting = sum(e.remaining for e in self._waiting if isinstance(e, Sequence))
+        if waiting != self._waiting.tokens:
+            raise InternalError(f"{waiting} tokens wait, {self._waiting.tokens} are counted.")
+
+    # -- places and blocks ------------------------------------------------------------------
+
+    def _has_place(self, spent: int = 0) -> bool:
+        """`spent` running sequences will need their places no more."""
+        return len(self._running) - spent + self._reserved() < self._config.max_num_seqs
+
+    def _reserved(self) -> int:
+        """Reservations that will become running sequences."""
+        return sum(not reservation.quarantined for reservation in self._granted)
+
+    def _headroom(self) -> int:
+        """Blocks that a newcomer leaves to the others: one for each that will grow, so that nobody
+        is preempted as soon as it came."""
+        return self._reserved() + sum(not sequence.hand_off for sequence in self._running)
+
+    def _allocate_for(self, reservation: Reservation) -> tuple[int, ...] | None:
+        if self._pool.available < reservation.num_blocks + self._headroom():
+            return None
+        return self._pool.allocate(reservation.num_blocks)
+
+    def _start(self, sequence: Sequence, now: float) -> bool:
+        """Give a waiting sequence blocks for its whole context, or leave it waiting."""
+        hits = self._cache.match(sequence)
+        self._pool.share(hits)
+        fresh = self._config.layout.blocks_for(len(sequence.context)) - len(hits)
+        if self._pool.available < fresh + self._headroom():
+            self._pool.release(hits)
+            return False
+        blocks = self._pool.allocate(fresh)
+        if blocks is None:
+            raise InternalError("The pool refused blocks that it had said were available.")
+        self._waiting.remove(sequence)
+        sequence.blocks = hits + blocks
+        sequence.computed = sequence.planned = len(hits) * self._config.block_size
+        if sequence.started_at is None:
+            sequence.started_at = now
+            sequence.cached_tokens = min(sequence.computed, len(sequence.task.prompt))
+        self._running.add(sequence)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the line, with the answer so far as part of the context to compute. No step may
+        be using the sequence."""
+        self._leave(sequence)
+        sequence.computed = sequence.planned = 0
+        sequence.preemptions += 1
+        log.info(
+            "%s makes way at %d tokens, for the %d. time: the KV pool is full.",
+            sequence.task.attempt,
+            len(sequence.context),
+            sequence.preemptions,
+        )
+        self._waiting.add(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Stop running. The blocks become free with the last step that writes to them."""
+        self._running.remove(sequence)
+        self._pool.end_lease(sequence.blocks[: sequence.leased])
+        sequence.leased = 0
+        if sequence.steps:
+            self._leaving[sequence.number] = sequence
+        else:
+            self._free(sequence)
+
+    def _settle(self, sequence: Sequence) -> None:
+        """A step with a leaving sequence in it has ended."""
+        if not sequence.steps:
+            del self._leaving[sequence.number]
+            self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.blocks)
+        sequence.blocks = ()
+
+    def _hand_off(self, sequence: Sequence) -> None:
+        """From here on its blocks are held by the lease alone."""
+        self._running.remove(sequence)
+        self._pool.release(sequence.blocks)
+        self._handed_off[sequence.task.attempt] = sequence
