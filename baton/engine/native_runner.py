@@ -19,7 +19,7 @@ from baton.engine.batch import (
     resolve,
 )
 from baton.engine.runner import check_layout, group_ends, pool_tensor, warm_up_batches
-from baton.engine.sampler import sample
+from baton.engine.sampler import NOT_FINITE, sample
 from baton.errors import InternalError
 from baton.kv.transport.base import PoolMemory
 from baton.model.native_decoder import load_native
@@ -63,10 +63,11 @@ class NativeRunner:
         self._opened()
         batch = resolve(batch, self._last)
         logits = self._model.forward(native_batch(batch.items), self._pool, on_layers, self._ends)
+        best: list[int] = logits.best.tolist()
+        if min(best, default=0) < 0:
+            raise InternalError(NOT_FINITE)
         requests = [item.sample for item in batch.items if item.sample is not None]
-        with torch.inference_mode():
-            values = torch.from_numpy(logits.values)
-            sampled = iter(sample(values, requests))
+        sampled = iter(sample(torch.from_numpy(logits.values), requests, best))
         tokens = tuple(next(sampled) if item.sample else None for item in batch.items)
         self._last = {
             item.sequence: token.token_id

@@ -26,18 +26,23 @@ _CANDIDATES = 1024
 needed for distributions so flat that these do not reach the mass."""
 
 
-def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken]:
+NOT_FINITE = "the model produced logits that are not finite (NaN or infinity)"
+
+
+def sample(
+    logits: torch.Tensor, requests: Sequence[SampleRequest], best: Sequence[int] | None = None
+) -> list[SampledToken]:
     """One token per row of `logits` `[rows, vocab]` float32. Does not modify `logits`.
 
-    Raises InternalError when a row holds NaN or its best logit is not finite.
+    `best` are the rows' first greatest, from a decoder that has found them on its way, and whose
+    logits are finite. Raises InternalError when a row holds NaN or its best logit is not finite.
     """
     if not requests:
         return []
     adjusted = _adjust(logits, requests)
-    best = _argmax(adjusted)
-    if not bool(adjusted.gather(1, best[:, None]).isfinite().all()):
-        raise InternalError("the model produced logits that are not finite (NaN or infinity)")
-    tokens = best.tolist()
+    if best is None or adjusted is not logits:
+        best = _finite_argmax(adjusted)
+    tokens = list(best)
     random_rows = [row for row, request in enumerate(requests) if not _is_greedy(request.params)]
     if random_rows:
         drawn = _draw(adjusted[random_rows], [requests[row] for row in random_rows])
@@ -78,6 +83,14 @@ def _signed(constant: int) -> int:
 def _shifted(bits: torch.Tensor, count: int) -> torch.Tensor:
     """Unsigned shift right of int64."""
     return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
+
+
+def _finite_argmax(scores: torch.Tensor) -> list[int]:
+    best = _argmax(scores)
+    if not bool(scores.gather(1, best[:, None]).isfinite().all()):
+        raise InternalError(NOT_FINITE)
+    tokens: list[int] = best.tolist()
+    return tokens
 
 
 def _is_greedy(params: SamplingParams) -> bool:
