@@ -8,6 +8,7 @@ import typer
 
 from baton import __version__
 from baton.cli.bench import BenchServeOptions, bench_serve
+from baton.cli.bench_engine import BenchEngineOptions, bench_engine
 from baton.cli.bench_handoff import BenchHandoffOptions, bench_handoff
 from baton.cli.chat import chat
 from baton.cli.doctor import doctor
@@ -52,6 +53,7 @@ app.command("trace")(trace)
 app.command("doctor")(doctor)
 bench = typer.Typer(help="Measure one part next to its limit.", no_args_is_help=True)
 bench.command("serve")(command(BenchServeOptions, bench_serve))
+bench.command("engine")(command(BenchEngineOptions, bench_engine))
 bench.command("handoff")(command(BenchHandoffOptions, bench_handoff))
 app.add_typer(bench, name="bench")
 

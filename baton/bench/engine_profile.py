@@ -1,0 +1,74 @@
+"""A short profile of one step: which operations its time goes to, and how long the device waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.profiler import ProfilerActivity, profile
+
+from baton.bench.engine_cost import Chunk
+from baton.bench.engine_device import Device
+from baton.bench.engine_phases import OnFigure
+from baton.bench.engine_rig import Rig, run
+
+_LINES = 12
+_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One operation or kernel: its own time in one step, without what it calls."""
+
+    name: str
+    calls: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Of one step, under the profiler, which slows the host down. `busy_s` is the time in which
+    something was computed; on CUDA, the rest of `step_s` are gaps between kernels."""
+
+    name: str
+    step_s: float
+    busy_s: float
+    lines: tuple[Line, ...]  # longest first; the rest is left out
+
+
+def measure_profiles(
+    rig: Rig, device: Device, steps: Sequence[Sequence[Chunk]], on_figure: OnFigure
+) -> tuple[Profile, ...]:
+    """Each step several times in a row. Steps that do not fit into the pool are left out."""
+    blocks_for = rig.model.layout.blocks_for
+    profiles = []
+    for step in steps:
+        if sum(blocks_for(chunk.start + chunk.tokens) for chunk in step) <= rig.num_blocks:
+            name = f"step of {len(step)} x {step[0].tokens} after {step[0].start} tokens"
+            on_figure(f"profile of a {name}")
+            profiles.append(_profile(rig, device, step, name))
+    return tuple(profiles)
+
+
+def _profile(rig: Rig, device: Device, step: Sequence[Chunk], name: str) -> Profile:
+    batches = [rig.batch(step)] * _STEPS
+    run(rig.runner, batches[:1])
+    activities = [ProfilerActivity.CPU]
+    if device.is_cuda:
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        run(rig.runner, batches)
+        device.sync()
+        step_s = (time.perf_counter() - start) / _STEPS
+    field = "self_device_time_total" if device.is_cuda else "self_cpu_time_total"
+    lines = sorted(
+        (
+            Line(event.key, event.count / _STEPS, getattr(event, field) * 1e-6 / _STEPS)
+            for event in profiler.key_averages()
+        ),
+        key=lambda line: -line.seconds,
+    )
+    busy_s = sum(line.seconds for line in lines)
+    return Profile(name, step_s, min(busy_s, step_s), tuple(lines[:_LINES]))
