@@ -1,0 +1,79 @@
+"""What the figures were measured on, and the lock that keeps measurements apart."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import platform
+import subprocess
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+
+
+def describe(cpus: Sequence[int]) -> dict[str, Any]:
+    """The processor, what of it is used, memory, kernel; and GPUs if there are any."""
+    info = _cpuinfo()
+    flags = set(info.get("flags", "").split())
+    return {
+        "processor": info.get("model name", platform.processor()),
+        "flags": [flag for flag in _FLAGS if flag in flags],
+        "cpus": list(cpus),
+        "cpus_of_machine": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_1min": os.getloadavg()[0],
+        "gpus": _gpus(),
+    }
+
+
+def revision() -> str:
+    """The commit that is checked out, with `+` when files differ from it; `unknown` without git."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+@asynccontextmanager
+async def exclusively(lock: Path | None) -> AsyncGenerator[None, None]:
+    """Hold the lock file, as flock(1) does, so that those who measure here take turns."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        await asyncio.to_thread(fcntl.flock, file, fcntl.LOCK_EX)
+        yield
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines if line)
+    info: dict[str, str] = {}
+    for name, _, value in pairs:
+        info.setdefault(name.strip(), value.strip())
+    return info
+
+
+def _gpus() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return answer.stdout.strip().splitlines()

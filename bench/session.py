@@ -1,0 +1,248 @@
+"""The whole measurement: for each model every system in turns, workload by workload, in rounds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+from bench.environments import CACHE
+from bench.measure import RATE_SHARE, Driver, Figures, Measured
+from bench.process import StartError, busy_s
+from bench.server import PORTS, Server, Startup, free_ports
+from bench.systems import SYSTEMS, Place, System, python_of
+from bench.turns import Turns
+from bench.workloads import WORKLOADS, Arrivals, Load, Setting, Workload
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`models` maps the names of shapes to the directories of their models."""
+
+    models: dict[str, Path]
+    systems: tuple[str, ...]
+    workloads: tuple[str, ...]
+    rounds: int
+    cpus: tuple[int, ...]
+    device: str = "cpu"
+    restart: bool = False
+    timeout_s: float = 600.0
+    lock: Path | None = None
+    extra: dict[str, tuple[str, ...]] = field(default_factory=dict)  # system -> flags
+
+    @property
+    def reference(self) -> str:
+        """What ratios are against: the first peer, or the first system when there is none."""
+        peers = [name for name in self.systems if SYSTEMS[name].peer]
+        return (peers or list(self.systems))[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    model: str
+    workload: str
+    system: str
+    round: int
+    figures: Figures
+    errors: tuple[tuple[str, int], ...]
+
+
+@dataclass
+class Result:
+    """What was measured so far. `systems` is model -> system -> how it was started and its costs,
+    or why it could not be."""
+
+    runs: list[Run] = field(default_factory=list)
+    systems: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+
+    def as_json(self, plan: Plan, command: str, setting: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "benchmark": "peers",
+            "format": 1,
+            "command": command,
+            "revision": machine.revision(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "machine": machine.describe(plan.cpus),
+            "reference": plan.reference,
+            "rounds": plan.rounds,
+            "setting": setting,
+            "workloads": {name: WORKLOADS[name].describe for name in plan.workloads},
+            "systems": self.systems,
+            "runs": [asdict(run) for run in self.runs],
+        }
+
+
+class ModelSession:
+    """Every round of one model. Servers live from `run`'s start to its end."""
+
+    def __init__(
+        self, plan: Plan, name: str, setting: Setting, pythons: dict[str, Path], say: Say
+    ) -> None:
+        self._plan = plan
+        self._model = name
+        self._setting = setting
+        self._pythons = pythons
+        self._say = say
+        self._turns: Turns[Server] = Turns(self._make, plan.restart)
+        self._rates: dict[str, float] = {}  # requests/s at saturation, by system
+        self.runs: list[Run] = []
+        self.systems: dict[str, dict[str, Any]] = {}
+
+    async def run(self) -> None:
+        try:
+            for name in self._pythons:
+                await self._start(name)
+            for round_ in range(self._plan.rounds):
+                for workload in self._plan.workloads:
+                    await self._round(WORKLOADS[workload], round_)
+        finally:
+            for name, count in self._turns.restarts.items():
+                self.systems[name]["restarts"] = count
+            await self._turns.close()
+
+    async def _start(self, name: str) -> None:
+        self._say(f"{self._model}: starting {name}")
+        entry = self.systems[name] = {"describe": SYSTEMS[name].describe}
+        try:
+            server = await self._turns.take(name)
+            startup = await server.idle()
+        except StartError as error:
+            entry["failed"] = str(error)
+            self._say(f"  {error}")
+            return
+        entry["commands"] = [
+            {"argv": list(command.argv), "env": dict(command.env)} for command in server.commands
+        ]
+        entry |= asdict(startup)
+        self._say(f"  {name}: {_describe(startup)}")
+
+    async def _round(self, workload: Workload, round_: int) -> None:
+        load = workload.build(self._setting, round_)
+        names = [name for name in self._pythons if "failed" not in self.systems[name]]
+        if not names:
+            return
+        if isinstance(load, Arrivals):
+            for name in names:
+                await self._calibrate(name, load)
+        first = round_ % len(names)  # no one always follows the same one
+        for name in names[first:] + names[:first]:
+            if isinstance(load, Arrivals) and self._rate(name, load) is None:
+                continue
+            async with machine.exclusively(self._plan.lock):
+                measured = await self._measure(name, load)
+            run = Run(self._model, workload.name, name, round_, measured.figures, measured.errors)
+            self.runs.append(run)
+            self._say(_progress(run, self._plan.rounds))
+
+    async def _measure(self, name: str, load: Load) -> Measured:
+        try:
+            server = await self._turns.take(name)
+        except StartError as error:
+            return Measured({"failed": 1.0}, ((str(error), 1),))
+        rate = self._rate(name, load) if isinstance(load, Arrivals) else None
+        driver = Driver(server.target, self._plan.timeout_s, rate)
+        cpu_s, busy = server.processes.cpu_s(), busy_s(self._plan.cpus)
+        try:
+            measured = await driver.run(load)
+        except TimeoutError:
+            return Measured({"failed": 1.0}, ((f"no end in {self._plan.timeout_s:g} s", 1),))
+        figures = dict(measured.figures)
+        figures["server_cpu_s"] = server.processes.cpu_s() - cpu_s
+        others = busy_s(self._plan.cpus) - busy - figures["server_cpu_s"] - figures["client_cpu_s"]
+        available_s = figures["wall_s"] * len(self._plan.cpus)
+        figures["others_cpu_share"] = max(0.0, others / available_s)
+        return Measured(figures, measured.errors)
+
+    async def _calibrate(self, name: str, load: Arrivals) -> None:
+        """Find out once what rate the system can sustain."""
+        if name in self._rates or "saturation_failed" in self.systems[name]:
+            return
+        try:
+            async with machine.exclusively(self._plan.lock):
+                server = await self._turns.take(name)
+                driver = Driver(server.target, self._plan.timeout_s)
+                rate = await driver.saturation_rate(load.calibration)
+        except (StartError, RuntimeError) as error:
+            self.systems[name]["saturation_failed"] = str(error)
+            self._say(f"  {name}: {error}")
+            return
+        self._rates[name] = self.systems[name]["saturation_requests_per_s"] = rate
+        self._say(f"  {name}: {rate:.2f} requests/s of the trace at saturation")
+
+    def _rate(self, name: str, load: Arrivals) -> float | None:
+        """Requests per second to offer; the reference's share where it has one."""
+        known = self._rates.get(name)
+        if not load.own_rate:
+            known = self._rates.get(self._plan.reference, known)
+        return None if known is None else known * RATE_SHARE
+
+    def _make(self, name: str) -> Server:
+        place = Place(
+            self._model,
+            self._plan.models[self._model],
+            self._plan.cpus,
+            free_ports(PORTS),
+            self._plan.device,
+            self._plan.extra.get(name, ()),
+        )
+        log = CACHE / "logs" / f"{self._model}-{name}.log"
+        return Server(SYSTEMS[name], place, self._pythons[name], self._setting.vocab, log)
+
+
+async def run_models(
+    plan: Plan, settings: dict[str, Setting], pythons: dict[str, Path], result: Result, say: Say
+) -> None:
+    """Fill `result`, also when this is cancelled half-way."""
+    for name in plan.models:
+        session = ModelSession(plan, name, settings[name], pythons, say)
+        result.systems[name] = session.systems
+        try:
+            await session.run()
+        finally:
+            result.runs += session.runs
+
+
+def find_pythons(plan: Plan, say: Say) -> dict[str, Path]:
+    """The interpreter of each system, in the order of the plan. Raises EnvironmentFailed."""
+    found = {}
+    for name in plan.systems:
+        system: System = SYSTEMS[name]
+        environment = system.environment
+        if plan.device == "cpu" and environment is not None and not environment().made:
+            say(f"making an environment for {name} (once; minutes and gigabytes)")
+        found[name] = python_of(system, plan.device)
+    return found
+
+
+def _describe(startup: Startup) -> str:
+    return (
+        f"ready in {startup.ready_s:.1f} s, {startup.memory_bytes / 2**30:.2f} GiB in "
+        f"{startup.processes} processes, idle {startup.idle_cpu_share:.1%} of a core"
+    )
+
+
+def _progress(run: Run, rounds: int) -> str:
+    figures = run.figures
+    parts = []
+    if "output_tokens_per_s" in figures:
+        parts.append(f"{figures['output_tokens_per_s']:,.0f} tokens/s")
+    for key, title in (
+        ("ttft_p50_s", "TTFT"),
+        ("tpot_p50_s", "TPOT"),
+        ("long_ttft_s", "long TTFT"),
+        ("itl_before_p99_s", "ITL p99"),
+        ("itl_during_p99_s", "during"),
+    ):
+        if key in figures:
+            parts.append(f"{title} {figures[key] * 1e3:,.1f} ms")
+    if (share := figures.get("others_cpu_share", 0.0)) > 0.05:
+        parts.append(f"others used {share:.0%} of the cores")
+    if figures.get("failed"):
+        parts.append(f"{figures['failed']:.0f} FAILED: {run.errors[0][0] if run.errors else '?'}")
+    at = f"{run.round + 1}/{rounds} {run.model} {run.workload}"
+    return f"{at:<28} {run.system:<14} {' · '.join(parts)}"
