@@ -110,6 +110,7 @@ def make_rig(
     layer_groups: int = 1,
     before_step: Callable[[Batch], None] = lambda batch: None,
     eos: tuple[int, ...] = (),
+    device: type[FakeRunner] = FakeRunner,
     **settings: int | bool,
 ) -> Rig:
     layout = fake_layout(BLOCK, LAYERS)
@@ -119,7 +120,7 @@ def make_rig(
         layout, num_blocks, eos_token_ids=eos, layer_groups=layer_groups, **values
     )
     pool = BlockPool(num_blocks)
-    runner = FakeRunner(layout, FakeMemory(), layer_groups, before_step)
+    runner = device(layout, FakeMemory(), layer_groups, before_step)
     heard = Recorder()
     engine = Engine(runner, pool, config, heard, wall_clock=lambda: 1e9)
     return Rig(engine, config, pool, runner, heard)

@@ -9,7 +9,9 @@ what is right. Copying a `FakeMemory`'s blocks to another one stands for a KV tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 from baton.engine.batch import (
     Batch,
@@ -72,6 +74,9 @@ class FakeRunner:
 
     def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
         self.before_step(batch)
+        return Computed(self.compute(batch, on_layers))
+
+    def compute(self, batch: Batch, on_layers: LayerCallback | None) -> BatchResult:
         self.batches.append(batch)
         items = resolve(batch, self.last).items
         written: set[tuple[int, int]] = set()
@@ -85,7 +90,7 @@ class FakeRunner:
         tokens = [self._sample(item) for item in items]
         pairs = zip(items, tokens, strict=True)
         self.last = {item.sequence: token.token_id for item, token in pairs if token is not None}
-        return Computed(BatchResult(tuple(tokens)))
+        return BatchResult(tuple(tokens))
 
     def close(self) -> None:
         self.closed = True
@@ -112,6 +117,30 @@ class FakeRunner:
             assert found == position, f"position {position} holds the KV of position {found}"
             context.append(token)
         return SampledToken(next_token(context, item.sample), item.sample.index)
+
+
+class QueueRunner(FakeRunner):
+    """A device with a queue: `launch` returns at once, and the step happens while it is waited for.
+    `before_step` runs in the launching thread, `before_end` in the waiting one, before it."""
+
+    def __init__(self, *settings: Any, **more: Any) -> None:
+        super().__init__(*settings, **more)
+        self.before_end: Callable[[Batch], None] = lambda batch: None
+
+    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
+        self.before_step(batch)
+        return _Queued(self, batch, on_layers)
+
+
+@dataclass(frozen=True)
+class _Queued:
+    runner: QueueRunner
+    batch: Batch
+    on_layers: LayerCallback | None
+
+    def wait(self) -> BatchResult:
+        self.runner.before_end(self.batch)
+        return self.runner.compute(self.batch, self.on_layers)
 
 
 def next_token(context: Sequence[int], sample: SampleRequest) -> int:

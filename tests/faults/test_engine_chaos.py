@@ -11,16 +11,18 @@ from baton.engine.events import KvReady
 from baton.errors import Cancelled, StaleAttempt
 from baton.types.request import AttemptId, FinishReason, GenerationTask
 from tests.engine_rig import LAYERS, covered, make_rig, make_task, running
-from tests.fake_runner import expected_for
+from tests.fake_runner import FakeRunner, QueueRunner, expected_for
 
 
 class Chaos:
     """Two small engines, tasks that run on one or move between them, and cancels at any time."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: type[FakeRunner]) -> None:
         self.dice = random.Random(seed)
-        self.source = make_rig(num_blocks=14, layer_groups=2, max_batch_tokens=9, max_num_seqs=3)
-        self.target = make_rig(num_blocks=13, max_batch_tokens=9, max_num_seqs=4)
+        self.source = make_rig(
+            num_blocks=14, layer_groups=2, max_batch_tokens=9, max_num_seqs=3, device=device
+        )
+        self.target = make_rig(num_blocks=13, max_batch_tokens=9, max_num_seqs=4, device=device)
         self.read: dict[tuple[AttemptId, int], dict[int, tuple[int, int]]] = {}
         self.tasks = [
             make_task(
@@ -102,8 +104,11 @@ class Chaos:
         return complete
 
 
+@pytest.mark.parametrize("device", [FakeRunner, QueueRunner])
 @pytest.mark.parametrize("seed", range(8))
-async def test_random_cancels_between_two_engines_leak_nothing(seed: int) -> None:
-    chaos = Chaos(seed)
+async def test_random_cancels_between_two_engines_leak_nothing(
+    seed: int, device: type[FakeRunner]
+) -> None:
+    chaos = Chaos(seed, device)
     await chaos.run()
     assert chaos.check_answers() >= 6

@@ -25,7 +25,7 @@ from baton.types.request import (
     SampledToken,
 )
 from tests.engine_rig import BLOCK, LAYERS, Faulty, Gate, Rig, covered, make_rig, make_task, running
-from tests.fake_runner import expected_for
+from tests.fake_runner import FakeRunner, QueueRunner, expected_for
 
 X = AttemptId("x")
 
@@ -41,8 +41,12 @@ async def prefill(rig: Rig, task: GenerationTask) -> SampledToken:
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("length", [1, 4, 11, 30])
-async def test_every_block_and_layer_is_published_once(groups: int, length: int) -> None:
-    async with running(make_rig(layer_groups=groups, max_batch_tokens=10)) as rig:
+@pytest.mark.parametrize("device", [FakeRunner, QueueRunner])
+async def test_every_block_and_layer_is_published_once(
+    groups: int, length: int, device: type[FakeRunner]
+) -> None:
+    rig = make_rig(layer_groups=groups, max_batch_tokens=10, device=device)
+    async with running(rig):
         task = make_task("x", length)
         first = await prefill(rig, task)
         assert first.token_id == expected_for(task)[0]

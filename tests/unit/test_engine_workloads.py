@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.engine.scheduler import Advance
+from baton.engine.batch import Batch, BatchResult
+from baton.engine.scheduler import MAX_IN_FLIGHT, Advance
 from baton.engine.sequence import Ending, Sequence
 from baton.engine.waiting import Reservation
 from baton.types.fleet import BlockState
-from baton.types.request import AttemptId, FinishReason, GenerationTask, SamplingParams
+from baton.types.request import AttemptId, FinishReason, GenerationTask, SamplingParams, WireError
 from tests.fake_runner import expected_answer
 from tests.scheduler_rig import Rig, make_rig
 
+FAILED = Ending(FinishReason.ERROR, WireError("internal_error", "a step failed"))
 EOS = tuple(range(0, 997, 43))
 MAX_LEN = 28
 
@@ -67,16 +69,21 @@ class Workload:
         for now in range(3000):
             self.arrive(now)
             self.cancel(now, in_step=False)
-            batch = self.rig.schedule()
-            self.cancel(now, in_step=True)
-            if batch is not None:
-                self.rig.commit(batch)
-            idle = batch is None and not self.rig.handed and not self.reservations
+            worked = self.step(now)
+            idle = not worked and not self.rig.handed and not self.reservations
             self.let_go()
             self.rig.scheduler.check_integrity()
             if now > 51 and idle:
                 return
         raise AssertionError("the work never ends")
+
+    def step(self, now: int) -> bool:
+        """False when there was nothing to do."""
+        batch = self.rig.schedule()
+        self.cancel(now, in_step=True)
+        if batch is not None:
+            self.rig.commit(batch)
+        return batch is not None
 
     def arrive(self, now: int) -> None:
         for plan in self.plans:
@@ -105,6 +112,106 @@ class Workload:
             else:
                 self.reservations.remove(reservation)
                 rig.scheduler.drop_reservation(reservation)
+
+
+class Ahead(Workload):
+    """The same with up to two steps in flight. The device takes them up late, the results come
+    late, the step behind is taken back now and then, and some fail."""
+
+    def __init__(self, dice: random.Random) -> None:
+        super().__init__(dice)
+        self.flights: list[Flight] = []
+        self.failures = 0
+
+    def step(self, now: int) -> bool:
+        scheduled = len(self.flights) < MAX_IN_FLIGHT and self.schedule()
+        busy = bool(self.flights)
+        self.check_blocks()
+        self.cancel(now, in_step=True)
+        move = self.dice.random()
+        if len(self.flights) == 2 and self.flights[1].result is None and move < 0.2:
+            self.rig.record(self.rig.scheduler.withdraw(self.flights.pop().batch))
+        elif self.flights and move < 0.25:
+            self.fail()
+        elif self.flights and (move < 0.7 or not scheduled):
+            self.end()
+        return busy
+
+    def schedule(self) -> bool:
+        batch = self.rig.scheduler.schedule(0.0)
+        if batch is None:
+            return False
+        self.flights.append(Flight(batch))
+        if len(self.flights) == 1:
+            self.begin()
+        return True
+
+    def begin(self) -> None:
+        """Nothing runs before the first flight any more."""
+        self.rig.publisher.begin(self.rig.scheduler.to_publish(self.flights[0].batch))
+
+    def end(self) -> None:
+        """The oldest step ends; the one behind it may have been computed as well by then."""
+        for flight in self.flights[: self.dice.randint(1, 2)]:
+            if flight.result is None:
+                flight.result = self.rig.runner.launch(flight.batch).wait()
+        oldest = self.flights.pop(0)
+        assert oldest.result is not None
+        self.rig.publisher.end()
+        self.rig.record(self.rig.scheduler.commit(oldest.batch, oldest.result, 0.0))
+        if self.flights:
+            self.begin()
+
+    def fail(self) -> None:
+        """The oldest step fails, and the one behind it does not count."""
+        self.failures += 1
+        self.rig.publisher.abandon()
+        self.rig.record(self.rig.scheduler.discard(self.flights.pop(0).batch, FAILED))
+        for flight in self.flights:
+            self.rig.record(self.rig.scheduler.withdraw(flight.batch))
+        self.flights.clear()
+
+    def check_blocks(self) -> None:
+        """What a step in flight may write to, nobody else has."""
+        owner: dict[int, int] = {}
+        size = self.rig.config.block_size
+        for item in (item for flight in self.flights for item in flight.batch.items):
+            first, last = item.start // size, (item.start + item.length - 1) // size
+            for block in item.blocks[first : last + 1]:
+                assert owner.setdefault(block, item.sequence) == item.sequence
+                assert self.rig.pool.state(block) in (BlockState.ACTIVE, BlockState.LEASED)
+        for reservation in self.reservations:
+            assert not owner.keys() & set(reservation.blocks)
+
+
+@dataclass
+class Flight:
+    batch: Batch
+    result: BatchResult | None = None  # None: the device has not taken it up
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32))
+def test_steps_in_flight_change_no_answer(seed: int) -> None:
+    """The tokens of one step at a time, whatever happens while others are in flight."""
+    work = Ahead(random.Random(seed))
+    work.run()
+    rig = work.rig
+    assert len(rig.endings) == len(work.plans), "everything ends"
+    failed = 0
+    for _, sequence in work.live:
+        if rig.endings[sequence.number] is FAILED:
+            failed += 1
+            expected = expected_answer(
+                sequence.task.prompt, sequence.task.sampling, EOS, MAX_LEN, sequence.task.output
+            )
+            answer = rig.answers[sequence.number]
+            assert answer == expected[: len(answer)]
+        else:
+            check_answer(rig, sequence)
+    assert failed == 0 or work.failures
+    counts = dict(rig.pool.counts())
+    assert counts[BlockState.FREE] + counts[BlockState.CACHED] == rig.pool.num_blocks
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
