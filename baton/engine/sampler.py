@@ -8,7 +8,6 @@ that computes it, nor on what was sampled before.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 
 from baton.engine.batch import SampleRequest
 from baton.errors import InternalError
+from baton.kernels.noise import stream_start, uniform
 from baton.types.request import SampledToken, SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5
@@ -53,36 +53,6 @@ def sample(
         SampledToken(token, request.index, logprobs.get(row))
         for row, (token, request) in enumerate(zip(tokens, requests, strict=True))
     ]
-
-
-def uniform(seed: int, index: int, tokens: torch.Tensor) -> torch.Tensor:
-    """The random numbers of `tokens` (ids, int64) at an output position: float64 in (0, 1).
-
-    The position's stream is SplitMix64 (Steele, Lea and Flood, OOPSLA'14) from a start that BLAKE2b
-    makes of `seed` (unsigned 64 bit) and `index`; the number of token t is the top 52 bits of the
-    stream's element t. Part of the wire contract: every worker of a cluster must draw the same.
-    """
-    key = seed.to_bytes(8, "little") + index.to_bytes(8, "little")
-    digest = hashlib.blake2b(key, digest_size=8, person=b"baton.sample").digest()
-    # int64 arithmetic wraps around as the algorithm wants; only shifts need their sign bits off.
-    bits = (tokens + 1).mul_(_signed(0x9E3779B97F4A7C15))
-    bits += int.from_bytes(digest, "little", signed=True)
-    bits ^= _shifted(bits, 30)
-    bits *= _signed(0xBF58476D1CE4E5B9)
-    bits ^= _shifted(bits, 27)
-    bits *= _signed(0x94D049BB133111EB)
-    bits ^= _shifted(bits, 31)
-    return _shifted(bits, 12).double().add_(0.5).mul_(2.0**-52)
-
-
-def _signed(constant: int) -> int:
-    """The int64 with the same bits."""
-    return constant - (1 << 64) if constant >> 63 else constant
-
-
-def _shifted(bits: torch.Tensor, count: int) -> torch.Tensor:
-    """Unsigned shift right of int64."""
-    return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def _finite_argmax(scores: torch.Tensor) -> list[int]:
@@ -156,7 +126,8 @@ def _draw(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[int]:
     drawn = []
     for row, request in enumerate(requests):
         tokens = kept.get(row, everything)
-        noise = uniform(request.params.seed, request.index, tokens).log_().neg_().log_()
+        start = stream_start(request.params.seed, request.index)
+        noise = uniform(start, tokens).log_().neg_().log_()
         drawn.append(int(tokens[_argmax(scores[row, tokens] - noise)]))
     return drawn
 

@@ -92,7 +92,7 @@ def _owner(
     return tl.sum(count, 0) - 1
 
 
-@jit
+@jit(varying=("batch", "table_stride"))
 def _attend_tiles(
     q: tl.tensor,
     kv: tl.tensor,
@@ -154,11 +154,14 @@ def _attend_tiles(
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mix = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    # Block ids are loaded a step ahead by hand, as in `attention_decode`.
+    block = tl.load(table + (first + key) // BLOCK_SIZE, mask=first + key < end, other=0)
     for start in range(first, end, KEYS):
         position = start + key
         live = position < end
-        block = tl.load(table + position // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-        at = block * kv_stride_block + (position % BLOCK_SIZE) * HEAD_DIM
+        at = block.to(tl.int64) * kv_stride_block + (position % BLOCK_SIZE) * HEAD_DIM
+        ahead = position + KEYS
+        block = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
         keys = tl.load(
             k_base + at[None, :] + column[:, None], mask=live[None, :] & in_head[:, None], other=0.0
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, overload
 
 import torch
 
@@ -18,15 +19,46 @@ except ImportError:
     triton = None
     tl = None
 
-__all__ = ["check_operands", "check_pool", "jit", "on_device_of", "require_triton", "tl"]
+__all__ = [
+    "check_operands",
+    "check_pool",
+    "constant",
+    "jit",
+    "on_device_of",
+    "require_triton",
+    "tl",
+]
 
 _OLDEST_GPU = (8, 0)
 """Ampere: the first with bfloat16 and with asynchronous copies into shared memory."""
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or without Triton the function itself, which `require_triton` keeps unused."""
-    return function if triton is None else triton.jit(function)
+@overload
+def jit(function: Callable[..., Any]) -> Any: ...
+
+
+@overload
+def jit(*, varying: tuple[str, ...]) -> Callable[[Callable[..., Any]], Any]: ...
+
+
+def jit(function: Callable[..., Any] | None = None, *, varying: tuple[str, ...] = ()) -> Any:
+    """`triton.jit`, or without Triton the function itself, which `require_triton` keeps unused.
+
+    `varying` names integer arguments that change from step to step: Triton would compile a kernel
+    anew, in the middle of serving, when one of them first is 1 or first divides by 16.
+    """
+    if function is None:
+        return partial(_jit, varying=varying)
+    return _jit(function, varying)
+
+
+def _jit(function: Callable[..., Any], varying: tuple[str, ...]) -> Any:
+    return function if triton is None else triton.jit(function, do_not_specialize=list(varying))
+
+
+def constant(value: int) -> Any:
+    """A global that kernels may use."""
+    return value if triton is None else tl.constexpr(value)
 
 
 def require_triton(device: str) -> None:

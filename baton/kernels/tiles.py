@@ -1,60 +1,45 @@
-"""Tile sizes of the Triton attention kernels: a small stored table instead of tuning at start.
+"""Which tile the Triton attention kernels use: a look-up in a stored table, no search at start.
 
-Keys are the padded head size and the shared memory that a GPU gives one program. The queries are
-held once, K and V tiles once per stage of the loads' pipeline; a test compiles every entry and
-checks that it fits. Float32 products are exact (no TF32) and thus slow: their tiles are small
-enough to stay in registers.
+The table's keys are the architecture (80: Ampere, 89: Ada and its like with less shared memory, 90:
+Hopper, 100: Blackwell) and the padded head size. The queries are held once, K and V tiles once per
+stage of the loads' pipeline; a test compiles every entry and checks that it fits. Float32 products
+are exact (no TF32) and thus slow: their tiles are small enough to stay in registers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from baton.errors import ConfigError
+from baton.kernels.tile_table import DECODE, PREFILL, Tile
 
+__all__ = ["FLOAT32", "Tile", "architecture", "decode_tile", "head_pad", "prefill_tile"]
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    rows: int  # query rows (tokens x heads of a group) of one program; decode raises it to fit
-    keys: int  # K and V tokens of one step of its loop
-    num_warps: int
-    num_stages: int
-
-
-_SMALL, _LARGE = 99, 163
-"""KiB of shared memory that one program may use; data centre GPUs have at least the large one."""
-
-_SMALL_GPUS = {(8, 6), (8, 9), (12, 0), (12, 1)}
-"""Compute capabilities of the others (CUDA C++ Programming Guide, technical specifications)."""
-
-_PREFILL = {
-    # (head_pad, KiB of shared memory), for two-byte types
-    (64, _SMALL): Tile(rows=128, keys=64, num_warps=8, num_stages=3),
-    (64, _LARGE): Tile(rows=128, keys=64, num_warps=8, num_stages=3),
-    (128, _SMALL): Tile(rows=64, keys=32, num_warps=4, num_stages=2),
-    (128, _LARGE): Tile(rows=128, keys=64, num_warps=8, num_stages=3),
-    (256, _SMALL): Tile(rows=32, keys=16, num_warps=4, num_stages=2),
-    (256, _LARGE): Tile(rows=64, keys=32, num_warps=8, num_stages=2),
-}
-
-_DECODE = {
-    (64, _SMALL): Tile(rows=16, keys=64, num_warps=4, num_stages=3),
-    (64, _LARGE): Tile(rows=16, keys=128, num_warps=4, num_stages=3),
-    (128, _SMALL): Tile(rows=16, keys=32, num_warps=4, num_stages=3),
-    (128, _LARGE): Tile(rows=16, keys=64, num_warps=4, num_stages=3),
-    (256, _SMALL): Tile(rows=16, keys=32, num_warps=4, num_stages=2),
-    (256, _LARGE): Tile(rows=16, keys=32, num_warps=4, num_stages=3),
-}
-
-_FLOAT32 = {
+FLOAT32 = {
     # head_pad, for both kernels
-    64: Tile(rows=16, keys=32, num_warps=4, num_stages=2),
-    128: Tile(rows=16, keys=16, num_warps=4, num_stages=2),
+    64: Tile(rows=16, keys=32, num_warps=4, num_stages=2, programs=2),
+    128: Tile(rows=16, keys=16, num_warps=4, num_stages=2, programs=2),
     256: Tile(rows=16, keys=16, num_warps=8, num_stages=2),
 }
+
+_SMALL_GPUS = {(8, 6), (8, 9), (12, 0), (12, 1)}
+"""Compute capabilities whose programs may use 99 KiB of shared memory; 163 KiB on (8, 0), (8, 7),
+227 KiB on newer data centre GPUs (CUDA C++ Programming Guide, technical specifications)."""
+
+_INTERPRETED = 90
+"""The architecture whose tiles the interpreter takes."""
+
+_INTERPRETED_PROGRAMS = 3
+"""Of the interpreter's grid for decode: fewer than there are units of work, as on a busy GPU."""
+
+
+def architecture(capability: tuple[int, int]) -> int:
+    """The table's key for a compute capability of at least (8, 0)."""
+    if capability in _SMALL_GPUS:
+        return 89
+    return max(arch for arch in (80, 90, 100) if arch <= 10 * capability[0])
 
 
 def head_pad(head_dim: int) -> int:
@@ -64,12 +49,19 @@ def head_pad(head_dim: int) -> int:
 
 def prefill_tile(head_dim: int, kv: torch.Tensor) -> Tile:
     """The tile of `attention_prefill` for a pool. Raises ConfigError for heads above 256."""
-    return _look_up(_PREFILL, head_dim, kv)
+    return _look_up(PREFILL, head_dim, kv)
 
 
 def decode_tile(head_dim: int, kv: torch.Tensor) -> Tile:
     """The tile of `attention_decode` for a pool. Raises ConfigError for heads above 256."""
-    return _look_up(_DECODE, head_dim, kv)
+    return _look_up(DECODE, head_dim, kv)
+
+
+def resident_programs(tile: Tile, kv: torch.Tensor) -> int:
+    """How many programs of the decode kernel run at once on the pool's device."""
+    if kv.device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return tile.programs * _multiprocessors(kv.device)
 
 
 def _look_up(table: dict[tuple[int, int], Tile], head_dim: int, kv: torch.Tensor) -> Tile:
@@ -80,12 +72,17 @@ def _look_up(table: dict[tuple[int, int], Tile], head_dim: int, kv: torch.Tensor
             f"{head_dim}; choose the kernels 'reference'"
         )
     if kv.element_size() == 4:
-        return _FLOAT32[pad]
-    return table[pad, _shared_memory(kv.device)]
+        return FLOAT32[pad]
+    return table[_architecture(kv.device), pad]
 
 
 @lru_cache
-def _shared_memory(device: torch.device) -> int:
-    if device.type != "cuda":  # the interpreter
-        return _LARGE
-    return _SMALL if torch.cuda.get_device_capability(device) in _SMALL_GPUS else _LARGE
+def _architecture(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED
+    return architecture(torch.cuda.get_device_capability(device))
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -20,19 +20,6 @@ def rope_table(rope: RopeSpec, head_dim: int, max_len: int, device: str) -> torc
     return table.to(device)
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `x` `[tokens, heads, head_dim]` by `cos`, `sin` `[tokens, 1, head_dim / 2]`.
-
-    Dimension i pairs with i + head_dim / 2. Computed in float32, returned contiguous in x's type.
-    """
-    halves = x.view(*x.shape[:-1], 2, -1).float()
-    rotated = halves * cos.unsqueeze(-2)
-    # In place: at prefill sizes, time goes into passes over memory.
-    rotated[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-1)
-    rotated[..., 1, :].addcmul_(halves[..., 0, :], sin)
-    return rotated.flatten(-2).to(x.dtype)
-
-
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
     """Radians per position of each pair of dimensions, `[head_dim / 2]` float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim

@@ -13,11 +13,12 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (the extras cuda and dev have it)")
 
-SHARED_KIB = {80: 163, 86: 99, 90: 227}
-"""Of one program (CUDA C++ Programming Guide, technical specifications)."""
+SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227}
+"""Of one program (CUDA C++ Programming Guide, technical specifications). A multiprocessor has 1 KiB
+more, and every program takes 1 KiB more than it asks for."""
 
 
-@pytest.mark.timeout(220)  # 15 s on a quiet core; machines of CI are not quiet
+@pytest.mark.timeout(320)  # 30 s on a quiet core; machines of CI are not quiet
 def test_the_kernels_compile_for_real_gpus_and_fit_them(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -26,15 +27,24 @@ def test_the_kernels_compile_for_real_gpus_and_fit_them(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout)
     assert Counter(row["kernel"] for row in compiled) == {
-        "_attend_tiles": 10,
-        "_attend_splits": 10,
-        "_join_splits": 1,
-        "_write_tokens": 1,
-        "_copy_blocks": 1,
+        "_attend_tiles": 16,
+        "_attend": 15,
+        "_norm_rows": 4,
+        "_silu_mul": 2,
+        "_norm_rope_write": 4,
+        "_best_of_chunk": 2,
+        "_best_of_row": 2,
+        "_write_tokens": 2,
+        "_copy_blocks": 2,
     }
-    assert not [row for row in compiled if row["shared"] > SHARED_KIB[row["arch"]] * 1024]
+    for row in compiled:
+        limit = SHARED_KIB[row["arch"]] * 1024
+        assert row["shared"] <= limit, row
+        if row["kernel"] == "_attend":
+            assert row["ordered"], "partial results are counted before they are stored"
+            assert (row["shared"] + 1024) * row["resident"] <= limit + 1024, row

@@ -12,8 +12,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from baton.kernels.reference_rows import apply_rope
 from baton.model.hf_config import HfConfig
-from baton.model.rope import apply_rope, attention_factor, inverse_frequencies, rope_table
+from baton.model.rope import attention_factor, inverse_frequencies, rope_table
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
 LLAMA3 = {

@@ -17,7 +17,8 @@ from transformers.generation.logits_process import (
 )
 
 from baton.engine.batch import SampleRequest
-from baton.engine.sampler import sample, uniform
+from baton.engine.sampler import sample
+from baton.kernels.noise import stream_start, uniform
 from baton.types.request import SamplingParams
 
 
@@ -76,9 +77,9 @@ def test_draws_match_transformers_distribution_exactly(vocab: int, seed: int) ->
     tokens = draw(logits, requests)
     for row, (token, request) in enumerate(zip(tokens, requests, strict=True)):
         probs = warped(logits[row], request.params)
-        assert token == expected_token(probs, uniform(seed, row, torch.arange(vocab))), (
-            request.params
-        )
+        assert token == expected_token(
+            probs, uniform(stream_start(seed, row), torch.arange(vocab))
+        ), request.params
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from baton.engine.batch import SampleRequest
-from baton.engine.sampler import sample, uniform
+from baton.engine.sampler import sample
 from baton.errors import InternalError
+from baton.kernels.noise import stream_start, uniform
 from baton.types.request import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -79,16 +80,16 @@ def documented_number(seed: int, index: int, token: int) -> float:
 def test_generator_is_the_documented_one() -> None:
     """These values are a contract between processes and versions."""
     for seed, index in ((0, 0), (0, 1), (1, 0), (2**64 - 1, 10**6), (2**63, 7)):
-        numbers = uniform(seed, index, torch.arange(200)).tolist()
+        numbers = uniform(stream_start(seed, index), torch.arange(200)).tolist()
         assert numbers == [documented_number(seed, index, token) for token in range(200)]
-    assert uniform(0, 0, torch.arange(2)).tolist() == FIRST_NUMBERS
+    assert uniform(stream_start(0, 0), torch.arange(2)).tolist() == FIRST_NUMBERS
 
 
 def test_generator_is_uniform_over_seeds_indices_and_tokens() -> None:
     for values in (
-        torch.cat([uniform(9, index, torch.arange(1)) for index in range(4000)]),
-        torch.cat([uniform(seed, 3, torch.arange(1)) for seed in range(4000)]),
-        uniform(5, 5, torch.arange(4000)),
+        torch.cat([uniform(stream_start(9, index), torch.arange(1)) for index in range(4000)]),
+        torch.cat([uniform(stream_start(seed, 3), torch.arange(1)) for seed in range(4000)]),
+        uniform(stream_start(5, 5), torch.arange(4000)),
     ):
         assert values.min() > 0
         assert values.max() < 1
