@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from baton.engine.batch import (
@@ -56,6 +54,8 @@ class NativeRunner:
         torch.set_num_threads(1)
         weights = load_weights(spec, model_dir, layout.dtype, "cpu")
         self._model = load_native(spec, weights, threads, cpus)
+        self._values: object = None  # the model's memory for logits, and the same as a tensor
+        self._tensor = torch.empty(0)
         self._last: dict[int, int] = {}  # sequence -> the token that the last step sampled
 
     def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
@@ -63,11 +63,12 @@ class NativeRunner:
         self._opened()
         batch = resolve(batch, self._last)
         logits = self._model.forward(native_batch(batch.items), self._pool, on_layers, self._ends)
-        best: list[int] = logits.best.tolist()
-        if min(best, default=0) < 0:
+        if min(logits.best, default=0) < 0:
             raise InternalError(NOT_FINITE)
         requests = [item.sample for item in batch.items if item.sample is not None]
-        sampled = iter(sample(torch.from_numpy(logits.values), requests, best))
+        if logits.values is not self._values:
+            self._values, self._tensor = logits.values, torch.from_numpy(logits.values)
+        sampled = iter(sample(self._tensor[: len(requests)], requests, logits.best))
         tokens = tuple(next(sampled) if item.sample else None for item in batch.items)
         self._last = {
             item.sequence: token.token_id
@@ -103,15 +104,11 @@ class NativeRunner:
 
 def native_batch(items: Sequence[BatchItem]) -> NativeBatch:
     """Flatten the items of a resolved batch."""
-
-    def ints(values: list[int]) -> np.ndarray:
-        return np.array(values, dtype=np.int32)
-
     return NativeBatch(
-        tokens=ints(list(chain.from_iterable(item.tokens for item in items))),
-        queries=ints([len(item.tokens) for item in items]),
-        starts=ints([item.start for item in items]),
-        blocks=ints(list(chain.from_iterable(item.blocks for item in items))),
-        table_sizes=ints([len(item.blocks) for item in items]),
-        sampled=np.array([item.sample is not None for item in items]),
+        tokens=[token for item in items for token in item.tokens],
+        queries=[len(item.tokens) for item in items],
+        starts=[item.start for item in items],
+        blocks=[block for item in items for block in item.blocks],
+        table_sizes=[len(item.blocks) for item in items],
+        sampled=[item.sample is not None for item in items],
     )

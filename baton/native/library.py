@@ -16,7 +16,7 @@ from pathlib import Path
 
 from baton.errors import InternalError
 
-_INTERFACE = 1
+_INTERFACE = 2
 _CPU_FLAGS = ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
 
 
@@ -78,9 +78,9 @@ class CBatch(ctypes.Structure):
         ("tokens", c_void_p),
         ("queries", c_void_p),
         ("starts", c_void_p),
-        ("blocks", c_void_p),
         ("table_sizes", c_void_p),
         ("sampled", c_void_p),
+        ("blocks", c_void_p),
     )
 
 

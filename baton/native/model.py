@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import weakref
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,20 +25,22 @@ from baton.native.library import (
     library,
 )
 
-Int32s = npt.NDArray[np.int32]
-
 
 @dataclass(frozen=True, slots=True)
 class NativeBatch:
     """One step. Its rows are the sequences' tokens one after the other, `queries[i]` of them at
-    positions [starts[i], starts[i] + queries[i]) of sequence i."""
+    positions [starts[i], starts[i] + queries[i]) of sequence i.
 
-    tokens: Int32s  # [rows]
-    queries: Int32s  # [sequences]
-    starts: Int32s  # [sequences]
-    blocks: Int32s  # the block tables one after the other
-    table_sizes: Int32s  # [sequences] blocks of each table
-    sampled: npt.NDArray[np.bool_]  # [sequences] whether the logits of its last row are wanted
+    Lists, because after a step over all weights the processor's caches hold nothing of Python:
+    what code a step runs counts, and numpy's is long.
+    """
+
+    tokens: list[int]  # [rows]
+    queries: list[int]  # [sequences]
+    starts: list[int]  # [sequences]
+    blocks: list[int]  # the block tables one after the other
+    table_sizes: list[int]  # [sequences] blocks of each table
+    sampled: list[bool]  # [sequences] whether the logits of its last row are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,11 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """Of the sampled sequences. Valid until the model's next step."""
+    """Of the sampled sequences, row by row. `values` `[sampled or more, vocab]` is valid until the
+    model's next step."""
 
-    values: npt.NDArray[np.float32]  # [sampled, vocab]
-    best: npt.NDArray[np.int64]  # [sampled] first greatest; -1: a NaN, or no finite greatest
+    values: npt.NDArray[np.float32]
+    best: list[int]  # [sampled] first greatest; -1: a NaN, or no finite greatest
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +107,7 @@ class NativeModel:
         self._layers: int = shape.layers
         self._handle = handle
         self._stride = -(-self._vocab // 16) * 16
-        self._logits = _float32_pages(1, self._stride)
-        self._best = np.empty(1, dtype=np.int64)
+        self._reserve(1)
         # At exit, threads may be inside of the library; the process takes everything with it.
         self._free = weakref.finalize(self, library().baton_model_free, handle)
         self._free.atexit = False
@@ -126,11 +129,14 @@ class NativeModel:
         has been written. Raises InternalError for a batch that leaves vocabulary, positions or
         pool.
         """
-        rows = int(np.count_nonzero(batch.sampled))
+        rows = sum(batch.sampled)
         if rows > len(self._best):
-            self._logits = _float32_pages(max(rows, 2 * len(self._best)), self._stride)
-            self._best = np.empty(len(self._logits), dtype=np.int64)
-        arguments = (_c_batch(batch), CPool(pool.address, pool.num_blocks, pool.block_size))
+            self._reserve(max(rows, 2 * len(self._best)))
+        numbers = _flat(batch)
+        arguments = (
+            _c_batch(batch, numbers.buffer_info()[0]),
+            CPool(pool.address, pool.num_blocks, pool.block_size),
+        )
         done = 0
         if on_written is not None:
             for end in ends:
@@ -138,16 +144,21 @@ class NativeModel:
                 on_written(end)
                 done = end
         self._run(arguments, done, self._layers + 1)
-        return Logits(self._logits[:rows, : self._vocab], self._best[:rows])
+        return Logits(self._values, self._best[:rows])
+
+    def _reserve(self, rows: int) -> None:
+        """Room for the logits of so many rows."""
+        pages = _float32_pages(rows, self._stride)
+        self._logits: int = pages.ctypes.data
+        self._values = pages[:, : self._vocab]
+        self._best = (ctypes.c_int64 * rows)()
 
     def _run(self, arguments: tuple[CBatch, CPool], begin: int, end: int) -> None:
         """Stages [begin, end), of which there is one more than layers: see `src/model.h`."""
         batch, pool = map(ctypes.byref, arguments)
-        logits, best = self._logits.ctypes.data, self._best.ctypes.data
-        handle = self._opened()
         check(
             library().baton_model_forward(
-                handle, batch, pool, begin, end, logits, self._stride, best
+                self._opened(), batch, pool, begin, end, self._logits, self._stride, self._best
             )
         )
 
@@ -169,15 +180,25 @@ class NativeModel:
         return self._handle
 
 
-def _c_batch(batch: NativeBatch) -> CBatch:
-    """Addresses in `batch`, which must outlive the result."""
-    if not len(batch.queries) == len(batch.starts) == len(batch.table_sizes) == len(batch.sampled):
-        raise InternalError("the arrays of a native batch differ in their number of sequences")
-    if int(batch.table_sizes.sum()) != len(batch.blocks):
+def _flat(batch: NativeBatch) -> array[int]:
+    """All numbers of a batch, in the order of `CBatch`. Raises InternalError when they are not as
+    many as they say, which the library cannot see."""
+    sequences = len(batch.queries)
+    if not sequences == len(batch.starts) == len(batch.table_sizes) == len(batch.sampled):
+        raise InternalError("the parts of a native batch differ in their number of sequences")
+    if sum(batch.table_sizes) != len(batch.blocks) or min(batch.table_sizes, default=0) < 0:
         raise InternalError("the block tables of a native batch are not as long as it says")
-    arrays = (batch.tokens, batch.queries, batch.starts, batch.blocks, batch.table_sizes)
-    addresses = [array.ctypes.data for array in arrays]
-    return CBatch(len(batch.tokens), len(batch.queries), *addresses, batch.sampled.ctypes.data)
+    numbers = array("i", batch.tokens)
+    for part in (batch.queries, batch.starts, batch.table_sizes, batch.sampled, batch.blocks):
+        numbers.extend(part)
+    return numbers
+
+
+def _c_batch(batch: NativeBatch, address: int) -> CBatch:
+    rows, sequences, size = len(batch.tokens), len(batch.queries), ctypes.sizeof(ctypes.c_int32)
+    queries = address + rows * size
+    starts, table_sizes, sampled, blocks = (queries + n * sequences * size for n in (1, 2, 3, 4))
+    return CBatch(rows, sequences, address, queries, starts, table_sizes, sampled, blocks)
 
 
 def _float32_pages(rows: int, width: int) -> npt.NDArray[np.float32]:

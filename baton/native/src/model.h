@@ -56,9 +56,9 @@ struct Batch {
   const int32_t* tokens;       // [rows]
   const int32_t* queries;      // [spans] tokens of each span; their sum is `rows`
   const int32_t* starts;       // [spans] position of each span's first token
-  const int32_t* blocks;       // the spans' block tables, one after the other
   const int32_t* table_sizes;  // [spans] blocks in each table
-  const uint8_t* sampled;      // [spans] 1: the logits of the span's last row are wanted
+  const int32_t* sampled;      // [spans] 1: the logits of the span's last row are wanted
+  const int32_t* blocks;       // the spans' block tables, one after the other
 };
 
 struct PoolView {
