@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from baton.engine.batch import (
@@ -18,6 +17,7 @@ from baton.engine.batch import (
     SampleRequest,
     resolve,
 )
+from baton.engine.flat import flatten
 from baton.engine.sampler import sample
 from baton.errors import ConfigError, InternalError
 from baton.kernels.dispatch import kernels_for
@@ -179,39 +179,8 @@ def group_ends(num_layers: int, layer_groups: int) -> frozenset[int]:
     return frozenset((*range(group, num_layers, group), num_layers))
 
 
-def _block_tables(items: tuple[BatchItem, ...]) -> np.ndarray:
-    """`[items, max_blocks]` int64; rows end in zeros that nothing reads."""
-    tables = np.zeros((len(items), max(len(item.blocks) for item in items)), dtype=np.int64)
-    for row, item in enumerate(items):
-        tables[row, : len(item.blocks)] = item.blocks
-    return tables
-
-
 def build_input(batch: Batch, block_size: int, device: str) -> DecoderInput:
-    """Flatten a resolved batch: leading one-token items are decodes, the rest prefill chunks."""
-    items = batch.items
-    decodes = next((i for i, item in enumerate(items) if len(item.tokens) != 1), len(items))
-    lengths = np.array([len(item.tokens) for item in items], dtype=np.int64)
-    starts = np.array([item.start for item in items], dtype=np.int64)
-    ends = np.cumsum(lengths)
-    row = np.repeat(np.arange(len(items)), lengths)  # item of each token
-    positions = np.arange(ends[-1]) - (ends - lengths)[row] + starts[row]
-    tables = _block_tables(items)
-    slots = tables[row, positions // block_size] * block_size + positions % block_size
-    sampled = np.array([item.sample is not None for item in items])
-
-    def put(values: np.ndarray, dtype: type = np.int64) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).to(device)
-
-    return DecoderInput(
-        tokens=put(np.concatenate([np.array(item.tokens) for item in items])),
-        positions=put(positions),
-        slots=put(slots),
-        num_decodes=decodes,
-        decode_tables=put(tables[:decodes], np.int32),
-        decode_lens=put(starts[:decodes] + 1, np.int32),
-        prefill_tables=put(tables[decodes:], np.int32),
-        query_start=put(np.concatenate(([0], np.cumsum(lengths[decodes:]))), np.int32),
-        context_lens=put(starts[decodes:], np.int32),
-        sample_rows=put(ends[sampled] - 1),
-    )
+    """A resolved batch on the device: leading one-token items are decodes, the rest chunks."""
+    flat = flatten(batch, block_size)
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in flat.arrays().items()}
+    return DecoderInput(num_decodes=flat.num_decodes, **tensors)
