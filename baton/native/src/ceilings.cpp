@@ -12,11 +12,14 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Seconds that `work` takes, from when all members are there until all are done.
+// Seconds that `work` takes, from when all members are there until all are done. Nobody begins
+// before everybody has looked at the clock: a member that the kernel wakes late would otherwise time
+// what the others left to do.
 template <typename Work>
 double time_together(Member& member, Work&& work) {
   member.barrier();
   const auto start = Clock::now();
+  member.barrier();
   work();
   member.barrier();
   return std::chrono::duration<double>(Clock::now() - start).count();
