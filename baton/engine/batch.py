@@ -10,15 +10,14 @@ items *follow* that token, and the runner, which has it first, fills it in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from baton.errors import InternalError
 from baton.types.request import SampledToken, SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRequest:
+class SampleRequest(NamedTuple):
     """How to turn an item's last logits into a token.
 
     `prompt` and `output` are given only when a penalty needs them (else empty), so that a step
@@ -27,7 +26,7 @@ class SampleRequest:
     """
 
     params: SamplingParams
-    index: int  # output index of the token to sample; with params.seed the generator's key
+    index: int  # type: ignore[assignment]  # of the token in the answer; keys the generator
     stop_ids: tuple[int, ...]  # masked while index < params.min_tokens
     prompt: tuple[int, ...] = ()
     output: tuple[int, ...] = ()
@@ -39,7 +38,7 @@ class SampleRequest:
 
     def after(self, token: int) -> SampleRequest:
         """The request of an item that follows, with the token that it follows."""
-        return replace(self, output=(*self.output, token)) if self.penalized else self
+        return self._replace(output=(*self.output, token)) if self.penalized else self
 
 
 class BatchItem(NamedTuple):
@@ -133,8 +132,8 @@ def resolve(batch: Batch, last: Mapping[int, int]) -> Batch:
 def _resolved(item: BatchItem, last: Mapping[int, int]) -> BatchItem:
     if not item.follows:
         return item
-    if item.sequence not in last:
+    token = last.get(item.sequence)
+    if token is None:
         raise InternalError(f"Sequence {item.sequence} follows a token that was not sampled.")
-    token = last[item.sequence]
     sample = None if item.sample is None else item.sample.after(token)
-    return item._replace(tokens=(token,), sample=sample, follows=False)
+    return BatchItem(item.sequence, (token,), item.start, item.blocks, sample)

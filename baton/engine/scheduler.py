@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from baton.engine.batch import Batch, BatchItem, BatchResult
 from baton.engine.block_pool import BlockPool
@@ -34,8 +35,7 @@ MAX_IN_FLIGHT = 2
 """Steps that are scheduled and not committed: one that runs, and the one after it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Advance:
+class Advance(NamedTuple):
     """What a step did to a sequence. Without an ending, a sequence goes on or is handed off."""
 
     sequence: Sequence
@@ -285,7 +285,7 @@ class Scheduler(Residents):
             return Advance(sequence)
         sequence.coming -= 1
         sequence.append(token, now)
-        ending = self.ending_of(sequence)
+        ending = self.ending_of(sequence) if sequence.may_end else None
         if ending is not None:
             self._leave(sequence)
         elif sequence.hand_off:

@@ -116,6 +116,11 @@ class Sequence:
         return len(self.context) + self.coming >= self.limit or self.ending is not None
 
     @property
+    def may_end(self) -> bool:
+        """Whether the last token can have been the last one: spares others a closer look."""
+        return self.context[-1] in self.stop_ids or len(self.context) >= self.limit
+
+    @property
     def num_output(self) -> int:
         """Answer tokens so far; also the output index of the next token."""
         return len(self.context) - len(self.task.prompt)

@@ -139,7 +139,7 @@ def test_what_follows_is_resolved_by_the_last_tokens() -> None:
     assert resolved[0] is known
     assert resolved[1] == BatchItem(2, (20,), 4, (2, 3), plain)
     assert resolved[2].tokens == (30,)
-    assert resolved[2].sample == replace(penalized, output=(6, 7, 30))
+    assert resolved[2].sample == penalized._replace(output=(6, 7, 30))
     with pytest.raises(InternalError, match="not sampled"):
         resolve(Batch(1, items), {1: 10, 2: 20})
 

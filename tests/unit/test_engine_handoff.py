@@ -157,7 +157,7 @@ async def test_a_failed_step_ends_published_work() -> None:
         rig.engine.submit(make_task("x", 20), hand_off=True)
         assert (await rig.heard.finish(X)).reason is FinishReason.ERROR
         assert rig.heard.ready[X]
-        rig.assert_idle()
+        await rig.until_idle()
 
 
 async def test_stopping_ends_leases_and_reservations() -> None:
