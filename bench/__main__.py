@@ -44,6 +44,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="of one request")
     add("--lock", type=Path, metavar="FILE", help="hold this lock, as flock(1), while measuring")
+    add("--noise", type=float, metavar="SHARE", help="repeat rounds where others used more")
     add(
         "--extra",
         action="append",
@@ -93,6 +94,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         restart=options.restart,
         timeout_s=options.timeout,
         lock=options.lock,
+        noise_limit=options.noise,
         extra=extra,
     )
 

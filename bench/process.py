@@ -39,7 +39,7 @@ def adopt_orphans() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stat:
+class Stat:
     pid: int
     state: str
     parent: int
@@ -47,26 +47,26 @@ class _Stat:
     cpu_s: float  # of the process and of its children that ended
 
 
-def _read_stat(pid: int) -> _Stat | None:
+def _read_stat(pid: int) -> Stat | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text()
     except OSError:
         return None
     fields = text[text.rindex(")") + 2 :].split()  # the name before it may hold anything
     cpu_s = sum(int(ticks) for ticks in fields[11:15]) / _TICKS
-    return _Stat(pid, fields[0], int(fields[1]), int(fields[3]), cpu_s)
+    return Stat(pid, fields[0], int(fields[1]), int(fields[3]), cpu_s)
 
 
-def _all_stats() -> list[_Stat]:
+def _all_stats() -> list[Stat]:
     pids = [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit()]
     return [stat for pid in pids if (stat := _read_stat(pid)) is not None]
 
 
-def descendants(roots: Iterable[int], stats: Sequence[_Stat]) -> list[_Stat]:
+def descendants(roots: Iterable[int], stats: Sequence[Stat]) -> list[Stat]:
     """The processes in `roots`, those in their sessions, and everything below them."""
     wanted = set(roots)
     sessions = set(wanted)
-    found: dict[int, _Stat] = {}
+    found: dict[int, Stat] = {}
     growing = True
     while growing:
         growing = False
@@ -165,7 +165,7 @@ class ProcessGroup:
                 os.waitpid(pid, 0)  # adopted ones
         self._children.clear()
 
-    def _stats(self) -> list[_Stat]:
+    def _stats(self) -> list[Stat]:
         roots = [child.pid for child in self._children if child.poll() is None]
         sessions = [child.pid for child in self._children]
         return descendants({*roots, *sessions}, _all_stats()) if sessions else []

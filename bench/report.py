@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Runs = Sequence[dict[str, Any]]
@@ -89,6 +89,18 @@ def _by_round(runs: Runs, key: str) -> dict[int, float]:
     }
 
 
+def without_noise(runs: Runs, limit: float | None) -> tuple[Runs, int]:
+    """Runs of rounds in which others used at most `limit` of the cores next to every system, and
+    how many rounds had more. All rounds when none was quiet."""
+    noisy = {
+        run["round"]
+        for run in runs
+        if limit is not None and run["figures"].get("others_cpu_share", 0.0) > limit
+    }
+    quiet = [run for run in runs if run["round"] not in noisy]
+    return (quiet, len(noisy)) if quiet else (runs, 0)
+
+
 def tables(result: dict[str, Any]) -> list[Table]:
     """One per model and workload, then one per model of what systems cost without load."""
     reference = result["reference"]
@@ -101,7 +113,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 if run["model"] == model and run["workload"] == workload
             ]
             if runs:
-                made.append(_load_table(f"{model}: {workload}", describe, runs, reference))
+                quiet, noisy = without_noise(runs, result["noise_limit"])
+                table = _load_table(f"{model}: {workload}", describe, quiet, reference)
+                if noisy:
+                    table = replace(table, notes=(*table.notes, f"{noisy} noisy rounds left out"))
+                made.append(table)
         made.append(_cost_table(model, systems))
     return made
 
