@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from baton.bench.engine_ceilings import Ceilings, measure_ceilings
 from baton.bench.engine_cost import Chunk
 from baton.bench.engine_device import Device, find_device
-from baton.bench.engine_kernels import KernelPlan, measure_kernels
+from baton.bench.engine_kernels import KernelPlan, measure_kernels, measure_native
 from baton.bench.engine_loop import LoopTiming, measure_loop
 from baton.bench.engine_models import shape_named, write_random_model
 from baton.bench.engine_options import Options
@@ -31,6 +32,7 @@ from baton.bench.engine_profile import Profile, measure_profiles
 from baton.bench.engine_rig import Model, find_model, open_rig
 from baton.errors import ConfigError
 from baton.model.hub import resolve_model
+from baton.model.native_decoder import why_not_native
 
 _CPU_KV_BYTES = 4 << 30
 _WORKSPACE_BYTES = 6 << 30  # on a GPU: activations, and whatever kernels take
@@ -95,7 +97,6 @@ def _directory(options: Options, on_figure: OnFigure) -> Iterator[Path]:
 
 
 def _measure(options: Options, model: Model, device: Device, on_figure: OnFigure) -> Report:
-    parts = set(options.parts)
     plan = _plan(options, model, device)
     on_figure("ceilings")
     budget_s = 0.05 if options.quick else 0.5
@@ -110,11 +111,18 @@ def _measure(options: Options, model: Model, device: Device, on_figure: OnFigure
         before=before,
         after=before,
     )
-    if parts - {"kernels"}:
-        report = _through_the_runner(report, model, device, plan, on_figure)
-    if "kernels" in parts:
-        # By itself: the weights are loaded again, and the runner's are gone by now.
-        kernels = measure_kernels(model, device, _kernel_plan(options, plan, device), on_figure)
+    native = options.kernels in ("auto", "native") and not why_not_native(
+        model.spec, device.name, model.layout.dtype
+    )
+    if native or set(options.parts) != {"kernels"}:
+        # In a thread of its own, as in an engine: a native runner pins the thread that calls it.
+        with ThreadPoolExecutor(1) as thread:
+            arguments = (report, model, device, plan, on_figure)
+            report = thread.submit(_through_the_runner, *arguments).result()
+    if "kernels" in options.parts and not native:
+        # By themselves: the weights are loaded again, and the runner's are gone by now.
+        kernel_plan = _kernel_plan(options, plan, device)
+        kernels = measure_kernels(model, device, kernel_plan, options.kernels, on_figure)
         report = replace(report, kernels=kernels)
     on_figure("ceilings again")
     after = measure_ceilings(device, model.layout.dtype, budget_s, options.quick)
@@ -124,9 +132,9 @@ def _measure(options: Options, model: Model, device: Device, on_figure: OnFigure
 def _through_the_runner(
     report: Report, model: Model, device: Device, plan: Plan, on_figure: OnFigure
 ) -> Report:
-    parts = report.options.parts
+    options, parts = report.options, report.options.parts
     on_figure("loading")
-    with open_rig(model, device, plan.blocks(model)) as rig:
+    with open_rig(model, device, plan.blocks(model), options.kernels) as rig:
         if "prefill" in parts:
             prefills = measure_prefills(rig, plan, report.before, on_figure)
             report = replace(report, prefills=prefills)
@@ -136,9 +144,12 @@ def _through_the_runner(
             profiles = measure_profiles(rig, device, _profiled(plan), on_figure)
             report = replace(report, profiles=profiles)
         if "loop" in parts:
-            steps = 16 if report.options.quick else 64
+            steps = 16 if options.quick else 64
             loops = measure_loop(rig, (1, 8, 32, 128), steps, on_figure)
             report = replace(report, loops=loops)
+        if "kernels" in parts:
+            kernel_plan = _kernel_plan(options, plan, device)
+            report = replace(report, kernels=measure_native(rig, kernel_plan, on_figure))
     return report
 
 

@@ -13,21 +13,12 @@ import torch
 
 from baton.bench.engine_cost import Work
 from baton.bench.engine_device import Device
+from baton.bench.engine_native import native_products, native_reads
+from baton.bench.engine_rate import Rate
 from baton.bench.engine_read import read_all
 from baton.model.weights import TORCH_DTYPES
 
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """`per_s` is FLOP/s or bytes/s, by the best repetition; `nbytes` is the memory that was read
-    or copied (for a product: 0). `counts` is false for figures that are only shown."""
-
-    name: str
-    per_s: float
-    nbytes: int = 0
-    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +87,15 @@ def _best(one: tuple[Rate, ...], other: tuple[Rate, ...]) -> tuple[Rate, ...]:
 
 def measure_ceilings(device: Device, dtype: str, budget_s: float, quick: bool) -> Ceilings:
     """About `budget_s` seconds for each of a dozen rates; `quick` takes small sizes."""
-    return Ceilings(
-        products=tuple(_products(device, TORCH_DTYPES[dtype], budget_s, quick)),
-        reads=tuple(_reads(device, budget_s, quick)),
-        copies=tuple(_copies(device, budget_s, quick)),
-    )
+    torch.set_num_threads(device.threads)  # a native runner leaves torch with one
+    products = [*_products(device, TORCH_DTYPES[dtype], budget_s, quick)]
+    reads = [*_reads(device, budget_s, quick)]
+    if not device.is_cuda:
+        reads += native_reads(device.threads, _sizes(device, quick), budget_s)
+        if dtype == "bfloat16":
+            products += native_products(device.threads, budget_s, quick)
+    reads.sort(key=lambda rate: rate.nbytes)
+    return Ceilings(tuple(products), tuple(reads), tuple(_copies(device, budget_s, quick)))
 
 
 def _products(device: Device, dtype: torch.dtype, budget_s: float, quick: bool) -> Iterator[Rate]:
@@ -125,7 +120,9 @@ def _sizes(device: Device, quick: bool) -> list[int]:
     """Bytes, ascending."""
     if quick:
         return [8 * _MIB]
-    return [256 * _MIB, 2048 * _MIB] if device.is_cuda else [32 * _MIB, 256 * _MIB, 1024 * _MIB]
+    if device.is_cuda:
+        return [256 * _MIB, 2048 * _MIB]
+    return [size * _MIB for size in (32, 64, 128, 256, 1024)]  # some may fit into a cache
 
 
 def _reads(device: Device, budget_s: float, quick: bool) -> Iterator[Rate]:

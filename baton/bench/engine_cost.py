@@ -146,6 +146,27 @@ class ModelCost:
             written=rows * self.kv_token_bytes,
         )
 
+    def operations(self, chunks: Sequence[Chunk]) -> dict[str, Work]:
+        """`step` by operation, under the names of the native profile. Without operations that only
+        touch rows: what they read and write is in caches."""
+        rows = sum(chunk.tokens for chunk in chunks)
+        sampled = sum(chunk.sampled for chunk in chunks)
+        layers, last = self.spec.num_layers, 1 if sampled else 0
+        times = (rows * (layers - 1) + sampled, layers - 1 + last)
+        output, up, down = (self._multiplied(matrix, *times) for matrix in self.mixing)
+        return {
+            "qkv": self._multiplied(self.qkv, rows * layers, layers),
+            "attention": sum((self._attention(chunk) for chunk in chunks), Work()),
+            "output": output,
+            "MLP up": up,
+            "MLP down": down,
+            "logits": self._multiplied(self.head, sampled, last),
+        }
+
+    def _multiplied(self, matrix: Matrix, rows: int, times: int) -> Work:
+        """`rows` products with one of `times` matrices each, every one of which is read once."""
+        return Work(rows * matrix.flops, times * matrix.out * matrix.depth * self.width)
+
     def attention(self, chunks: Sequence[Chunk], layer: int) -> Work:
         """Attention of one layer by itself: all rows, K and V of every visible token are read."""
         window = self.spec.windows[layer]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +10,17 @@ from pathlib import Path
 import torch
 
 from baton.bench.engine_time import Timing, measure, summarize
+from baton.cpus import choose_placement
 from baton.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """`name` is "cpu" or "cuda:N"; `threads` are those of a CPU."""
+    """`name` is "cpu" or "cuda:N". On a CPU, `threads` compute, pinned to the first of `cpus`."""
 
     name: str
     threads: int
+    cpus: tuple[int, ...]
 
     @property
     def is_cuda(self) -> bool:
@@ -43,7 +44,7 @@ class Device:
     def describe(self) -> str:
         if self.is_cuda:
             return torch.cuda.get_device_name(self.name)
-        return f"{_cpu_name()}, {self.threads} of {len(os.sched_getaffinity(0))} CPUs"
+        return f"{_cpu_name()}, {self.threads} of {len(self.cpus)} CPUs"
 
     def free_bytes(self) -> int:
         if self.is_cuda:
@@ -55,7 +56,7 @@ class Device:
 
 
 def find_device(name: str, threads: int) -> Device:
-    """`name` is auto, cpu, cuda or cuda:N; `threads` 0 = as many as there are CPUs.
+    """`name` is auto, cpu, cuda or cuda:N; `threads` 0 = one per CPU.
 
     Sets torch's threads. Raises ConfigError when there is no such device."""
     if name == "auto":
@@ -66,9 +67,9 @@ def find_device(name: str, threads: int) -> Device:
         raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}")
     if name != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"there is no {name} here: torch sees no CUDA GPU")
-    threads = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    return Device(name, threads)
+    placement = choose_placement("", threads)
+    torch.set_num_threads(placement.threads)
+    return Device(name, placement.threads, placement.cpus)
 
 
 def _cpu_name() -> str:

@@ -15,8 +15,11 @@ import torch
 from baton.bench.engine_cost import Chunk, Matrix, Work
 from baton.bench.engine_device import Device
 from baton.bench.engine_phases import Figure, Measured, OnFigure, Skipped
-from baton.bench.engine_rig import GREEDY, Model, fill
+from baton.bench.engine_profile import operation_seconds
+from baton.bench.engine_rig import GREEDY, Model, Rig, fill
+from baton.bench.engine_time import measure, summarize
 from baton.engine.batch import SampleRequest
+from baton.engine.native_runner import NativeRunner
 from baton.engine.sampler import sample
 from baton.kernels.dispatch import Kernels, kernels_for
 from baton.kv.transport.memory import make_pool
@@ -49,10 +52,13 @@ class _Case:
 
 
 def measure_kernels(
-    model: Model, device: Device, plan: KernelPlan, on_figure: OnFigure
+    model: Model, device: Device, plan: KernelPlan, name: str, on_figure: OnFigure
 ) -> tuple[Figure, ...]:
-    """Raises ModelLoadError; needs memory for the weights and for the largest pool."""
-    bench = _Bench(model, device, kernels_for(device.name))
+    """By the kernels `name` of the dispatch table, "auto" being the device's own.
+
+    Raises ModelLoadError; needs memory for the weights and for the largest pool.
+    """
+    bench = _Bench(model, device, kernels_for(device.name, None if name == "auto" else name))
     figures: list[Figure] = []
     with torch.inference_mode():
         for case in bench.cases(plan):
@@ -63,6 +69,45 @@ def measure_kernels(
             timing = device.time(case.call, plan.budget_s)
             figures.append(Measured(case.name, case.rows, timing, case.work))
     return tuple(figures)
+
+
+def measure_native(rig: Rig, plan: KernelPlan, on_figure: OnFigure) -> tuple[Figure, ...]:
+    """Operations inside of whole steps, by the native counters of the first thread; what it waits
+    for others is left out. Nothing for another runner."""
+    if not isinstance(rig.runner, NativeRunner):
+        return ()
+    figures: list[Figure] = []
+    steps = [
+        (f"{batch} x {context}", [Chunk(context - 1, 1)] * batch) for batch, context in plan.decodes
+    ]
+    steps += [
+        (f"{tokens} after {before}", [Chunk(before, tokens)]) for before, tokens in plan.chunks
+    ]
+    for name, step in steps:
+        on_figure(f"operations of {name}")
+        longest = max(chunk.start + chunk.tokens for chunk in step)
+        if longest > rig.model.spec.max_model_len or rig.blocks(step) > rig.num_blocks:
+            figures.append(Skipped(name, "the model or the pool is too small"))
+            continue
+        figures += _operations(rig, rig.runner, name, step, plan.budget_s)
+    return tuple(figures)
+
+
+def _operations(
+    rig: Rig, runner: NativeRunner, name: str, step: Sequence[Chunk], budget_s: float
+) -> Iterator[Measured]:
+    batch = [rig.batch(step)]
+    samples: dict[str, list[float]] = {}
+
+    def once() -> None:
+        for operation, seconds in operation_seconds(runner, batch).items():
+            samples.setdefault(operation, []).append(seconds)
+
+    measure(once, budget_s)
+    rows = sum(chunk.tokens for chunk in step)
+    for operation, work in rig.model.cost.operations(step).items():
+        if work.flops:
+            yield Measured(f"{operation} in {name}", rows, summarize(samples[operation]), work)
 
 
 @dataclass(frozen=True, slots=True)

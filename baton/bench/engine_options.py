@@ -16,6 +16,7 @@ class Options:
     device: str = "auto"
     dtype: str = "auto"
     threads: int = 0  # 0 = one per CPU
+    kernels: str = "auto"  # as in a worker's configuration
     block_size: int = 32
     step_tokens: int = 2048
     quick: bool = False  # small sizes and short measurements: whether everything runs

@@ -12,6 +12,8 @@ from baton.bench.engine_cost import Chunk
 from baton.bench.engine_device import Device
 from baton.bench.engine_phases import OnFigure
 from baton.bench.engine_rig import Rig, run
+from baton.engine.batch import Batch
+from baton.engine.native_runner import NativeRunner
 
 _LINES = 12
 _STEPS = 4
@@ -41,19 +43,27 @@ def measure_profiles(
     rig: Rig, device: Device, steps: Sequence[Sequence[Chunk]], on_figure: OnFigure
 ) -> tuple[Profile, ...]:
     """Each step several times in a row. Steps that do not fit into the pool are left out."""
-    blocks_for = rig.model.layout.blocks_for
     profiles = []
     for step in steps:
-        if sum(blocks_for(chunk.start + chunk.tokens) for chunk in step) <= rig.num_blocks:
+        if rig.blocks(step) <= rig.num_blocks:
             name = f"step of {len(step)} x {step[0].tokens} after {step[0].start} tokens"
             on_figure(f"profile of a {name}")
             profiles.append(_profile(rig, device, step, name))
     return tuple(profiles)
 
 
+def operation_seconds(runner: NativeRunner, batches: Sequence[Batch]) -> dict[str, float]:
+    """Of the first thread in one of the batches, by operation, by the native counters."""
+    runner.profile()  # what was counted before
+    run(runner, batches)
+    return {name: value / len(batches) for name, value in runner.profile().seconds.items()}
+
+
 def _profile(rig: Rig, device: Device, step: Sequence[Chunk], name: str) -> Profile:
     batches = [rig.batch(step)] * _STEPS
     run(rig.runner, batches[:1])
+    if isinstance(rig.runner, NativeRunner):
+        return _native_profile(rig.runner, batches, name)
     activities = [ProfilerActivity.CPU]
     if device.is_cuda:
         activities.append(ProfilerActivity.CUDA)
@@ -72,3 +82,13 @@ def _profile(rig: Rig, device: Device, step: Sequence[Chunk], name: str) -> Prof
     )
     busy_s = sum(line.seconds for line in lines)
     return Profile(name, step_s, min(busy_s, step_s), tuple(lines[:_LINES]))
+
+
+def _native_profile(runner: NativeRunner, batches: Sequence[Batch], name: str) -> Profile:
+    start = time.perf_counter()
+    seconds = operation_seconds(runner, batches)
+    step_s = (time.perf_counter() - start) / len(batches)
+    lines = [Line(operation, 1, value) for operation, value in seconds.items()]
+    busy_s = sum(value for operation, value in seconds.items() if operation != "waiting")
+    lines.append(Line("outside of the library", 1, max(0.0, step_s - sum(seconds.values()))))
+    return Profile(name, step_s, busy_s, tuple(sorted(lines, key=lambda line: -line.seconds)))

@@ -13,7 +13,10 @@ import torch
 
 from baton.bench.engine_cost import Chunk, ModelCost
 from baton.bench.engine_device import Device
+from baton.cpus import Placement
 from baton.engine.batch import Batch, BatchItem, Launched, Runner, SampleRequest
+from baton.engine.make_runner import make_runner
+from baton.engine.native_runner import NativeRunner
 from baton.engine.runner import TorchRunner
 from baton.errors import ConfigError
 from baton.kv.transport.base import PoolMemory
@@ -54,10 +57,15 @@ class Rig:
     """Valid inside of `open_rig`. The pool holds random KV in every block."""
 
     model: Model
-    runner: Runner
+    runner: NativeRunner | TorchRunner
     memory: PoolMemory
     num_blocks: int
     order: tuple[int, ...]  # block ids, scattered as in a pool that has been in use
+
+    def blocks(self, sequences: Sequence[Chunk]) -> int:
+        """That `batch` needs."""
+        blocks_for = self.model.layout.blocks_for
+        return sum(blocks_for(chunk.start + chunk.tokens) for chunk in sequences)
 
     def batch(self, sequences: Sequence[Chunk]) -> Batch:
         """One step of these chunks, each of a sequence with blocks of its own.
@@ -78,10 +86,13 @@ class Rig:
 
 
 @contextmanager
-def open_rig(model: Model, device: Device, num_blocks: int) -> Iterator[Rig]:
-    """Load the weights, make the pool and warm up. Raises ModelLoadError and ConfigError."""
+def open_rig(model: Model, device: Device, num_blocks: int, kernels: str = "auto") -> Iterator[Rig]:
+    """Load the weights, make the pool and warm up. `kernels` as in `make_runner`.
+
+    Raises ModelLoadError and ConfigError.
+    """
     memory = make_pool(num_blocks * model.layout.block_bytes, device.name)
-    runner = TorchRunner(
+    runner = make_runner(
         model.spec,
         model.directory,
         model.layout,
@@ -89,7 +100,8 @@ def open_rig(model: Model, device: Device, num_blocks: int) -> Iterator[Rig]:
         num_blocks,
         device.name,
         layer_groups=1,
-        threads=device.threads,
+        placement=Placement(device.cpus, device.threads),
+        kernels=kernels,
     )
     try:
         runner.warm_up()

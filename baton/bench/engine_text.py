@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from baton.bench.engine import Report
-from baton.bench.engine_ceilings import Ceilings, Rate
+from baton.bench.engine_ceilings import Ceilings
 from baton.bench.engine_loop import LoopTiming
 from baton.bench.engine_phases import Figure, Measured
 from baton.bench.engine_profile import Profile
+from baton.bench.engine_rate import Rate
 
 
 @dataclass(frozen=True, slots=True)

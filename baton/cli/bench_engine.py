@@ -35,6 +35,7 @@ class BenchEngineOptions:
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto"
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = one per CPU.")] = 0
+    kernels: Annotated[str, typer.Option(help="auto, native, reference, triton or flash.")] = "auto"
     block_size: Annotated[int, typer.Option(help="Tokens of a KV block.")] = 32
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step.")] = 2048
     only: Annotated[
@@ -76,6 +77,7 @@ def _options(options: BenchEngineOptions) -> Options:
         device=options.device,
         dtype=options.dtype,
         threads=options.threads,
+        kernels=options.kernels,
         block_size=options.block_size,
         step_tokens=options.max_batch_tokens,
         quick=options.quick,
@@ -101,7 +103,7 @@ def _origin() -> dict[str, object]:
 def _print(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
     Console().print(table, "")

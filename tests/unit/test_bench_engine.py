@@ -11,13 +11,14 @@ import torch
 from typer.testing import CliRunner
 
 from baton.bench import engine, engine_text, engine_time
-from baton.bench.engine_ceilings import Bound, Ceilings, Rate
+from baton.bench.engine_ceilings import Bound, Ceilings
 from baton.bench.engine_cost import Chunk, Work
 from baton.bench.engine_device import find_device
 from baton.bench.engine_loop import LoopTiming
 from baton.bench.engine_models import SHAPES, shape_named, write_random_model
 from baton.bench.engine_options import Options
 from baton.bench.engine_phases import Measured, Plan, Skipped, measure_decodes
+from baton.bench.engine_rate import Rate
 from baton.bench.engine_read import read_all
 from baton.bench.engine_rig import find_model, open_rig
 from baton.bench.engine_time import Timing, measure
@@ -163,6 +164,19 @@ def test_every_part_is_measured(measured: engine.Report) -> None:
     assert [loop.sequences for loop in measured.loops][:2] == [1, 8]
     assert all(0 <= loop.gap_s < loop.step_s for loop in measured.loops)
     assert all(profile.lines for profile in measured.profiles)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_kernels_alone(kernels: str) -> None:
+    options = Options(
+        shape="tiny", device="cpu", threads=1, kernels=kernels, quick=True, parts=("kernels",)
+    )
+    found = engine.run(options, lambda name: None).kernels
+    names = [figure.name for figure in found]
+    assert len(set(names)) == len(names)
+    assert all(isinstance(figure, Measured) for figure in found)
+    for wanted in ("attention", "qkv", "down"):
+        assert any(wanted in name for name in names)
 
 
 def test_the_report_is_json_and_tables(measured: engine.Report) -> None:

@@ -52,6 +52,16 @@ def test_a_prompts_last_chunk_needs_one_row_of_the_last_layer(cost: ModelCost) -
     assert work.written == 2 * 2 * LAYER_KV
 
 
+@pytest.mark.parametrize(
+    "chunks", [[Chunk(9, 1)] * 3, [Chunk(4, 4, sampled=False)], [Chunk(9, 1), Chunk(0, 5)]]
+)
+def test_operations_add_up_to_the_step(cost: ModelCost, chunks: list[Chunk]) -> None:
+    parts, step = sum(cost.operations(chunks).values(), Work()), cost.step(chunks)
+    norms = step.read - parts.read  # vectors are all that is left
+    assert parts.flops == step.flops
+    assert 0 < norms < 0.01 * step.read
+
+
 def test_a_window_limits_keys_and_their_bytes(cost: ModelCost) -> None:
     narrow = replace(cost, spec=replace(cost.spec, windows=(4, 4)))
     work = narrow.step([Chunk(99, 1)])
