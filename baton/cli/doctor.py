@@ -90,6 +90,15 @@ def _cpus() -> Finding:
     return Verdict.OK, f"{len(cpus)}: {format_cpus(cpus)}{bound}"
 
 
+def _native() -> Finding:
+    from baton.native import unavailable
+
+    reason = unavailable()
+    if reason is None:
+        return Verdict.OK, "AMX, C++ (bfloat16 models; others compute through torch)"
+    return Verdict.WARN, f"not used: {reason}; models compute through torch"
+
+
 def _torch() -> Finding:
     found = _probe("torch")
     if isinstance(found, str):
@@ -187,6 +196,7 @@ def _demo_model() -> Finding:
 _CHECKS: dict[str, Callable[[], Finding]] = {
     "Python": _python,
     "CPUs": _cpus,
+    "CPU operations": _native,
     "torch": _torch,
     "GPU": _gpu,
     "RDMA": _rdma,
