@@ -63,6 +63,26 @@ def _finite_argmax(scores: torch.Tensor) -> list[int]:
     return tokens
 
 
+def is_plain(request: SampleRequest) -> bool:
+    """Whether the kernel `choose` samples the row as `sample` does: greedy, or by temperature
+    alone, and nobody wants to know probabilities."""
+    params = request.params
+    filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return (
+        params.logprobs is None
+        and not _is_adjusted(request)
+        and (_is_greedy(params) or not filtered)
+    )
+
+
+def noise_of(request: SampleRequest | None) -> tuple[int, float]:
+    """What the kernel `choose` takes for a row: start of its noise, and temperature (0: greedy, and
+    for rows whose token nobody wants)."""
+    if request is None or _is_greedy(request.params):
+        return 0, 0.0
+    return stream_start(request.params.seed, request.index), request.params.temperature
+
+
 def _is_greedy(params: SamplingParams) -> bool:
     return params.temperature < GREEDY_BELOW
 
