@@ -109,6 +109,9 @@ class CudaRunner:
     into how many groups of layers a step's `on_layers` calls are divided. Until `warm_up`, no step
     may be launched.
 
+    On CUDA, all work is on the backend's own stream: who writes to the pool by other streams
+    synchronizes them before a step may read it (transports do).
+
     Raises ModelLoadError, and ConfigError when layout or memory do not fit the model.
     """
 

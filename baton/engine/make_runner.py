@@ -1,4 +1,5 @@
-"""Which runner serves a model on a device: the native one where it fits, else torch's."""
+"""Which runner serves a model: on a CPU the native one where it fits, on a GPU the one that queues
+and records steps, else torch's."""
 
 from __future__ import annotations
 
@@ -6,9 +7,12 @@ import logging
 from pathlib import Path
 
 from baton.cpus import Placement
+from baton.engine.cuda_runner import CudaRunner
+from baton.engine.graph_backend import CudaBackend
 from baton.engine.native_runner import NativeRunner
 from baton.engine.runner import TorchRunner
 from baton.errors import ConfigError
+from baton.kernels.dispatch import kernels_for
 from baton.kv.transport.base import PoolMemory
 from baton.model.native_decoder import why_not_native
 from baton.model.spec import ModelSpec
@@ -27,7 +31,7 @@ def make_runner(
     layer_groups: int,
     placement: Placement,
     kernels: str = "auto",
-) -> NativeRunner | TorchRunner:
+) -> NativeRunner | CudaRunner | TorchRunner:
     """A loaded runner; see `TorchRunner` for the arguments. `kernels` is "native" (C++ for CPUs
     with AMX), a name for `kernels_for`, or "auto": the fastest that can run the model on the
     device.
@@ -48,6 +52,18 @@ def make_runner(
             placement.threads,
             placement.cpus,
         )
+    named = None if kernels == "auto" else kernels
+    if device.startswith("cuda") and kernels != "reference":
+        return CudaRunner(
+            spec,
+            model_dir,
+            layout,
+            memory,
+            num_blocks,
+            layer_groups,
+            kernels_for(device, named),
+            CudaBackend(device),
+        )
     if device == "cpu" and reason is not None:
         log.info("Computing through torch: %s.", reason)
     return TorchRunner(
@@ -59,5 +75,5 @@ def make_runner(
         device,
         layer_groups,
         placement.threads,
-        None if kernels == "auto" else kernels,
+        named,
     )
