@@ -15,7 +15,7 @@ NATIVE := setup.py $(wildcard baton/native/src/*)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint format proto bench demo-model clean
+.PHONY: help venv serve test lint format proto bench bench-gpu demo-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -66,6 +66,9 @@ proto: $(VENV)/.dev ## generate the stubs in baton/v1 from proto/
 bench: $(VENV)/.dev ## the handoff next to a memory copy, then a served load
 	$(BIN)/baton bench handoff
 	$(BIN)/baton bench serve $(BENCH_FLAGS)
+
+bench-gpu: ## everything about a GPU in ten minutes, by the system's Python: nothing is installed
+	PYTHONPATH=. $(PYTHON) -m baton.bench.gpu $(BENCH_FLAGS)
 
 demo-model: $(VENV)/.dev ## train the built-in model again (an hour or two on two cores)
 	$(BIN)/python -m tools.train_demo
