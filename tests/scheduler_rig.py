@@ -102,7 +102,7 @@ class Rig:
         raise AssertionError("the work never ends")
 
 
-def make_rig(num_blocks: int = 16, **values: int | bool | tuple[int, ...]) -> Rig:
+def make_rig(num_blocks: int = 16, **values: int | bool | tuple[int, ...] | None) -> Rig:
     settings_: dict[str, object] = {
         "max_model_len": 64,
         "max_num_seqs": 4,

@@ -19,6 +19,7 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...] = ()
     max_num_seqs: int = 64  # sequences (and reservations) that may hold a place in a step
     max_batch_tokens: int = 2048  # token budget of one step: decodes and prefill chunks
+    max_prefill_tokens: int | None = None  # of a step that also decodes; None: the whole budget
     max_waiting: int = 1024  # sequences and reservations that wait for blocks
     prefix_caching: bool = True
     layer_groups: int = 1  # 1: the KV of a chunk is published at the chunk's end, not on the way
@@ -27,6 +28,10 @@ class EngineConfig:
         for name in ("num_blocks", "max_model_len", "max_num_seqs", "max_waiting", "layer_groups"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.max_prefill_tokens is not None and self.max_prefill_tokens < 1:
+            raise ConfigError(
+                f"max_prefill_tokens must be at least 1, not {self.max_prefill_tokens}."
+            )
         if self.max_batch_tokens < self.max_num_seqs:
             # Otherwise some running decodes would get no token in a step, and a step could starve
             # a prefill for ever.

@@ -3,7 +3,7 @@ Sarathi-Serve, OSDI'24) over a paged pool (PagedAttention, SOSP'23).
 
 One step, within a budget of tokens:
   1. decodes, one token each; one that finds no block preempts the last sequence of the line
-  2. chunks of prompts that are already running
+  2. chunks of prompts that are already running, which a step that decodes may hold shorter
   3. waiting sequences and reservations, in order; the first that does not fit stops the line
 
 A step may be scheduled while the one before it is in flight. It takes for granted that every
@@ -11,9 +11,10 @@ sequence goes on, unless its length ends it; what a sequence computed after its 
 Nobody is preempted while a step is in flight: first its result is waited for.
 
 Why it always makes progress: the first running sequence (lowest priority number, then oldest) is
-nobody's victim, a running prompt has all its blocks from the start, and every running sequence gets
-at least one token per step (max_batch_tokens >= max_num_seqs). So the first one ends, and the next
-becomes first. Blocks held outside of the line (reservations, leases) have deadlines of their own.
+nobody's victim, a running prompt has all its blocks from the start, and every running decode and
+the first running prompt get at least one token per step (max_batch_tokens >= max_num_seqs,
+max_prefill_tokens >= 1). So the first one ends, and the next becomes first. Blocks held outside of
+the line (reservations, leases) have deadlines of their own.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ class Scheduler(Residents):
             return None
         for sequence in decodes:
             self._take_decode(plan, sequence)
+        if decodes and self._config.max_prefill_tokens is not None:
+            plan.budget = min(plan.budget, self._config.max_prefill_tokens)
         self._schedule_chunks(plan)
         if not plan.preempted or not plan.items:
             self._start_waiting(plan, now)

@@ -186,6 +186,7 @@ def _engine_config(
         eos_token_ids=spec.eos_token_ids,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
+        max_prefill_tokens=config.max_prefill_tokens or None,
         max_waiting=config.max_waiting,
         prefix_caching=config.prefix_caching,
         layer_groups=config.layer_groups,

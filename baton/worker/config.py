@@ -32,6 +32,7 @@ class WorkerConfig:
     kv_memory_mib: int = option(0, "KV memory; 0: 512 on a CPU, most of a GPU's free memory")
     max_num_seqs: int = option(64, "sequences that run at a time")
     max_batch_tokens: int = option(2048, "tokens of one step")
+    max_prefill_tokens: int = option(0, "prompt tokens of a step that also decodes; 0: no bound")
     max_model_len: int = option(0, "tokens of prompt and answer together; 0: the model's")
     max_waiting: int = option(1024, "sequences that may wait; more are refused")
     transport: str = option(
@@ -50,7 +51,8 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batch_tokens", "max_waiting", "layer_groups"):
             _require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("num_blocks", "kv_memory_mib", "max_model_len", "threads", "drain_timeout"):
+        bounds = ("num_blocks", "kv_memory_mib", "max_prefill_tokens", "max_model_len")
+        for name in (*bounds, "threads", "drain_timeout"):
             _require(getattr(self, name) >= 0, name, "at least 0")
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
         _require(_is_address(self.listen), "listen", "host:port")

@@ -37,6 +37,17 @@ def test_decodes_come_first() -> None:
     assert shape(rig.step()) == [(2, 3, 1), (1, 20, 1), (3, 0, 4)]
 
 
+def test_chunks_are_shorter_while_others_decode() -> None:
+    rig = make_rig(max_prefill_tokens=5)
+    rig.submit(make_task(14, max_tokens=3))
+    assert shape(rig.step()) == [(1, 0, 14)]
+    rig.submit(make_task(12, start=100))
+    assert shape(rig.step()) == [(1, 14, 1), (2, 0, 4)]
+    assert shape(rig.step()) == [(1, 15, 1), (2, 4, 4)]
+    assert shape(rig.step()) == [(2, 8, 4)]
+    rig.drain()
+
+
 def test_priority_then_arrival() -> None:
     rig = make_rig(max_num_seqs=1)
     for number, priority in enumerate([5, 0, 0, -3]):
@@ -300,7 +311,13 @@ def test_lines_know_their_members() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_batch_tokens": 3}, {"max_num_seqs": 0}, {"max_model_len": 0}, {"layer_groups": 0}],
+    [
+        {"max_batch_tokens": 3},
+        {"max_num_seqs": 0},
+        {"max_model_len": 0},
+        {"layer_groups": 0},
+        {"max_prefill_tokens": 0},
+    ],
 )
 def test_a_configuration_that_cannot_work_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError):

@@ -60,6 +60,7 @@ class Workload:
             max_model_len=MAX_LEN,
             eos_token_ids=EOS,
             prefix_caching=dice.random() < 0.7,
+            max_prefill_tokens=dice.choice((None, 1, 5)),
         )
         self.plans = [random_plan(dice, index) for index in range(dice.randint(1, 14))]
         self.live: list[tuple[Plan, Sequence]] = []
