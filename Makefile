@@ -63,9 +63,8 @@ format: $(VENV)/.dev ## rewrite the sources with ruff
 proto: $(VENV)/.dev ## generate the stubs in baton/v1 from proto/
 	$(BIN)/python tools/gen_proto.py
 
-bench: $(VENV)/.dev ## the handoff next to a memory copy, then a served load
-	$(BIN)/baton bench handoff
-	$(BIN)/baton bench serve $(BENCH_FLAGS)
+bench: $(VENV)/.dev ## baton next to vLLM and transformers: same model, cores and load, in turns
+	$(BIN)/python -m bench $(BENCH_FLAGS)
 
 bench-gpu: ## everything about a GPU in ten minutes, by the system's Python: nothing is installed
 	PYTHONPATH=. $(PYTHON) -m baton.bench.gpu $(BENCH_FLAGS)

@@ -117,9 +117,11 @@ def _vllm_split(place: Place, python: Path) -> list[Command]:
     """Two engines on half of the cores each, and the proxy that joins them."""
     proxy, *engine_ports = place.ports[:3]
     half = max(1, len(place.cpus) // 2)
-    connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
     commands = []
-    for i, port in enumerate(engine_ports):
+    for i, (port, role) in enumerate(
+        zip(engine_ports, ("kv_producer", "kv_consumer"), strict=True)
+    ):
+        connector = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
         cpus = ",".join(str(cpu) for cpu in place.cpus[half * i :][:half] or place.cpus)
         env = {
             **vllm_env(place, python, cpus),
