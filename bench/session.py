@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,8 @@ class ModelSession:
             entry["failed"] = str(error)
             self._say(f"  {error}")
             return
+        finally:
+            await self._turns.rest()
         entry["commands"] = [
             {"argv": list(command.argv), "env": dict(command.env)} for command in server.commands
         ]
@@ -147,13 +150,22 @@ class ModelSession:
         for name in names[first:] + names[:first]:
             if isinstance(load, Arrivals) and self._rate(name, load) is None:
                 continue
-            async with machine.exclusively(self._plan.lock):
+            async with self._exclusively():
                 measured = await self._measure(name, load)
             run = Run(self._model, workload.name, name, round_, measured.figures, measured.errors)
             self.runs.append(run)
             self._say(_progress(run, self._plan.rounds))
             shares.append(measured.figures.get("others_cpu_share", 0.0))
         return shares
+
+    @asynccontextmanager
+    async def _exclusively(self) -> AsyncGenerator[None, None]:
+        """Hold the lock; nobody has the cores after it: some servers use them even when idle."""
+        async with machine.exclusively(self._plan.lock):
+            try:
+                yield
+            finally:
+                await self._turns.rest()
 
     async def _measure(self, name: str, load: Load) -> Measured:
         try:
@@ -179,7 +191,7 @@ class ModelSession:
         if name in self._rates or "saturation_failed" in self.systems[name]:
             return
         try:
-            async with machine.exclusively(self._plan.lock):
+            async with self._exclusively():
                 server = await self._turns.take(name)
                 driver = Driver(server.target, self._plan.timeout_s)
                 rate = await driver.saturation_rate(load.calibration)

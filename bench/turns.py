@@ -43,7 +43,7 @@ class Turns(Generic[Each]):
         Raises StartError when it cannot be started.
         """
         if self.running != name:
-            await self._put_away()
+            await self.rest()
         if (server := self._servers.get(name)) is not None:
             try:
                 if not server.alive:
@@ -73,7 +73,8 @@ class Turns(Generic[Each]):
         """Servers that are there, parked or running."""
         return tuple(self._servers)
 
-    async def _put_away(self) -> None:
+    async def rest(self) -> None:
+        """Park whoever runs: nobody has the cores."""
         if self.running is None:
             return
         if self.restart:

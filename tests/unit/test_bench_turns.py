@@ -69,9 +69,11 @@ async def test_servers_are_parked_and_woken(world: World) -> None:
         server = await turns.take(name)
         assert (server.name, server.state, turns.running) == (name, "running", name)
     assert world.started == ["a", "b"]
+    await turns.rest()
+    assert world.states() == ["parked", "parked"]
+    assert turns.running is None
     await turns.close()
     assert world.states() == ["ended", "ended"]
-    assert turns.running is None
     assert turns.restarts == {}
 
 
