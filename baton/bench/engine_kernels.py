@@ -200,11 +200,30 @@ class _Bench:
             yield self._silu(rows)
             yield self._rope(rows, kv, rope)
         for rows in (1, min(64, max(plan.rows))):
-            logits = torch.randn(rows, spec.vocab_size, device=self.device.name)
-            work = Work(read=rows * spec.vocab_size * 4)
-            for name, request in (("greedy", GREEDY), ("at temperature 1", _DRAWN)):
-                call = _sampling(logits, [request] * rows)
-                yield _Case(f"sampling {name} {rows} rows", rows, work, call)
+            for request in (GREEDY, _DRAWN):
+                yield self._sampling(rows, request)
+
+    def _sampling(self, rows: int, request: SampleRequest) -> _Case:
+        """As the device's runner does it: on CUDA by a kernel, that leaves the tokens there."""
+        vocab, temperature = self.model.spec.vocab_size, request.params.temperature
+        logits = torch.randn(rows, vocab, device=self.device.name)
+        if not self.device.is_cuda:
+            return _Case(
+                f"sampling at temperature {temperature:g} {rows} rows",
+                rows,
+                Work(read=logits.nbytes),
+                lambda: sample(logits, [request] * rows),
+            )
+        logits = logits.to(TORCH_DTYPES[self.model.layout.dtype])
+        temperatures = torch.full((rows,), temperature, device=self.device.name)
+        starts = torch.arange(rows, device=self.device.name)
+        tokens, finite = torch.empty(2, rows, dtype=torch.int64, device=self.device.name)
+        return _Case(
+            f"sampling at temperature {temperature:g} {rows} rows",
+            rows,
+            Work(read=logits.nbytes),
+            lambda: self.kernels.choose(logits, temperatures, starts, tokens, finite),
+        )
 
     def _norm(self, rows: int, weight: torch.Tensor) -> _Case:
         spec, width = self.model.spec, self.model.cost.width
@@ -276,7 +295,3 @@ class _Bench:
 
     def _int32(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device.name)
-
-
-def _sampling(logits: torch.Tensor, requests: list[SampleRequest]) -> Callable[[], object]:
-    return lambda: sample(logits, requests)

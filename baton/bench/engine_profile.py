@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.profiler import ProfilerActivity, profile
@@ -72,16 +72,18 @@ def _profile(rig: Rig, device: Device, step: Sequence[Chunk], name: str) -> Prof
         run(rig.runner, batches)
         device.sync()
         step_s = (time.perf_counter() - start) / _STEPS
-    field = "self_device_time_total" if device.is_cuda else "self_cpu_time_total"
-    lines = sorted(
-        (
-            Line(event.key, event.count / _STEPS, getattr(event, field) * 1e-6 / _STEPS)
-            for event in profiler.key_averages()
-        ),
-        key=lambda line: -line.seconds,
-    )
+    lines = sorted(_lines(profiler, device), key=lambda line: -line.seconds)
     busy_s = sum(line.seconds for line in lines)
     return Profile(name, step_s, min(busy_s, step_s), tuple(lines[:_LINES]))
+
+
+def _lines(profiler: profile, device: Device) -> Iterator[Line]:
+    """Kernels on CUDA, where operations of the host would count their time again."""
+    for event in profiler.key_averages():
+        if device.is_cuda and event.device_type.name != "CUDA":
+            continue
+        spent = event.self_device_time_total if device.is_cuda else event.self_cpu_time_total
+        yield Line(event.key, event.count / _STEPS, spent * 1e-6 / _STEPS)
 
 
 def _native_profile(runner: NativeRunner, batches: Sequence[Batch], name: str) -> Profile:

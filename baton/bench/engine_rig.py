@@ -16,8 +16,6 @@ from baton.bench.engine_device import Device
 from baton.cpus import Placement
 from baton.engine.batch import Batch, BatchItem, Launched, Runner, SampleRequest
 from baton.engine.make_runner import make_runner
-from baton.engine.native_runner import NativeRunner
-from baton.engine.runner import TorchRunner
 from baton.errors import ConfigError
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.memory import make_pool
@@ -57,7 +55,7 @@ class Rig:
     """Valid inside of `open_rig`. The pool holds random KV in every block."""
 
     model: Model
-    runner: NativeRunner | TorchRunner
+    runner: Runner
     memory: PoolMemory
     num_blocks: int
     order: tuple[int, ...]  # block ids, scattered as in a pool that has been in use
@@ -106,6 +104,7 @@ def open_rig(model: Model, device: Device, num_blocks: int, kernels: str = "auto
     try:
         runner.warm_up()
         fill(memory, TORCH_DTYPES[model.layout.dtype])
+        device.sync()  # runners on CUDA have a stream of their own
         order = np.random.default_rng(0).permutation(num_blocks)
         yield Rig(model, runner, memory, num_blocks, tuple(order.tolist()))
     finally:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,16 +17,26 @@ from baton.bench import engine, engine_text, engine_time
 from baton.bench.engine_ceilings import Bound, Ceilings
 from baton.bench.engine_cost import Chunk, Work
 from baton.bench.engine_device import find_device
-from baton.bench.engine_loop import LoopTiming
+from baton.bench.engine_loop import LoopTiming, measure_loop
 from baton.bench.engine_models import SHAPES, shape_named, write_random_model
 from baton.bench.engine_options import Options
-from baton.bench.engine_phases import Measured, Plan, Skipped, measure_decodes
+from baton.bench.engine_phases import (
+    Measured,
+    Plan,
+    Skipped,
+    measure_decodes,
+    measure_prefills,
+)
 from baton.bench.engine_rate import Rate
 from baton.bench.engine_read import read_all
-from baton.bench.engine_rig import find_model, open_rig
+from baton.bench.engine_rig import Rig, find_model, open_rig
 from baton.bench.engine_time import Timing, measure
 from baton.cli import main
+from baton.engine.cuda_runner import CudaRunner
+from baton.engine.graph_backend import HostBackend
 from baton.errors import ConfigError
+from baton.kernels.dispatch import kernels_for
+from baton.kv.transport.memory import make_pool
 from baton.model.spec import load_spec
 from baton.model.weights import load_weights
 
@@ -125,6 +138,23 @@ def test_the_reading_kernel_reads_everything(count: int) -> None:
     assert float(read_all(words, programs=3).sum()) == count
 
 
+def test_the_reading_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
+    """In a process of its own: one that interprets Triton kernels cannot compile them."""
+    pytest.importorskip("triton")
+    script = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from baton.bench.engine_read import _read
+types = {"words": "*fp32", "sums": "*fp32", "count": "i64", "chunks": "i32", "chunk": "constexpr"}
+source = ASTSource(_read, types, constexprs={(4,): 8192}, attrs={(0,): [["tt.divisibility", 16]]})
+target = GPUTarget("cuda", 90, 32)
+assert triton.compile(source, target=target, options={"num_warps": 8}).asm["cubin"]
+"""
+    environ = {**os.environ, "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environ)
+
+
 # -- models -----------------------------------------------------------------------------------
 
 
@@ -208,6 +238,24 @@ def test_points_that_cannot_be_measured_say_why(tmp_path: Path) -> None:
     assert "room" in wide.reason
     assert isinstance(slow, Skipped)
     assert "at the ceiling" in slow.reason
+
+
+def test_a_runner_that_queues_its_steps_is_measured_too(tmp_path: Path) -> None:
+    """The one for GPUs, over a queue on the CPU that is always empty."""
+    device = find_device("cpu", 1)
+    model = find_model(write_random_model(SHAPES["tiny"], tmp_path), device, "float32", 32)
+    memory = make_pool(16 * model.layout.block_bytes, "cpu")
+    arguments = (model.spec, tmp_path, model.layout, memory, 16, 1, kernels_for("cpu"))
+    runner = CudaRunner(*arguments, HostBackend(), buckets=(1, 4))
+    runner.warm_up()
+    rig = Rig(model, runner, memory, 16, tuple(range(16)))
+    plan = Plan((64,), ((3, 32),), 32, budget_s=0.01, limit_s=10.0, kv_bytes=memory.nbytes)
+    assert isinstance(measure_prefills(rig, plan, ceilings(1e15, 1e15, 1e15), str)[0], Measured)
+    assert isinstance(measure_decodes(rig, plan, ceilings(1e15, 1e15, 1e15), str)[0], Measured)
+    (loop,) = measure_loop(rig, (3, 500), 8, str)
+    assert (loop.sequences, loop.steps) == (3, 6)
+    assert 0 <= loop.gap_s < loop.step_s
+    runner.close()
 
 
 # -- the report -------------------------------------------------------------------------------
