@@ -1,38 +1,29 @@
 """The engine: schedule, execute, commit, until somebody stops it.
 
 The process that owns the engine awaits `run()`; every other method belongs to the same event loop
-and returns at once, `reserve` aside. Only the runner works elsewhere, in the engine's own threads,
-where one step follows the other: while step n runs, step n + 1 lies ready.
-
-    threads:   step 1        | step 2             | step 3       ...
-    loop:      schedule 2 .. | commit 1, schedule 3 .. | commit 2, schedule 4 ..
-
-What changes while a step runs (a request came, another was cancelled) is in the next one all the
-same: if that has not been launched yet, it is taken back and scheduled anew. Listener calls of one
-step come in this order: on_kv_ready, on_outputs, on_prefilled.
+and returns at once, `reserve` aside. Only the runner works elsewhere, in threads of its own.
+Listener calls of one step come in this order: on_kv_ready, on_outputs, on_prefilled.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from itertools import count
 
-from baton.engine.batch import Batch, BatchResult, Runner
+from baton.engine.batch import Runner
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
 from baton.engine.events import EngineListener, KvReady
 from baton.engine.publish import Publisher
-from baton.engine.scheduler import MAX_IN_FLIGHT, Advance, Scheduler
-from baton.engine.sequence import Ending, Sequence
-from baton.engine.step import LayersReady, StepThreads
+from baton.engine.scheduler import Advance, Scheduler
+from baton.engine.sequence import Ending, Sequence, error_ending
+from baton.engine.stepper import Stepper
 from baton.engine.waiting import Reservation
 from baton.errors import (
-    BatonError,
     Cancelled,
     DeadlineExceeded,
     InternalError,
@@ -49,11 +40,6 @@ from baton.types.request import (
     SampledToken,
     WireError,
 )
-
-log = logging.getLogger(__name__)
-
-MAX_FAILURES = 3
-"""Steps that may fail one after the other before the engine gives up, and with it the process."""
 
 _CANCELLED = Ending(FinishReason.CANCELLED)
 _HANDED_OFF = Ending(FinishReason.HANDED_OFF)
@@ -83,16 +69,19 @@ class Engine:
         self._listener = listener
         self._wall_clock = wall_clock
         self._scheduler = Scheduler(pool, config)
-        self._publisher = Publisher(pool, config.layout)
+        self._steps = Stepper(
+            runner,
+            self._scheduler,
+            Publisher(pool, config.layout),
+            config.layer_groups > 1,
+            self._announce,
+            self._report,
+        )
         self._sequences: dict[AttemptId, Sequence] = {}  # live ones, handed-off ones included
         self._reservations: dict[AttemptId, Reservation] = {}
         self._deadlines: dict[AttemptId, asyncio.TimerHandle] = {}
         self._numbers = count(1)
-        self._wake = asyncio.Event()
-        self._threads = StepThreads(runner, self._wake.set)
-        self._changed = False  # there is news that the step behind the running one lacks
         self._stopped = False
-        self._failures = 0  # steps in a row
         self._untold: deque[tuple[AttemptOutput, ...]] = deque()
         self._telling = False
         self._unix_offset: float | None = None
@@ -106,92 +95,21 @@ class Engine:
         Raises InternalError when MAX_FAILURES steps failed in a row or the books are wrong.
         """
         last_word = _CANCELLED
-        self._threads.open()
         try:
-            while not self._stopped or self._threads.in_flight:
-                self._schedule()
-                await self._wake.wait()  # without a deadline: whatever changes the state sets it
-                self._wake.clear()
-                self._handle_events()
+            await self._steps.run()
         except Exception as error:
-            last_word = _error(error)
+            last_word = error_ending(error)
             raise
         finally:
             self._stopped = True
-            for batch in await self._threads.close():
-                self._discard(batch, last_word)
+            await self._steps.close(last_word)
             self._end_everything(last_word)
             self.check_integrity()
 
     def stop(self) -> None:
         """Ask `run` to end after the step that is running."""
         self._stopped = True
-        self._take_back()
-        self._wake.set()
-
-    def _schedule(self) -> None:
-        """Put steps until one is ready behind the one that runs."""
-        if self._changed:
-            self._changed = False
-            self._take_back()
-        while not (
-            self._stopped
-            or self._threads.recovering
-            or self._threads.in_flight == MAX_IN_FLIGHT
-            or (batch := self._scheduler.schedule(_now())) is None
-        ):
-            publishes = bool(self._scheduler.to_publish(batch))
-            if publishes and not self._threads.in_flight:
-                self._begin(batch)
-            self._threads.put(batch, publishes and self._config.layer_groups > 1)
-
-    def _take_back(self) -> None:
-        batch = self._threads.take_back()
-        if batch is not None:
-            self._report(self._scheduler.withdraw(batch))
-
-    def _handle_events(self) -> None:
-        for event in self._threads.events():
-            if isinstance(event, LayersReady):
-                self._announce(self._publisher.layers_ready(event.layer_end))
-                continue
-            if isinstance(event.outcome, BatchResult):
-                self._commit(event.batch, event.outcome)
-            elif event.outcome is None:
-                self._report(self._scheduler.withdraw(event.batch))
-            else:
-                self._fail(event.batch, event.outcome)
-            running = self._threads.running
-            if running is not None and not self._threads.recovering:
-                self._begin(running)
-
-    def _begin(self, batch: Batch) -> None:
-        """Nothing runs before this step any more."""
-        self._announce(self._publisher.begin(self._scheduler.to_publish(batch)))
-
-    def _commit(self, batch: Batch, result: BatchResult) -> None:
-        self._failures = 0
-        self._announce(self._publisher.end())
-        self._report(self._scheduler.commit(batch, result, _now()))
-
-    def _fail(self, batch: Batch, error: Exception) -> None:
-        self._failures += 1
-        log.error(
-            "Step %d with %d sequences failed (%d in a row).",
-            batch.step,
-            len(batch.items),
-            self._failures,
-            exc_info=error,
-        )
-        self._discard(batch, _error(error))
-        if self._failures == MAX_FAILURES:
-            raise InternalError(
-                f"{MAX_FAILURES} steps in a row failed; the last one with: {error}"
-            ) from error
-
-    def _discard(self, batch: Batch, ending: Ending) -> None:
-        self._publisher.abandon()
-        self._report(self._scheduler.discard(batch, ending))
+        self._steps.stop()
 
     # -- generating -------------------------------------------------------------------------
 
@@ -211,7 +129,7 @@ class Engine:
         self._track(sequence)
         if ending is not None:  # a resumed answer that was complete
             self._report((Advance(sequence, ending=ending),))
-        self._news()
+        self._steps.news()
 
     def cancel(self, attempt: AttemptId) -> None:
         """End a live attempt with Finish(CANCELLED); at once, or with the step that uses it.
@@ -297,7 +215,7 @@ class Engine:
         ending = self._scheduler.ending_of(sequence)
         if ending is not None:
             self._end(task.attempt, ending)
-        self._news()
+        self._steps.news()
 
     def unreserve(self, attempt: AttemptId) -> None:
         """Free the reservation's blocks: nothing writes to them. Ignored when it is unknown, and
@@ -342,7 +260,7 @@ class Engine:
         sequence = self._sequences.get(attempt)
         reservation = self._reservations.get(attempt)
         if sequence is not None:
-            self._take_back()  # the step behind the running one would only compute for nothing
+            self._steps.take_back()  # or it may have to end with a step that has not begun
             if self._scheduler.remove(sequence, ending):
                 self._report((Advance(sequence, ending=ending),))
         elif reservation is not None and not reservation.quarantined:
@@ -438,12 +356,7 @@ class Engine:
         """Blocks may have become free."""
         if not self._stopped:
             self._scheduler.grant_reservations()
-        self._news()
-
-    def _news(self) -> None:
-        """The next step may have to be another one."""
-        self._changed = True
-        self._wake.set()
+        self._steps.news()
 
     def _unix_epoch(self) -> float:
         """What turns loop time into unix time, from one look at both clocks."""
@@ -469,11 +382,3 @@ def _settle(granted: asyncio.Future[tuple[int, ...]], blocks: tuple[int, ...] | 
         granted.set_exception(Cancelled("The attempt was cancelled while it waited for blocks."))
     else:
         granted.set_result(blocks)
-
-
-def _error(error: Exception) -> Ending:
-    if isinstance(error, BatonError):
-        wire = WireError(error.code, error.message, error.retryable)
-    else:
-        wire = WireError(InternalError.code, f"{type(error).__name__}: {error}")
-    return Ending(FinishReason.ERROR, wire)

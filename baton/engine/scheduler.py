@@ -102,6 +102,10 @@ class Scheduler(Residents):
         self._flights.append(_Flight(batch, tuple(plan.sequences)))
         return batch
 
+    @property
+    def in_flight(self) -> tuple[Batch, ...]:
+        return tuple(flight.batch for flight in self._flights)
+
     def to_publish(self, batch: Batch) -> tuple[tuple[Sequence, BatchItem], ...]:
         """The live sequences of a batch in flight that will be handed off."""
         return tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.engine.batch import SampleRequest
+from baton.errors import BatonError, InternalError
 from baton.types.request import (
     FinishReason,
     GenerationTask,
@@ -20,6 +21,14 @@ class Ending:
 
     reason: FinishReason
     error: WireError | None = None
+
+
+def error_ending(error: Exception) -> Ending:
+    if isinstance(error, BatonError):
+        wire = WireError(error.code, error.message, error.retryable)
+    else:
+        wire = WireError(InternalError.code, f"{type(error).__name__}: {error}")
+    return Ending(FinishReason.ERROR, wire)
 
 
 class Sequence:

@@ -73,10 +73,10 @@ class StepThreads:
         self._launcher = ThreadPoolExecutor(1, thread_name_prefix="engine-step-launch")
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="engine-step-wait")
 
-    async def close(self) -> tuple[Batch, ...]:
+    async def close(self) -> None:
         """Return when every launched step has ended, however often the waiting task is cancelled:
         a thread cannot be interrupted, and nobody may have a step's blocks while it writes to them.
-        Returns the batches whose end nobody has been told of.
+        Nobody is told of their results any more.
         """
         for step in self._steps:
             step.launching.cancel()
@@ -89,9 +89,7 @@ class StepThreads:
         for step in self._steps:
             if step.error is not None:
                 log.error("Step %d failed, the last one.", step.batch.step, exc_info=step.error)
-        batches = tuple(step.batch for step in self._steps)
         self._steps.clear()
-        return batches
 
     @property
     def in_flight(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from baton.engine.events import KvReady
 from baton.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -377,6 +378,22 @@ async def test_a_listener_that_fails_ends_the_engine_but_leaks_nothing() -> None
     rig.heard.on_output = fail
     for name in ("x", "y"):
         rig.engine.submit(make_task(name))
+    with pytest.raises(RuntimeError):
+        await rig.engine.run()
+    assert {f.reason for f in rig.heard.finishes.values()} == {FinishReason.ERROR}
+    rig.assert_idle()
+
+
+async def test_a_listener_that_fails_between_a_step_and_its_commit_leaks_nothing() -> None:
+    rig = make_rig()
+
+    def fail(ready: KvReady) -> None:
+        rig.heard.on_ready = lambda ready: None
+        raise RuntimeError("a bug in the worker")
+
+    rig.heard.on_ready = fail
+    for name in ("x", "y"):
+        rig.engine.submit(make_task(name), hand_off=True)
     with pytest.raises(RuntimeError):
         await rig.engine.run()
     assert {f.reason for f in rig.heard.finishes.values()} == {FinishReason.ERROR}

@@ -11,7 +11,8 @@ import pytest
 
 from baton.engine.batch import Batch, BatchResult, Computed, Launched, LayerCallback
 from baton.engine.block_pool import BlockPool
-from baton.engine.loop import MAX_FAILURES, Engine
+from baton.engine.loop import Engine
+from baton.engine.stepper import MAX_FAILURES
 from baton.errors import InternalError, InvalidRequest, Overloaded, StaleAttempt, TransportError
 from baton.types.fleet import BlockState
 from baton.types.request import AttemptId, AttemptOutput, FinishReason, SampledToken
