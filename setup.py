@@ -21,7 +21,7 @@ NATIVE = Extension(
     sources=sorted(map(str, SOURCES.glob("*.cpp"))),
     depends=sorted(map(str, SOURCES.glob("*.h"))),
     extra_compile_args=[
-        *("-std=c++20", "-O3", "-fvisibility=hidden"),
+        *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),
         *(f"-m{feature}" for feature in CPU.split()),
         *WARNINGS.split(),
     ],

@@ -82,6 +82,12 @@ class ServeOptions:
     max_model_len: Annotated[
         int | None, typer.Option(help="Prompt and answer, tokens.", rich_help_panel=_ENGINE)
     ] = None
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            help="What computes: auto, native, reference, triton, flash.", rich_help_panel=_ENGINE
+        ),
+    ] = None
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="CPU threads of a worker.", rich_help_panel=_ENGINE),
@@ -237,7 +243,7 @@ def _worker_flags(options: ServeOptions) -> Iterator[str]:
     yield from ("--transport", options.transport)
     for name in ("block_size", "num_blocks", "kv_memory_mib", "max_num_seqs", "max_batch_tokens"):
         yield from _flag(options, name)
-    for name in ("max_model_len", "threads", "verify"):
+    for name in ("max_model_len", "kernels", "threads", "verify"):
         yield from _flag(options, name)
 
 
