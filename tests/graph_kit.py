@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from baton.engine.batch import Batch, BatchItem, Runner, SampleRequest
 from baton.engine.cuda_runner import CudaRunner
-from baton.engine.graph_backend import GraphBackend
+from baton.engine.graph_backend import GraphBackend, HostBackend
 from baton.kernels.dispatch import kernels_for
 from baton.kv.transport.base import PoolMemory
 from baton.model.spec import kv_layout, load_spec
@@ -55,6 +58,51 @@ MIXED = [
     ),
     Sampling("biased", (SamplingParams(temperature=0.0, logprobs=2, logit_bias=((17, 4.0),)),)),
 ]
+
+
+_READS = frozenset(
+    {
+        "tolist",
+        "item",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "unique",
+    }
+)
+
+
+class NoHostReads(TorchFunctionMode):
+    """Fails where baton's own code asks a tensor for its values: a recording could not repeat it.
+    What Triton's interpreter does is not looked at."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__name__", "") in _READS:
+            caller = sys._getframe(1)
+            assert "baton" not in caller.f_globals["__name__"], (
+                f"{caller.f_code.co_name} reads values on the host: {func.__name__}"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+class StrictBackend(HostBackend):
+    """Its recordings may not read values on the host, as those of a GPU may not."""
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        def strict() -> None:
+            with NoHostReads():
+                step()
+
+        return super().record(strict)
 
 
 def open_cuda_runner(

@@ -147,3 +147,14 @@ def test_decode_is_captured_once_and_replayed_for_other_lengths(triton: Kernels)
         lengths.copy_(int32(current, "cuda"))
         graph.replay()
         assert torch.equal(out, decode(triton, case, filled, q, current))
+
+
+def test_joining_is_the_same_every_time(triton: Kernels) -> None:
+    """Stretches of many lengths end in any order; a partial result that was not there yet when it
+    was joined would show as another bit, and a counter that was not reset as garbage."""
+    case = Case(128, 4, 32, 0, torch.bfloat16, tuple(range(300, 9000, 290)), 2)
+    filled = fill(case, "cuda")
+    q = random_queries(case, len(case.lengths), "cuda")
+    first = decode(triton, case, filled, q, list(case.lengths))
+    for _ in range(200):
+        assert torch.equal(decode(triton, case, filled, q, list(case.lengths)), first)

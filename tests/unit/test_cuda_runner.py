@@ -19,6 +19,7 @@ from tests.graph_kit import (
     MIXED,
     PROMPTS,
     Sampling,
+    StrictBackend,
     answers_in_flight,
     answers_one_by_one,
     open_cuda_runner,
@@ -47,7 +48,9 @@ def kernels(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def runner(model_dir: Path, kernels: str) -> Iterator[CudaRunner]:
-    runner = open_cuda_runner(model_dir, HostBackend(), kernels, buckets=(1, 4))
+    # The reference kernels read lengths on the host; Triton's must not.
+    backend = StrictBackend() if kernels == "triton" else HostBackend()
+    runner = open_cuda_runner(model_dir, backend, kernels, buckets=(1, 4))
     runner.warm_up()
     yield runner
     runner.close()
@@ -146,6 +149,12 @@ def test_nan_is_an_error_not_garbage(kernels: str, tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(InternalError, match="not finite"):
         open_cuda_runner(tmp_path, HostBackend(), kernels, buckets=(1,)).warm_up()
+
+
+def test_reading_on_the_host_while_recording_is_noticed(model_dir: Path) -> None:
+    runner = open_cuda_runner(model_dir, StrictBackend(), "reference", buckets=(1,))
+    with pytest.raises(AssertionError, match="kv_write reads values on the host"):
+        runner.warm_up()
 
 
 def test_close_is_idempotent(runner: CudaRunner) -> None:
