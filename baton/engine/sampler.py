@@ -63,6 +63,12 @@ def _finite_argmax(scores: torch.Tensor) -> list[int]:
     return tokens
 
 
+def wants_best(request: SampleRequest) -> bool:
+    """Whether the greatest logit decides alone, and nobody wants to know probabilities."""
+    params = request.params
+    return _is_greedy(params) and params.logprobs is None and not _is_adjusted(request)
+
+
 def is_plain(request: SampleRequest) -> bool:
     """Whether the kernel `choose` samples the row as `sample` does: greedy, or by temperature
     alone, and nobody wants to know probabilities."""
