@@ -10,6 +10,7 @@ dropped. Nothing here waits or sends: dispatch does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -134,7 +135,9 @@ class AnswerRun:
         took_over = not self._split or self._decoding or self._prefill_done
         return duty is (Role.DECODE if took_over else Role.PREFILL)
 
-    def _in_order(self, tokens: tuple[SampledToken, ...]) -> list[SampledToken]:
+    def _in_order(self, tokens: tuple[SampledToken, ...]) -> Sequence[SampledToken]:
+        if not self._early and len(tokens) == 1 and tokens[0].index == self.num_tokens:
+            return tokens  # as nearly always
         ready: list[SampledToken] = []
         for token in tokens:
             if token.index >= self.num_tokens + len(ready):
@@ -159,7 +162,7 @@ class AnswerRun:
         else:
             self._fail(WorkerLost(f"the {duty} worker gave the request up ({finish.reason})"))
 
-    def _make_delta(self, ready: list[SampledToken]) -> Delta | None:
+    def _make_delta(self, ready: Sequence[SampledToken]) -> Delta | None:
         text: list[str] = []
         offsets: list[int] = []
         shown = 0

@@ -11,9 +11,9 @@ waits, and the timer of the deadline is always armed.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from baton.errors import BatonError, DeadlineExceeded, InternalError, Overloaded
 from baton.tokenizer import Tokenizer
@@ -40,8 +40,9 @@ class Usage:
     cached_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Output:
+class _Output(NamedTuple):
+    """One for every token: cheaper to make than a frozen dataclass."""
+
     duty: Role
     worker: str
     output: AttemptOutput
@@ -77,7 +78,8 @@ class _Inbox:
     """Events for one request; `take` returns all that have arrived."""
 
     def __init__(self) -> None:
-        self._events: deque[_Event] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._events: list[_Event] = []
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, event: _Event) -> None:
@@ -87,10 +89,9 @@ class _Inbox:
 
     async def take(self) -> list[_Event]:
         while not self._events:
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             await self._waiter
-        events = list(self._events)
-        self._events.clear()
+        events, self._events = self._events, []
         return events
 
 
@@ -128,6 +129,7 @@ class Serving:
             )
             for answer in request.answers
         }
+        self._open = set(self._runs)  # answers that have not ended
         self._placed: dict[AttemptId, Decision] = {}
         self._avoid: set[str] = set()
         self._timers: list[asyncio.TimerHandle] = []
@@ -159,7 +161,7 @@ class Serving:
             self._arm(self._request.deadline, _Abort(late))
             for run in self._runs.values():
                 self._begin(run, 0)
-            while any(run.phase is not Phase.DONE for run in self._runs.values()):
+            while self._open:
                 batch: list[Delta] = []
                 error = self._absorb(await self._inbox.take(), batch)
                 if batch:
@@ -227,6 +229,7 @@ class Serving:
 
     def _absorb(self, events: list[_Event], batch: list[Delta]) -> BatonError | None:
         """Append to `batch` what the events tell; return the error that ends the request."""
+        now = asyncio.get_running_loop().time()
         try:
             for event in events:
                 run = self._run_of(event)
@@ -234,7 +237,7 @@ class Serving:
                     continue
                 delta = self._apply(run, event)
                 if delta is not None:
-                    self._note_progress(delta)
+                    self._note_progress(delta, now)
                     batch.append(delta)
                 self._follow_up(run)
         except BatonError as error:
@@ -267,6 +270,7 @@ class Serving:
             self._cancel(run.attempt, "a stop string was found")
             self._arm_grace(run, SETTLE_GRACE_S)
         elif run.phase is Phase.DONE:
+            self._open.discard(run.attempt.request_id)
             self._cancel(run.attempt, "the answer is complete")
         elif run.awaiting_peer:
             self._arm_grace(run, PEER_GRACE_S)
@@ -315,8 +319,7 @@ class Serving:
         loop = asyncio.get_running_loop()
         self._timers.append(loop.call_at(when, self._inbox.put, event))
 
-    def _note_progress(self, delta: Delta) -> None:
-        now = asyncio.get_running_loop().time()
+    def _note_progress(self, delta: Delta, now: float) -> None:
         self.timeline.output_tokens += len(delta.tokens)
         if delta.tokens and self._stopwatch.first_at is None:
             span = self._parts.traces.span("first_token", self._request.received, now)

@@ -12,7 +12,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from baton.errors import BatonError
+from baton.errors import BatonError, InternalError
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
 from conductor.http_errors import JsonResponse, error_body, error_response
@@ -20,7 +20,10 @@ from conductor.openai_reply import Reply, usage_body
 from conductor.request import Request
 from conductor.service import Conductor
 
+DIRECT_SEND = "baton.send"  # in the ASGI scope: the server's own `send`
 SEND_GRACE_S = 10.0  # beyond the request's deadline, for a client that reads slowly
+
+_MARK = "\0text\0"
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ class GenerationResponse(Response):
             aclosing(self._conductor.generate(self._request)) as results,
         ):
             try:
-                response = await self._respond(results, send)
+                response = await self._respond(scope, results, send)
             except BatonError as error:
                 response = error_response(error, self._request.id)
             except Exception as error:
@@ -58,7 +61,7 @@ class GenerationResponse(Response):
             if response is not None:
                 await response(scope, receive, send)
 
-    async def _respond(self, results: Results, send: Send) -> Response | None:
+    async def _respond(self, scope: Scope, results: Results, send: Send) -> Response | None:
         """Collect everything, then answer."""
         deltas: list[Delta] = []
         usage = Usage(0, 0, 0)
@@ -86,8 +89,11 @@ class StreamResponse(GenerationResponse):
         self._include_usage = include_usage
         self._every_chunk = usage_in_every_chunk
         self._tokens = 0
+        # Whether a chunk in the middle of an answer says nothing of its own but its text.
+        self._plain = not usage_in_every_chunk and not reply.want_logprobs
+        self._around: dict[int, tuple[bytes, bytes]] = {}  # answer -> what encloses its texts
 
-    async def _respond(self, results: Results, send: Send) -> Response | None:
+    async def _respond(self, scope: Scope, results: Results, send: Send) -> Response | None:
         first = await anext(results)  # errors until here have a status of their own
         await send(
             {
@@ -101,6 +107,7 @@ class StreamResponse(GenerationResponse):
                 ],
             }
         )
+        send = scope.get(DIRECT_SEND, send)
         opening = b"".join(self._with_usage(chunk) for chunk in self._reply.opening())
         await _send_body(send, opening + self._events(first))
         try:
@@ -119,12 +126,28 @@ class StreamResponse(GenerationResponse):
     def _events(self, result: list[Delta] | Usage) -> bytes:
         if isinstance(result, Usage):
             return _event(self._reply.frame([], result)) if self._include_usage else b""
-        return b"".join(self._delta_event(delta) for delta in result)
+        if len(result) == 1:
+            return self._delta_event(result[0])
+        return b"".join(map(self._delta_event, result))
 
     def _delta_event(self, delta: Delta) -> bytes:
+        if self._plain and delta.finish_reason is None:
+            if not delta.text:
+                return b""
+            before, after = self._around.get(delta.index) or self._enclosing(delta.index)
+            return before + orjson.dumps(delta.text) + after
         self._tokens += len(delta.tokens)
         chunk = self._reply.chunk(delta)
         return b"" if chunk is None else self._with_usage(chunk)
+
+    def _enclosing(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after the text in the plain events of an answer."""
+        chunk = self._reply.chunk(Delta(index, _MARK))
+        if chunk is None:
+            raise InternalError("a chunk with text was left out")
+        before, _, after = self._with_usage(chunk).rpartition(orjson.dumps(_MARK))
+        self._around[index] = before, after
+        return before, after
 
     def _with_usage(self, chunk: dict[str, Any]) -> bytes:
         """Who asks for the usage gets the field in every chunk; it is null but in the last."""

@@ -28,7 +28,7 @@ class Metrics:
         self.tpot = own.histogram(
             "baton_tpot_seconds", "Time per output token after the first, by answer.", _SHORT
         )
-        self.itl = own.histogram(
+        self.itl = own.distribution(
             "baton_itl_seconds", "Time between two deliveries of tokens of an answer.", _SHORT
         )
         self.e2e = own.histogram("baton_e2e_seconds", "Time from receipt to the end.", _LONG)
@@ -36,7 +36,7 @@ class Metrics:
         self.cached_tokens = own.counter(
             "baton_cached_prompt_tokens", "Prompt tokens whose KV was found in a cache."
         )
-        self.output_tokens = own.counter("baton_output_tokens", "Tokens generated.")
+        self.output_tokens = own.tally("baton_output_tokens", "Tokens generated.")
         self.retries = own.counter("baton_attempt_retries", "Attempts after the first one.")
         own.registry.register(_FleetCollector(fleet))
 
@@ -65,7 +65,7 @@ class Stopwatch:
             if count:
                 metrics.itl.observe(now - last)
             self._answers[answer] = (first, now, count + tokens)
-            metrics.output_tokens.inc(tokens)
+            metrics.output_tokens.value += tokens
         if finished and answer in self._answers:
             first, last, count = self._answers[answer]
             if count > 1:

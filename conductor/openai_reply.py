@@ -21,7 +21,7 @@ class Reply:
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._want_logprobs = any(a.sampling.logprobs is not None for a in request.answers)
+        self.want_logprobs = any(a.sampling.logprobs is not None for a in request.answers)
         self._head = {"id": request.id, "created": int(time.time()), "model": request.model}
         self._answers = len(request.answers)
 
@@ -32,7 +32,7 @@ class Reply:
     def chunk(self, delta: Delta) -> dict[str, Any] | None:
         """The chunk for a delta; None when it has nothing to show yet."""
         tokens = delta.tokens[: len(delta.tokens) - delta.hidden]
-        logprobs = self._logprobs(tokens, delta.offsets) if self._want_logprobs and tokens else None
+        logprobs = self._logprobs(tokens, delta.offsets) if self.want_logprobs and tokens else None
         if not delta.text and logprobs is None and delta.finish_reason is None:
             return None
         return self.frame([self._chunk_choice(delta, logprobs)])
@@ -69,7 +69,7 @@ class Reply:
         """Text, log-probabilities and finish reason of one whole answer."""
         text = "".join(delta.text for delta in deltas)
         reason = next((d.finish_reason for d in reversed(deltas) if d.finish_reason), None)
-        if not self._want_logprobs:
+        if not self.want_logprobs:
             return text, None, reason
         shown = [
             pair

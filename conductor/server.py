@@ -24,7 +24,7 @@ from baton.rpc.services import WorkerDialer
 from conductor.cluster import ConductorIdentity
 from conductor.config import ConductorConfig
 from conductor.grpc_inference import SERVICE_NAME, add_inference
-from conductor.http import make_app
+from conductor.http import make_app, with_direct_send
 from conductor.service import Conductor, Policy, ServedModel
 
 CANCEL_S = 2.0  # for clean-up after running requests were cancelled
@@ -157,7 +157,8 @@ class _HttpServer(uvicorn.Server):
         self.listening = asyncio.Event()
         super().__init__(
             uvicorn.Config(
-                app,
+                with_direct_send(app),
+                http="httptools",  # a streamed token costs 6 µs less than with h11
                 lifespan="off",
                 backlog=BACKLOG,
                 access_log=False,

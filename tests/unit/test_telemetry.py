@@ -62,3 +62,18 @@ def test_metrics_are_rendered_from_their_own_registry() -> None:
 def test_metric_names_have_the_prefix() -> None:
     with pytest.raises(ValueError, match="baton_running"):
         Metrics().gauge("running", "sequences")
+
+
+def test_what_is_counted_per_token_reads_like_the_librarys_metrics() -> None:
+    metrics = Metrics()
+    metrics.tally("baton_things", "things").value += 3
+    ours = metrics.distribution("baton_ours_seconds", "times", (0.1, 1.0, 5))
+    theirs = metrics.histogram("baton_theirs_seconds", "times", (0.1, 1.0, 5))
+    for value in (0.05, 0.1, 0.5, 7.0):
+        ours.observe(value)
+        theirs.observe(value)
+    lines = [line for line in metrics.render().decode().splitlines() if "_created" not in line]
+    assert "baton_things_total 3.0" in lines
+    ours_text = [line for line in lines if "_ours_" in line]
+    assert len(ours_text) == 8
+    assert [line.replace("theirs", "ours") for line in lines if "_theirs_" in line] == ours_text
