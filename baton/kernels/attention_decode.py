@@ -43,7 +43,8 @@ class PagedDecode:
     """
 
     def __init__(self) -> None:
-        self._arrivals: dict[torch.device, torch.Tensor] = {}
+        # Outgrown ones stay: recorded CUDA graphs go on using them.
+        self._arrivals: dict[torch.device, list[torch.Tensor]] = {}
 
     def __call__(
         self,
@@ -106,11 +107,10 @@ class PagedDecode:
 
     def _counters(self, count: int, device: torch.device) -> torch.Tensor:
         """How many stretches of each (sequence, KV head) are done: all 0 between launches."""
-        counters = self._arrivals.get(device)
-        if counters is None or len(counters) < count:
-            counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-            self._arrivals[device] = counters
-        return counters
+        made = self._arrivals.setdefault(device, [])
+        if not made or len(made[-1]) < count:
+            made.append(torch.zeros(max(count, 4096), dtype=torch.int32, device=device))
+        return made[-1]
 
 
 def _batch_pad(batch: int) -> int:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
+from typing import Any
 
 import xxhash
 
 from baton.errors import DigestMismatch
 from baton.kv.layout import byte_range
 from baton.kv.transport.base import PoolMemory
-from baton.kv.transport.memory import host_bytes
+from baton.kv.transport.memory import host_runs
 from baton.types.fleet import KvLayout
 
 PIECES = 8
@@ -100,13 +101,13 @@ def _runs(
     first, length = byte_range(layout, 0, layer_begin, layer_end)
     stride = layout.block_bytes
     if memory.device == "cpu":
-        pool = host_bytes(memory, 0, memory.nbytes)  # once: a view per block is what costs here
+        buffer: Any = memory.buffer
+        pool = memoryview(buffer[: memory.nbytes])  # once: a view per block is what costs here
         for block in blocks:
             start = block * stride + first
             yield pool[start : start + length]
     else:
-        for block in blocks:
-            yield host_bytes(memory, block * stride + first, length)
+        yield from host_runs(memory, stride, blocks, first, length)
 
 
 def _digest(data: memoryview, mode: Verify) -> bytes:

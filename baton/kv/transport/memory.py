@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from baton.errors import ConfigError
 from baton.kv.transport.base import PoolMemory
 
 Bytes = npt.NDArray[np.uint8]
+
+_COPY_BYTES = 64 << 20
+"""Of CUDA memory that `host_runs` gathers at a time."""
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; missing from the mmap module
 
@@ -65,10 +69,20 @@ def require_cpu(transport: str, device: str) -> None:
         )
 
 
-def host_bytes(memory: PoolMemory, offset: int, length: int) -> memoryview:
-    """Bytes [offset, offset + length) of a pool: a view on the CPU, a copy from CUDA."""
+def host_runs(
+    memory: PoolMemory, stride: int, blocks: Sequence[int], first: int, length: int
+) -> Iterator[memoryview]:
+    """Bytes [first, first + length) of blocks of `stride` bytes, copied from CUDA many at a time.
+
+    The copies are on the current stream of the calling thread. The runner's is another one, so they
+    overlap with a step that computes, and wait for nothing.
+    """
+    import torch
+
     buffer: Any = memory.buffer
-    part = buffer[offset : offset + length]
-    if memory.device == "cpu":
-        return memoryview(part)
-    return memoryview(part.cpu().numpy())
+    rows = buffer[: memory.nbytes // stride * stride].view(-1, stride)
+    at_once = max(1, _COPY_BYTES // length)
+    for begin in range(0, len(blocks), at_once):
+        some = torch.tensor(blocks[begin : begin + at_once], device=rows.device)
+        for run in rows[some, first : first + length].cpu().numpy():
+            yield memoryview(run)
