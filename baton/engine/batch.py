@@ -37,8 +37,8 @@ class SampleRequest(NamedTuple):
         return bool(self.prompt)
 
     def after(self, token: int) -> SampleRequest:
-        """The request of an item that follows, with the token that it follows."""
-        return self._replace(output=(*self.output, token)) if self.penalized else self
+        """The penalized request of an item that follows, with the token that it follows."""
+        return self._replace(output=(*self.output, token))
 
 
 class BatchItem(NamedTuple):
@@ -135,5 +135,7 @@ def _resolved(item: BatchItem, last: Mapping[int, int]) -> BatchItem:
     token = last.get(item.sequence)
     if token is None:
         raise InternalError(f"Sequence {item.sequence} follows a token that was not sampled.")
-    sample = None if item.sample is None else item.sample.after(token)
+    sample = item.sample
+    if sample is not None and sample.penalized:
+        sample = sample.after(token)
     return BatchItem(item.sequence, (token,), item.start, item.blocks, sample)
