@@ -184,7 +184,7 @@ def test_an_incomplete_model_does_not_run() -> None:
     model = NativeModel(shape, (0,), 1)
     memory = torch.zeros(16 * 32 * 2, dtype=torch.bfloat16)
     pool = Pool(memory.data_ptr(), 1, 16)
-    with pytest.raises(InternalError, match="was not loaded"):
+    with pytest.raises(InternalError, match="not all weights were loaded"):
         model.forward(NativeBatch([1], [1], [0], [0], [1], [True]), pool)
     values = torch.zeros(64, dtype=torch.bfloat16)
     for weight, layer, count, message in (

@@ -17,9 +17,7 @@ constexpr Weight kAll[] = {
 };
 static_assert(std::size(kAll) == kWeights);
 
-void require(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
-}
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 }  // namespace
 
@@ -43,7 +41,7 @@ Model::Model(const ModelShape& shape, const int64_t* windows, int threads,
              const std::vector<int>& cpus)
     : shape_(shape), windows_(windows, windows + shape.layers), team_(threads, cpus) {
   const std::string reason = why_not(shape);
-  require(reason.empty(), reason);
+  if (!reason.empty()) refuse(reason);
   places_.resize(shape.layers * kWeights);
   loaded_.resize(places_.size());
   weights_ = Memory(lay_out(nullptr));
@@ -112,13 +110,16 @@ Packed Model::packed(Weight weight, int64_t layer) const {
 
 void Model::load(Weight weight, int64_t layer, const void* source, int64_t values) {
   const auto number = static_cast<int>(weight);
-  require(number >= 0 && number < kWeights, "unknown weight " + std::to_string(number));
-  require(layer >= 0 && layer < (per_layer(weight) ? shape_.layers : 1),
-          "no layer " + std::to_string(layer) + " for weight " + std::to_string(number));
+  const std::string name = "weight " + std::to_string(number);
+  if (number < 0 || number >= kWeights) refuse("there is no " + name);
+  if (layer < 0 || layer >= (per_layer(weight) ? shape_.layers : 1)) {
+    refuse("no layer " + std::to_string(layer) + " for " + name);
+  }
   const Form f = form(weight);
-  require(f.kind != Form::kAbsent && values == f.out * f.in,
-          "weight " + std::to_string(number) + " has " + std::to_string(values) + " values, not " +
-              std::to_string(f.kind == Form::kAbsent ? 0 : f.out * f.in));
+  const int64_t wanted = f.kind == Form::kAbsent ? 0 : f.out * f.in;
+  if (values != wanted || !wanted) {
+    refuse(name + " has " + std::to_string(values) + " values, not " + std::to_string(wanted));
+  }
   const auto* from = static_cast<const bf16*>(source);
   uint8_t* to = place(weight, layer);
   if (f.kind == Form::kPlain) {
@@ -131,47 +132,59 @@ void Model::load(Weight weight, int64_t layer, const void* source, int64_t value
     });
   }
   loaded_[layer * kWeights + number] = true;
+  complete_ = true;
+  for (size_t i = 0; i < places_.size(); ++i) complete_ &= !places_[i] || loaded_[i];
 }
 
 // Where each row's position and KV are, and which rows are sampled. Refuses what would be read or
 // written outside of the model's tables and the pool.
 void Model::plan(const Batch& batch, const PoolView& pool) {
-  for (size_t i = 0; i < places_.size(); ++i) {
-    require(!places_[i] || loaded_[i], "weight " + std::to_string(i % kWeights) + " of layer " +
-                                           std::to_string(i / kWeights) + " was not loaded");
+  if (!complete_) refuse("not all weights were loaded");
+  if (pool.block_size <= 0 || pool.block_size % 16) {
+    refuse("blocks of " + std::to_string(pool.block_size) + " tokens, not a multiple of 16");
   }
   for (int64_t row = 0; row < batch.rows; ++row) {
-    require(batch.tokens[row] >= 0 && batch.tokens[row] < shape_.vocab,
-            "token " + std::to_string(batch.tokens[row]) + " is outside of the vocabulary");
+    if (batch.tokens[row] < 0 || batch.tokens[row] >= shape_.vocab) {
+      refuse("token " + std::to_string(batch.tokens[row]) + " is outside of the vocabulary");
+    }
   }
-  require(pool.block_size > 0 && pool.block_size % 16 == 0,
-          "blocks of " + std::to_string(pool.block_size) + " tokens, not a multiple of 16");
   rows_ = 0;
   positions_.clear(), slots_.clear(), spans_.clear(), picked_.clear();
   const int32_t* table = batch.blocks;
   for (int64_t i = 0; i < batch.spans; table += batch.table_sizes[i], ++i) {
-    const int64_t queries = batch.queries[i], start = batch.starts[i], end = start + queries;
-    require(queries > 0 && start >= 0 && end <= shape_.positions && rows_ + queries <= batch.rows,
-            "a sequence's tokens [" + std::to_string(start) + ", " + std::to_string(end) +
-                ") leave the batch or the model's positions");
-    const int64_t blocks = (end + pool.block_size - 1) / pool.block_size;
-    require(blocks <= batch.table_sizes[i], "a block table is too short");
-    for (int64_t block = 0; block < blocks; ++block) {
-      require(table[block] >= 0 && table[block] < pool.blocks,
-              "block " + std::to_string(table[block]) + " is outside of the pool");
+    const int64_t queries = batch.queries[i], start = batch.starts[i];
+    if (queries <= 0 || start < 0 || start + queries > shape_.positions ||
+        rows_ + queries > batch.rows) {
+      refuse("a sequence's " + std::to_string(queries) + " tokens from " + std::to_string(start) +
+             " leave the batch or the model's positions");
     }
-    spans_.push_back({rows_, queries, start, table});
-    for (int64_t at = start; at < end; ++at) {
-      positions_.push_back(static_cast<int32_t>(at));
-      slots_.push_back(table[at / pool.block_size] * pool.block_size + at % pool.block_size);
-    }
-    rows_ += queries;
+    add_span({rows_, queries, start, table}, batch.table_sizes[i], pool);
     if (batch.sampled[i]) picked_.push_back(static_cast<int32_t>(rows_ - 1));
   }
-  require(rows_ == batch.rows, "the spans have " + std::to_string(rows_) + " tokens, not " +
-                                   std::to_string(batch.rows));
+  if (rows_ != batch.rows) {
+    refuse("the sequences have " + std::to_string(rows_) + " tokens, not " +
+           std::to_string(batch.rows));
+  }
 }
 
+void Model::add_span(const Span& span, int64_t table_size, const PoolView& pool) {
+  const int64_t end = span.start + span.queries;
+  const int64_t blocks = (end + pool.block_size - 1) / pool.block_size;
+  if (blocks > table_size) refuse("a block table is too short");
+  for (int64_t i = 0; i < blocks; ++i) {
+    if (span.blocks[i] < 0 || span.blocks[i] >= pool.blocks) {
+      refuse("block " + std::to_string(span.blocks[i]) + " is outside of the pool");
+    }
+  }
+  for (int64_t at = span.start; at < end; ++at) {
+    positions_.push_back(static_cast<int32_t>(at));
+    slots_.push_back(span.blocks[at / pool.block_size] * pool.block_size + at % pool.block_size);
+  }
+  spans_.push_back(span);
+  rows_ += span.queries;
+}
+
+// Workspace for `rows` rows.
 void Model::reserve(int64_t rows) {
   if (rows <= capacity_) return;
   // Steps grow to the largest that the engine makes; doubling gets there in a few.

@@ -112,8 +112,6 @@ class Model {
   void forward(const Batch& batch, const PoolView& pool, int64_t begin, int64_t end, float* logits,
                int64_t stride, int64_t* best);
 
-  const ModelShape& shape() const { return shape_; }
-  int64_t weight_bytes() const { return weights_.size(); }
   Profile take_profile();
 
  private:
@@ -125,6 +123,7 @@ class Model {
   Packed packed(Weight weight, int64_t layer = 0) const;
   int64_t lay_out(uint8_t* memory);
   void plan(const Batch& batch, const PoolView& pool);
+  void add_span(const Span& span, int64_t table_size, const PoolView& pool);
   void reserve(int64_t rows);
   int64_t divide_workspace(int64_t rows, uint8_t* memory);
 
@@ -134,6 +133,7 @@ class Model {
   Memory weights_;
   std::vector<uint8_t*> places_;  // by layer, then weight; null: absent
   std::vector<bool> loaded_;
+  bool complete_ = false;  // every weight is there
 
   // The plan of the current batch.
   int64_t rows_ = 0;

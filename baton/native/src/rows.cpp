@@ -126,21 +126,24 @@ void rope_and_write(Member& member, bf16* qkv, int64_t rows, int64_t stride,
                     const Pool& pool, int64_t layer) {
   const int64_t dim = pool.head_dim, rotated = shape.heads + pool.kv_heads;
   const int64_t heads = rotated + pool.kv_heads;
-  const auto [begin, end] = share(member, rows * heads);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t row = unit / heads, head = unit % heads;
-    bf16* x = qkv + row * stride + head * dim;
+  const auto [begin, end] = share(member, rows * heads);  // of all rows' heads
+  for (int64_t row = begin / heads; row * heads < end; ++row) {
+    const int64_t first = std::max(begin - row * heads, int64_t{0});
+    const int64_t last = std::min(end - row * heads, heads);
     const int64_t block = slots[row] / pool.block_size, offset = slots[row] % pool.block_size;
-    if (head >= rotated) {
-      bf16* value = pool.rows(block, layer, 1, head - rotated) + offset * dim;
-      std::memcpy(value, x, dim * sizeof(bf16));
-      continue;
-    }
-    bf16* out =
-        head < shape.heads ? x : pool.rows(block, layer, 0, head - shape.heads) + offset * dim;
     const int64_t angle = positions[row] * (dim / 2);
-    rotate_head(x, shape.qk_norm ? shape.qk_norm + head * dim : nullptr, shape.cos + angle,
-                shape.sin + angle, shape.eps, dim, out);
+    for (int64_t head = first; head < last; ++head) {
+      bf16* x = qkv + row * stride + head * dim;
+      if (head >= rotated) {
+        bf16* value = pool.rows(block, layer, 1, head - rotated) + offset * dim;
+        std::memcpy(value, x, dim * sizeof(bf16));
+        continue;
+      }
+      bf16* out =
+          head < shape.heads ? x : pool.rows(block, layer, 0, head - shape.heads) + offset * dim;
+      rotate_head(x, shape.qk_norm ? shape.qk_norm + head * dim : nullptr, shape.cos + angle,
+                  shape.sin + angle, shape.eps, dim, out);
+    }
   }
   member.barrier();
 }
