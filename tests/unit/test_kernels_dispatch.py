@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def test_every_module_imports_without_triton_and_the_error_says_what_to_do() -> 
         "import sys\n"
         "sys.modules['triton'] = None\n"
         "import baton.kernels.attention_decode, baton.kernels.attention_prefill\n"
-        "import baton.kernels.kv_copy, baton.kernels.tiles\n"
+        "import baton.kernels.kv_copy, baton.kernels.tiles, baton.kernels.rows\n"
+        "import baton.kernels.sampling, baton.kernels.flash\n"
         "from baton.errors import ConfigError\n"
         "from baton.kernels.dispatch import kernels_for\n"
         "try:\n"
@@ -54,6 +56,15 @@ def test_every_module_imports_without_triton_and_the_error_says_what_to_do() -> 
 def test_unknown_kernels_are_refused_with_the_choices() -> None:
     with pytest.raises(ConfigError, match="choose one of reference, triton"):
         kernels_for("cpu", "cutlass")
+
+
+def test_flash_needs_a_gpu_and_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"need torch 2\.13 or newer"):
+        kernels_for("cuda", "flash")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match="need a CUDA GPU, and the device is 'cpu'"):
+        kernels_for("cpu", "flash")
 
 
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
