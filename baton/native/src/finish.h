@@ -21,11 +21,18 @@ inline void store_pair(bf16* at, __mmask32 mask, __m512 low, __m512 high) {
   _mm512_mask_storeu_epi16(at, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
 
+// The same for a whole line, past the caches.
+inline void stream_pair(bf16* at, __m512 low, __m512 high) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(at),
+                      reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+}
+
 // 32 sums, plus what is added to them in bfloat16.
 struct SumPair {
   __m512 low, high;
 
-  explicit SumPair(const float* sums) : low(_mm512_load_ps(sums)), high(_mm512_load_ps(sums + 16)) {}
+  explicit SumPair(const float* sums)
+      : low(_mm512_load_ps(sums)), high(_mm512_load_ps(sums + 16)) {}
 
   void add(const bf16* at, __mmask32 mask) {
     low = _mm512_add_ps(low, load_bf16(at, static_cast<__mmask16>(mask)));
@@ -38,13 +45,18 @@ struct StoreBf16 {
   const bf16* bias;
   bf16* out;
   int64_t stride, columns;
+  // Store past the caches. Rows of a large result are pages apart, and fall on few sets of a cache:
+  // bringing each line in to write it once takes longer than the product. The barrier at the end
+  // of a product orders these stores: its locked addition waits for them.
+  bool far;
 
   void operator()(int64_t row, int64_t panel, const float* sums) const {
     const int64_t column = panel * kPanelColumns;
     const __mmask32 mask = first_of_32(columns - column);
     SumPair sum(sums);
     if (bias != nullptr) sum.add(bias + column, mask);
-    store_pair(out + row * stride + column, mask, sum.low, sum.high);
+    bf16* at = out + row * stride + column;
+    far ? stream_pair(at, sum.low, sum.high) : store_pair(at, mask, sum.low, sum.high);
   }
 };
 

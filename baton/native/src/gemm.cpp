@@ -28,15 +28,19 @@ namespace {
 
 constexpr int64_t kTile = kTileRows * kTileDepth;  // values in a tile
 constexpr int64_t kBlockRows = 2 * kTileRows;
-constexpr int64_t kBlock = kBlockRows * kPanelColumns;  // sums in a block
-constexpr int64_t kLine = 64;                           // bytes in a cache line
+constexpr int64_t kBlock = kBlockRows * kPanelColumns;    // sums in a block
+constexpr int64_t kLine = 64;                             // bytes in a cache line
 constexpr int64_t kStepBytes = 2 * kTile * sizeof(bf16);  // of weights in one step of depth 32
+constexpr int64_t kStepLines = kStepBytes / kLine;
+constexpr int64_t kTurns = 4;  // of fetching weights, per step
 
-constexpr int64_t kSlabSteps = 16;
-constexpr int64_t kMaxStrip = 16;             // blocks
-constexpr int64_t kStripBytes = 1100 << 10;   // of left operand; the second-level cache has 2 MiB
-constexpr int64_t kLead = 4 * kStepBytes;     // from what is read to what is fetched, streaming
-constexpr int64_t kJobBytes = 64 << 10;       // of weights taken at once
+// Found by measuring, with 48 KiB of first-level and 2 MiB of second-level cache per core.
+constexpr int64_t kSlabSteps = 16;           // 32 KiB of weights
+constexpr int64_t kMaxStrip = 16;            // blocks
+constexpr int64_t kStripBytes = 1100 << 10;  // of left operand in a strip
+constexpr int64_t kLead = kStepBytes / 2;    // from what is read to what is fetched, one block
+constexpr int64_t kFarBytes = 2 << 20;       // a larger result is stored past the caches
+constexpr int64_t kJobBytes = 64 << 10;      // of weights taken at once
 
 // Tiles: 0 1 / 2 3 the sums, 4 and 5 the left operand, 6 and 7 the weights.
 constexpr TileConfig short_tiles(int64_t rows) {
@@ -78,7 +82,8 @@ struct Plan {
   int64_t end_block(int64_t job) const { return std::min(blocks, first_block(job) + strip); }
 };
 
-// Brings weights into the cache in the order in which this member will read them.
+// Brings weights into the cache in the order in which this member will read them. Four times per
+// step of depth 32, as many loads at once as the first-level cache takes would delay the tiles'.
 class Ahead {
  public:
   // A job begins whose weights are [first, end); those of the next begin at `next`, or null.
@@ -89,20 +94,20 @@ class Ahead {
     if (arrived) return;
     at_ = reinterpret_cast<const char*>(first);
     allow(lead / kLine, lead / kLine);
-    step();
+    turn();
   }
 
-  // Of the following steps, each brings `per_step` lines, and all together at most `lines`.
-  void allow(int64_t lines, int64_t per_step) {
+  // The following turns bring `per_turn` lines each, and all together at most `lines`.
+  void allow(int64_t lines, int64_t per_turn) {
     lines_ = lines;
-    per_step_ = per_step;
+    per_turn_ = per_turn;
   }
 
-  void step() {
+  void turn() {
     if (lines_ <= 0 || at_ == nullptr) return;
-    for (int64_t line = 0; line < per_step_; ++line) _mm_prefetch(at_ + line * kLine, _MM_HINT_T0);
-    at_ += per_step_ * kLine;
-    lines_ -= per_step_;
+    for (int64_t line = 0; line < per_turn_; ++line) _mm_prefetch(at_ + line * kLine, _MM_HINT_T0);
+    at_ += per_turn_ * kLine;
+    lines_ -= per_turn_;
     if (end_ != nullptr && at_ >= end_) {
       at_ = next_;
       end_ = nullptr;
@@ -113,7 +118,7 @@ class Ahead {
   const char* at_ = nullptr;
   const char* end_ = nullptr;   // of the current job's weights; null once at_ is in the next job's
   const char* next_ = nullptr;
-  int64_t lines_ = 0, per_step_ = 0;
+  int64_t lines_ = 0, per_turn_ = 0;
 };
 
 template <bool kStream>
@@ -154,7 +159,7 @@ class Worker {
   }
 
  private:
-  // A complete block whose rows, from `next` on, are not finished.
+  // A block of the result whose rows, from `next` on, are not finished.
   struct Waiting {
     const float* sums = nullptr;
     int64_t panel = 0, first_row = 0, rows = 0, next = 0;
@@ -172,7 +177,7 @@ class Worker {
 
   // One block of the result and the whole depth: weights are read once.
   void stream(int64_t p) {
-    ahead_.allow(plan_.depth * kStepBytes / kLine, kStepBytes / kLine);
+    ahead_.allow(plan_.depth * kStepLines, kStepLines / kTurns);
     block<false>(p, 0, 0, plan_.depth, sums_);
   }
 
@@ -180,17 +185,21 @@ class Worker {
     const int64_t blocks = end_block - first_block;
     for (int64_t k = 0; k < plan_.depth; k += kSlabSteps) {
       const int64_t end = std::min(plan_.depth, k + kSlabSteps);
-      ahead_.allow((end - k) * kStepBytes / kLine, (kStepBytes / kLine + blocks - 1) / blocks);
-      for (int64_t b = 0; b < blocks; ++b) block<true>(p, first_block + b, k, end, sums_ + b * kBlock);
+      ahead_.allow((end - k) * kStepLines, (kStepLines / kTurns + blocks - 1) / blocks);
+      for (int64_t b = 0; b < blocks; ++b) {
+        block<true>(p, first_block + b, k, end, sums_ + b * kBlock);
+      }
     }
   }
 
   // Adds depth steps [k, end) to a block; where `end` is all of it, the block waits to be finished.
   template <bool kStreamLeft>
   void block(int64_t p, int64_t b, int64_t k, int64_t end, float* sums) {
-    const int64_t rows = std::min(kBlockRows, plan_.rows - b * kBlockRows);
-    rows > kTileRows ? add<2, kStreamLeft>(p, b, k, end, sums) : add<1, kStreamLeft>(p, b, k, end, sums);
-    if (end == plan_.depth) waiting_ = {sums, p, b * kBlockRows, rows, 0};
+    const int64_t first_row = b * kBlockRows;
+    const Waiting block{sums, p, first_row, std::min(kBlockRows, plan_.rows - first_row), 0};
+    block.rows > kTileRows ? add<2, kStreamLeft>(p, b, k, end, sums)
+                           : add<1, kStreamLeft>(p, b, k, end, sums);
+    if (end == plan_.depth) waiting_ = block;
   }
 
   template <int kTiles, bool kStreamLeft>
@@ -198,21 +207,24 @@ class Worker {
     const bf16* upper = a_ + (2 * b * plan_.depth + k) * kTile;
     const bf16* lower = upper + plan_.depth * kTile;
     const bf16* weights = panel(p) + k * 2 * kTile;
-    const int64_t finish_each = (kBlockRows + end - k - 1) / (end - k);
+    const int64_t rows_each = (kBlockRows + end - k - 1) / (end - k);
     begin<kTiles>(k == 0, sums);
     for (; k < end; ++k, upper += kTile, lower += kTile, weights += 2 * kTile) {
-      ahead_.step();
+      ahead_.turn();
       load_upper<kStreamLeft>(upper);
       _tile_loadd(6, weights, kLine);
       _tile_dpbf16ps(0, 4, 6);
+      ahead_.turn();
       _tile_loadd(7, weights + kTile, kLine);
       _tile_dpbf16ps(1, 4, 7);
+      ahead_.turn();
       if constexpr (kTiles == 2) {
         load_lower<kStreamLeft>(lower);
         _tile_dpbf16ps(3, 5, 7);
         _tile_dpbf16ps(2, 5, 6);
       }
-      finish_rows(finish_each);
+      ahead_.turn();
+      finish_rows(rows_each);
     }
     store<kTiles>(sums);
   }
@@ -269,7 +281,10 @@ void product(Member& member, const bf16* a, int64_t rows, const Packed& w, const
 
 void multiply(Member& member, const bf16* a_panels, int64_t rows, const Packed& w, const bf16* bias,
               bf16* out, int64_t stride) {
-  product(member, a_panels, rows, w, StoreBf16{bias, out, stride, w.out});
+  // Whole lines only: a row begins with one, and the last panel's columns all exist.
+  const bool lines = stride % kPanelColumns == 0 && w.out % kPanelColumns == 0;
+  const bool far = lines && rows * stride * static_cast<int64_t>(sizeof(bf16)) > kFarBytes;
+  product(member, a_panels, rows, w, StoreBf16{bias, out, stride, w.out, far});
 }
 
 void multiply_f32(Member& member, const bf16* a_panels, int64_t rows, const Packed& w, float* out,

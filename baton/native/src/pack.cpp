@@ -23,10 +23,11 @@ struct Source {
 
 void pack_full_tile(const Source& from, bf16* tile) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i starts = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(from.stride)));
+  const auto stride = static_cast<int>(from.stride);
+  const __m512i starts = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride));
   for (int line = 0; line < kTileRows; ++line) {
     const __m512i pairs = _mm512_i32gather_epi32(starts, from.at + 2 * line, sizeof(bf16));
-    // Past the caches: a weight is packed once and read much later.
+    // Past the caches: a weight is packed once and read much later. The barrier orders it.
     _mm512_stream_si512(reinterpret_cast<__m512i*>(tile + line * kTileDepth), pairs);
   }
 }
@@ -61,7 +62,8 @@ void pack(Member& member, const bf16* weight, int64_t out, int64_t in, bf16* pac
   member.for_each((out + 2 * kTileRows - 1) / (2 * kTileRows), [&](int64_t panel) {
     for (int64_t side = 0; side < 2; ++side) {
       const int64_t row = (2 * panel + side) * kTileRows;
-      pack_rows(weight + row * in, out - row, in, packed + 2 * panel * kTileRows * depth + side * kTile);
+      bf16* at = packed + 2 * panel * kTileRows * depth + side * kTile;
+      pack_rows(weight + row * in, out - row, in, at);
     }
   });
 }
@@ -71,7 +73,8 @@ void pack_gate_up(Member& member, const bf16* gate_up, int64_t half, int64_t in,
   member.for_each(half / kTileRows, [&](int64_t panel) {
     for (int64_t side = 0; side < 2; ++side) {
       const int64_t row = side * half + panel * kTileRows;
-      pack_rows(gate_up + row * in, kTileRows, in, packed + 2 * panel * kTileRows * depth + side * kTile);
+      bf16* at = packed + 2 * panel * kTileRows * depth + side * kTile;
+      pack_rows(gate_up + row * in, kTileRows, in, at);
     }
   });
 }
