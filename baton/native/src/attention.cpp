@@ -3,13 +3,14 @@
 // The queries of a span and the heads that share a KV head are one sequence of columns: column
 // query * group + head of the group, `group` = heads / kv_heads. An item of work is a block of
 // columns of one KV head, with all keys that they see; a prefill chunk makes many of them, a decode
-// one per KV head. Decodes whose keys are a large share of the step are split by tiles of keys.
+// one per KV head. Decodes whose keys are a large share of the step are split by parts of keys.
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
+#include "attention_part.h"
 #include "attention_tile.h"
 #include "ops.h"
 #include "tile.h"
@@ -21,14 +22,16 @@ namespace {
 using attend::Columns;
 using attend::Head;
 using attend::kKeys;
+using attend::kPart;
 using attend::kLanes;
+using attend::kStep;
 using attend::Range;
 using attend::State;
 using attend::Workspace;
 
 constexpr TileConfig kTiles = tile_config({16, 16, 16, 16, 16, 16, 16, 16});
 constexpr int64_t kMinColumns = 128;  // of a block: fewer make transposing V expensive
-constexpr int64_t kRound = 8;         // tiles of a split context that are computed at a time
+constexpr int64_t kRound = 8;         // parts of a split context that are computed at a time
 constexpr int64_t kItemsPerMember = 8;
 
 // A block's queries and results stay in the second-level cache.
@@ -46,7 +49,7 @@ class FlushDenormals {
   unsigned before_;
 };
 
-// What one member needs besides the tiles' workspace, for one block of columns.
+// What one member needs besides the parts' workspace, for one block of columns.
 struct Scratch {
   Workspace work;
   bf16* queries;       // [groups of columns, head_dim * 16]
@@ -55,15 +58,15 @@ struct Scratch {
 
   static int64_t bytes(int64_t head_dim) {
     const int64_t columns = max_columns(head_dim), dim = head_dim;
-    return (2 * kKeys * kLanes + 4 * 256) * 4 + kKeys * dim * 2 + columns * (dim * 2 + 4) +
-           columns / kLanes * State::floats(dim) * 4;
+    return 2 * kKeys * kLanes * 4 + kPart * dim * 2 + columns * (dim * 2 + 4) +
+           (columns / kLanes + 2) * State::floats(dim) * 4;
   }
   Scratch(uint8_t* base, int64_t head_dim) {
     const int64_t columns = max_columns(head_dim);
     work.scores = reinterpret_cast<float*>(base);
-    work.products = work.scores + 2 * kKeys * kLanes;
-    work.values = reinterpret_cast<bf16*>(work.products + 4 * 256);
-    queries = work.values + kKeys * head_dim;
+    work.states = work.scores + 2 * kKeys * kLanes;
+    work.values = reinterpret_cast<bf16*>(work.states + 2 * State::floats(head_dim));
+    queries = work.values + kPart * head_dim;
     positions = reinterpret_cast<int32_t*>(queries + columns * head_dim);
     states = reinterpret_cast<float*>(positions + columns);
   }
@@ -107,15 +110,15 @@ class Attention {
             span.start + last + 1};
   }
 
-  int64_t tiles_of(const Span& span) const {
+  int64_t parts_of(const Span& span) const {
     const Range range = seen(span, 0, span.queries - 1);
-    return (range.end + kKeys - 1) / kKeys - range.begin / kKeys;
+    return (range.end + kPart - 1) / kPart - range.begin / kPart;
   }
 
   void plan() {
     int64_t columns = 0;
     for (int64_t i = 0; i < num_spans_; ++i) {
-      tiles_ += tiles_of(spans_[i]) * pool_.kv_heads;
+      parts_ += parts_of(spans_[i]) * pool_.kv_heads;
       if (!is_narrow(spans_[i])) columns += spans_[i].queries * group_;
     }
     const int64_t wanted = columns * pool_.kv_heads / (member_.size() * kItemsPerMember);
@@ -124,9 +127,9 @@ class Attention {
 
   // Whether one head of the span would be a large part of a member's share.
   bool is_split(const Span& span) const {
-    const int64_t tiles = tiles_of(span);
-    return member_.size() > 1 && is_narrow(span) && tiles > 1 &&
-           tiles * kItemsPerMember * member_.size() > tiles_;
+    const int64_t parts = parts_of(span);
+    return member_.size() > 1 && is_narrow(span) && parts > 1 &&
+           parts * kItemsPerMember * member_.size() > parts_;
   }
 
   int64_t blocks_of(const Span& span) const {
@@ -155,18 +158,18 @@ class Attention {
     State states[2];
     for (int64_t i = 0; i < groups; ++i) load_queries(span, head, first + i * kLanes, i);
     settle();
-    const int64_t begin = range.begin / kKeys * kKeys;
-    for (int64_t tile = begin; tile < range.end; tile += kKeys) {
-      load_values(source, tile, range);
+    const int64_t begin = range.begin / kPart * kPart;
+    for (int64_t part = begin; part < range.end; part += kPart) {
+      load_values(source, part, range);
       for (int64_t i = 0; i < groups; i += 2) {
         const int64_t count = std::min<int64_t>(2, groups - i);
         for (int64_t j = 0; j < count; ++j) parts[j] = columns_at(span, first, i + j);
         for (int64_t j = 0; j < count; ++j) states[j] = state_at(i + j);
-        const bool fresh = tile == begin;
+        const bool fresh = part == begin;
         if (count == 2) {
-          attend::attend<2>(source, tile, parts, shape_.window, scale_, fresh, scratch_.work, states);
+          attend::attend<2>(source, part, parts, shape_.window, scale_, fresh, scratch_.work, states);
         } else {
-          attend::attend<1>(source, tile, parts, shape_.window, scale_, fresh, scratch_.work, states);
+          attend::attend<1>(source, part, parts, shape_.window, scale_, fresh, scratch_.work, states);
         }
       }
     }
@@ -176,30 +179,30 @@ class Attention {
   // Tiles of all KV heads, some at a time; then each head's are merged in their order.
   void run_split(const Span& span) {
     const Range range = seen(span, 0, span.queries - 1);
-    const int64_t begin = range.begin / kKeys * kKeys, heads = pool_.kv_heads;
-    const int64_t tiles = tiles_of(span);
+    const int64_t begin = range.begin / kPart * kPart, heads = pool_.kv_heads;
+    const int64_t parts = parts_of(span);
     const auto slot = [&](int64_t head, int64_t index) {
       return State::at(shared_ + (head * (kRound + 1) + index) * State::floats(dim_), dim_);
     };
-    for (int64_t done = 0; done < tiles; done += kRound) {
-      const int64_t count = std::min(kRound, tiles - done);
+    for (int64_t done = 0; done < parts; done += kRound) {
+      const int64_t count = std::min(kRound, parts - done);
       member_.for_each(count * heads, [&](int64_t item) {
         const int64_t head = item / count, index = item % count;
         const Head source = {pool_, span.blocks, layer_, head};
-        const int64_t tile = begin + (done + index) * kKeys;
+        const int64_t part = begin + (done + index) * kPart;
         load_queries(span, head, 0, 0);
         settle();
-        load_values(source, tile, range);
+        load_values(source, part, range);
         const Columns columns = columns_at(span, 0, 0);
-        // The first tile of all is put where the others will be merged.
+        // The first part of all is put where the others will be merged.
         const State state = slot(head, done + index == 0 ? 0 : index + 1);
-        attend::attend<1>(source, tile, &columns, shape_.window, scale_, true, scratch_.work, &state);
+        attend::attend<1>(source, part, &columns, shape_.window, scale_, true, scratch_.work, &state);
       });
       member_.for_each(heads, [&](int64_t head) {
         for (int64_t index = done == 0 ? 1 : 0; index < count; ++index) {
           attend::merge(slot(head, 0), slot(head, index + 1), dim_);
         }
-        if (done + count == tiles) finish(span, head, 0, slot(head, 0));
+        if (done + count == parts) finish(span, head, 0, slot(head, 0));
       });
     }
   }
@@ -233,12 +236,12 @@ class Attention {
     }
   }
 
-  void load_values(const Head& source, int64_t tile, Range range) {
-    const int64_t end = std::min(range.end, tile + kKeys);
-    int64_t step = std::max(range.begin - tile, int64_t{0}) / attend::kStep;
-    for (; tile + step * attend::kStep < end; ++step) {
-      attend::transpose_values(source, tile + step * attend::kStep, range,
-                               scratch_.work.values + step * 512, kKeys * 16);
+  void load_values(const Head& source, int64_t part, Range range) {
+    const int64_t end = std::min(range.end, part + kPart);
+    int64_t step = std::max(range.begin - part, int64_t{0}) / kStep;
+    for (; part + step * kStep < end; ++step) {
+      attend::transpose_values(source, part + step * kStep, range,
+                               scratch_.work.values + step * attend::kTile);
     }
     settle();
   }
@@ -276,7 +279,7 @@ class Attention {
   const float scale_;  // of scores in units of log 2
   Scratch scratch_;
   float* const shared_;  // [kv_heads, 1 + kRound] states of a split span
-  int64_t tiles_ = 0;    // of all spans and KV heads
+  int64_t parts_ = 0;    // of all spans and KV heads
   int64_t block_ = 0;    // columns of an item
 };
 
@@ -286,7 +289,7 @@ void attention(Member& member, const Pool& pool, int64_t layer, const AttentionS
                const Span* spans, int64_t num_spans, const bf16* q, int64_t stride,
                bf16* out_panels, uint8_t* scratch) {
   const FlushDenormals flush;
-  const Tiles tiles(kTiles);
+  const Tiles parts(kTiles);
   Attention(member, pool, layer, shape, spans, num_spans, q, stride, out_panels, scratch).run();
 }
 
