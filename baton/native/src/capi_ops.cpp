@@ -50,9 +50,9 @@ using namespace baton;
 #pragma GCC visibility push(default)
 extern "C" {
 
-// result = x . w^T + bias: into bf16 (0), into float32 (1), added to bf16 (2), or silu(gate) * up of
-// a weight [2 * half, in] (3). x [rows, in]; w [out, in]; bias [out] or null. True unless padding
-// was written to.
+// result = x . w^T + bias: into bf16 (0), into float32 (1), added to bf16 (2), or silu(gate) * up
+// of a weight [2 * half, in] (3). x [rows, in]; w [out, in]; bias [out] or null. True unless
+// padding was written to.
 int32_t baton_op_product(int32_t threads, int32_t kind, const bf16* x, int64_t rows, int64_t in,
                          const bf16* w, int64_t out, const bf16* bias, void* result) {
   Team team(threads, {});

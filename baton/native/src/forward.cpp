@@ -9,9 +9,6 @@
 
 namespace baton {
 
-// So few rows that every member norms all of them for itself, which costs less than a barrier.
-constexpr int64_t kFewRows = 4;
-
 // One member's way through the stages of a batch. All members make the same calls.
 class Pass {
  public:
@@ -77,16 +74,10 @@ class Pass {
 
  private:
   const bf16* norm(Weight weight, int64_t layer) {
-    const bool alone = rows_ <= kFewRows;
-    bf16* out = alone ? model_.own_normed_[member_.index()] : model_.normed_;
-    const bf16* scale = model_.plain(weight, layer);
-    if (alone) {
-      rms_norm_alone(hidden_, rows_, stride_, shape_.hidden, scale, shape_.eps, out);
-    } else {
-      rms_norm(member_, hidden_, rows_, stride_, shape_.hidden, scale, shape_.eps, out);
-    }
+    rms_norm(member_, hidden_, rows_, stride_, shape_.hidden, model_.plain(weight, layer),
+             shape_.eps, model_.normed_);
     count(Operation::kNorm);
-    return out;
+    return model_.normed_;
   }
 
   void keep_picked() {
@@ -143,7 +134,8 @@ void Model::forward(const Batch& batch, const PoolView& view, int64_t begin, int
     }
   });
   profile_.total += __rdtsc() - first_cycle;
-  profile_.nanoseconds += std::chrono::nanoseconds(std::chrono::steady_clock::now() - started).count();
+  const std::chrono::nanoseconds passed = std::chrono::steady_clock::now() - started;
+  profile_.nanoseconds += static_cast<uint64_t>(passed.count());
 }
 
 }  // namespace baton

@@ -208,10 +208,6 @@ int64_t Model::divide_workspace(int64_t rows, uint8_t* memory) {
   mlp_ = layout.take<bf16>(rows * round_up(shape_.intermediate, kTileDepth));
   scratch_ = layout.take<uint8_t>(
       attention_scratch(shape_.kv_heads, shape_.head_dim, team_.size()));
-  own_normed_.clear();
-  for (int member = 0; member < team_.size(); ++member) {
-    own_normed_.push_back(layout.take<bf16>(kTileRows * hidden));
-  }
   return layout.used();
 }
 

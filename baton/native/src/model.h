@@ -148,7 +148,6 @@ class Model {
   bf16* qkv_ = nullptr;                                    // [rows, qkv]
   bf16 *normed_ = nullptr, *mlp_ = nullptr;                // panels
   bf16 *attended_ = nullptr, *picked_attended_ = nullptr;  // panels
-  std::vector<bf16*> own_normed_;                          // panels of each member, for few rows
   uint8_t* scratch_ = nullptr;                             // attention's
   Profile profile_;
 };

@@ -114,9 +114,6 @@ void embed(Member&, const int32_t* tokens, int64_t rows, const bf16* table, cons
 // RMS norm (arXiv:1910.07467) of rows of `width` values, as panels of depth round_up(width, 32).
 void rms_norm(Member&, const bf16* x, int64_t rows, int64_t stride, int64_t width,
               const bf16* weight, float eps, bf16* out_panels);
-// The same by the calling member alone, without a barrier: for panels of its own.
-void rms_norm_alone(const bf16* x, int64_t rows, int64_t stride, int64_t width,
-                    const bf16* weight, float eps, bf16* out_panels);
 
 struct RopeShape {
   int64_t heads;

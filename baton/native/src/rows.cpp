@@ -109,11 +109,6 @@ void embed(Member& member, const int32_t* tokens, int64_t rows, const bf16* tabl
   member.barrier();
 }
 
-void rms_norm_alone(const bf16* x, int64_t rows, int64_t stride, int64_t width,
-                    const bf16* weight, float eps, bf16* out_panels) {
-  for (int64_t r = 0; r < rows; ++r) norm_row(x + r * stride, r, width, weight, eps, out_panels);
-}
-
 void rms_norm(Member& member, const bf16* x, int64_t rows, int64_t stride, int64_t width,
               const bf16* weight, float eps, bf16* out_panels) {
   const auto [begin, end] = share(member, rows);
