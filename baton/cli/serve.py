@@ -71,7 +71,10 @@ class ServeOptions:
         int | None, typer.Option(help="KV blocks of a worker.", rich_help_panel=_ENGINE)
     ] = None
     kv_memory_mib: Annotated[
-        int | None, typer.Option(help="KV memory of a worker, MiB.", rich_help_panel=_ENGINE)
+        int | None,
+        typer.Option(
+            help="KV memory of a worker, MiB; left out: from what is free.", rich_help_panel=_ENGINE
+        ),
     ] = None
     max_num_seqs: Annotated[
         int | None, typer.Option(help="Sequences of one step.", rich_help_panel=_ENGINE)
@@ -201,7 +204,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
         )
 
     def workers(addresses: Addresses) -> Sequence[ChildSpec]:
-        flags = tuple(_worker_flags(options))
+        flags = tuple(_worker_flags(options, len(placed)))
         return [
             ChildSpec(
                 name,
@@ -238,9 +241,9 @@ def place_workers(options: ServeOptions, cpus: Sequence[int]) -> list[tuple[str,
     return placed
 
 
-def _worker_flags(options: ServeOptions) -> Iterator[str]:
+def _worker_flags(options: ServeOptions, workers: int) -> Iterator[str]:
     yield from ("--device", options.device, "--dtype", options.dtype)
-    yield from ("--transport", options.transport)
+    yield from ("--transport", options.transport, "--memory-share", f"{1 / workers:.4f}")
     for name in ("block_size", "num_blocks", "kv_memory_mib", "max_num_seqs", "max_batch_tokens"):
         yield from _flag(options, name)
     for name in ("max_model_len", "kernels", "threads", "verify"):

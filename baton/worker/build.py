@@ -8,7 +8,6 @@ import os
 import socket
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -28,13 +27,16 @@ from baton.model.hub import resolve_model
 from baton.model.spec import ModelSpec, choose_dtype, kv_layout, load_spec
 from baton.types.fleet import KvLayout, Role, WorkerInfo
 from baton.worker.config import WorkerConfig, reachable_address
+from baton.worker.memory import (
+    GPU_WORKSPACE_BYTES,
+    Room,
+    available_bytes,
+    choose_num_blocks,
+    cpu_workspace_bytes,
+    weight_bytes,
+)
 
 log = logging.getLogger(__name__)
-
-CPU_KV_BYTES = 512 << 20
-GPU_SHARE = 0.85  # of the free memory, for weights and KV together
-GPU_WORKSPACE_BYTES = 2 << 30  # activations and logits of a step
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,9 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
     placement = choose_placement(config.cpus, config.threads)
     layout = kv_layout(spec, choose_dtype(config.dtype, spec, device), config.block_size)
     weights = weight_bytes(model_dir, spec.dtype, layout.dtype)
-    num_blocks = choose_num_blocks(config, layout, device, weights)
+    max_model_len = _max_model_len(config, spec)
+    room = _room(config, spec, weights, device)
+    num_blocks = choose_num_blocks(config, layout, room, max_model_len)
     identity = Identity(worker_name(config, role), uuid.uuid4().hex[:12], layout)
     host = reachable_address(config.advertise, config.listen).rpartition(":")[0]
     transport = await asyncio.to_thread(
@@ -97,7 +101,9 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
     )
     await transport.start()
     try:
-        memory = transport.allocate(num_blocks * layout.block_bytes, device)
+        memory = await asyncio.to_thread(
+            transport.allocate, num_blocks * layout.block_bytes, device
+        )
         runner = await asyncio.to_thread(
             make_runner,
             spec,
@@ -122,7 +128,7 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
         transport=transport,
         memory=memory,
         runner=runner,
-        engine=_engine_config(config, spec, layout, num_blocks),
+        engine=_engine_config(config, spec, layout, num_blocks, max_model_len),
         handoff=HandoffOptions(lease_ttl_s=config.lease_ttl, verify=Verify(config.verify)),
     )
 
@@ -145,44 +151,30 @@ def choose_device(name: str) -> str:
     return f"cuda:{number or '0'}"
 
 
-def weight_bytes(model_dir: Path, stored: str, loaded: str) -> int:
-    """What the weights will take in memory when they are held in another type than on disk."""
-    on_disk = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
-    return on_disk * DTYPE_BYTES[loaded] // DTYPE_BYTES[stored]
-
-
-def choose_num_blocks(config: WorkerConfig, layout: KvLayout, device: str, weights: int) -> int:
-    """`weights` is in bytes. Raises ConfigError when not a single block fits."""
-    if config.num_blocks:
-        return config.num_blocks
-    nbytes = (config.kv_memory_mib << 20) or _default_bytes(device, weights)
-    if nbytes < layout.block_bytes:
-        raise ConfigError(
-            f"a KV block has {layout.block_bytes} bytes, and there is room for {max(0, nbytes)}: "
-            "give the worker more with --kv-memory-mib, or a GPU with more free memory"
-        )
-    return nbytes // layout.block_bytes
-
-
-def _default_bytes(device: str, weights: int) -> int:
+def _room(config: WorkerConfig, spec: ModelSpec, weights: int, device: str) -> Room:
     if device == "cpu":
-        return CPU_KV_BYTES
+        workspace = cpu_workspace_bytes(spec, config.max_batch_tokens, config.max_num_seqs)
+        return Room(available_bytes(), weights, workspace)
     free, _ = torch.cuda.mem_get_info(device)
-    return int(free * GPU_SHARE) - weights - GPU_WORKSPACE_BYTES
+    return Room(free, weights, GPU_WORKSPACE_BYTES, gpu=True)
 
 
-def _engine_config(
-    config: WorkerConfig, spec: ModelSpec, layout: KvLayout, num_blocks: int
-) -> EngineConfig:
+def _max_model_len(config: WorkerConfig, spec: ModelSpec) -> int:
     if config.max_model_len > spec.max_model_len:
         raise ConfigError(
             f"--max-model-len {config.max_model_len} is more than the model's "
             f"{spec.max_model_len} tokens"
         )
+    return config.max_model_len or spec.max_model_len
+
+
+def _engine_config(
+    config: WorkerConfig, spec: ModelSpec, layout: KvLayout, num_blocks: int, max_model_len: int
+) -> EngineConfig:
     return EngineConfig(
         layout=layout,
         num_blocks=num_blocks,
-        max_model_len=config.max_model_len or spec.max_model_len,
+        max_model_len=max_model_len,
         eos_token_ids=spec.eos_token_ids,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,

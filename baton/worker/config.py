@@ -29,7 +29,12 @@ class WorkerConfig:
     advertise: str = option("", "host or host:port that others reach it by; empty: what it bound")
     block_size: int = option(32, "tokens of a KV block: 16, 32, 64, 128 or 256")
     num_blocks: int = option(0, "KV blocks; 0: as many as --kv-memory-mib holds")
-    kv_memory_mib: int = option(0, "KV memory; 0: 512 on a CPU, most of a GPU's free memory")
+    kv_memory_mib: int = option(
+        0, "KV memory; 0: most of a GPU's free memory, half of a CPU's, there at most 4096"
+    )
+    memory_share: float = option(
+        1.0, "part of the free memory to count on, where several workers share it"
+    )
     max_num_seqs: int = option(64, "sequences that run at a time")
     max_batch_tokens: int = option(2048, "tokens of one step")
     max_prefill_tokens: int = option(0, "prompt tokens of a step that also decodes; 0: no bound")
@@ -54,6 +59,7 @@ class WorkerConfig:
         bounds = ("num_blocks", "kv_memory_mib", "max_prefill_tokens", "max_model_len")
         for name in (*bounds, "threads", "drain_timeout"):
             _require(getattr(self, name) >= 0, name, "at least 0")
+        _require(0 < self.memory_share <= 1, "memory_share", "more than 0 and at most 1")
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
         _require(_is_address(self.listen), "listen", "host:port")
         if self.cpus:

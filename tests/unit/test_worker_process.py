@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +16,7 @@ from baton.config import parse_config
 from baton.errors import ConfigError
 from baton.types.fleet import KvLayout, Role
 from baton.worker.build import (
-    CPU_KV_BYTES,
-    GPU_WORKSPACE_BYTES,
     choose_device,
-    choose_num_blocks,
-    weight_bytes,
     worker_name,
 )
 from baton.worker.config import WorkerConfig, reachable_address
@@ -86,30 +81,6 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == "cpu"
-
-
-def test_weights_take_more_in_a_wider_type(tmp_path: Path) -> None:
-    for name in ("a.safetensors", "b.safetensors", "notes.txt"):
-        (tmp_path / name).write_bytes(b"x" * 500)
-    assert weight_bytes(tmp_path, "bfloat16", "bfloat16") == 1000
-    assert weight_bytes(tmp_path, "bfloat16", "float32") == 2000
-    assert weight_bytes(tmp_path, "float32", "bfloat16") == 500
-
-
-def test_block_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def blocks(device: str = "cpu", **settings: Any) -> int:
-        return choose_num_blocks(WorkerConfig(**settings), LAYOUT, device, 1000)
-
-    assert blocks(num_blocks=7, kv_memory_mib=1) == 7
-    assert blocks(kv_memory_mib=1) == (1 << 20) // LAYOUT.block_bytes
-    assert blocks() == CPU_KV_BYTES // LAYOUT.block_bytes
-    free = 10 << 30
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    expected = (int(free * 0.85) - 1000 - GPU_WORKSPACE_BYTES) // LAYOUT.block_bytes
-    assert blocks("cuda:0") == expected
-    free = 1 << 20
-    with pytest.raises(ConfigError, match="--kv-memory-mib"):
-        blocks("cuda:0")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,13 +21,26 @@ _COPY_BYTES = 64 << 20
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; missing from the mmap module
 
+_CHUNK_BYTES = 64 << 20
+_SLOW_BYTES_PER_S = 1 << 30
+"""Below this the kernel makes huge pages by moving others, at a tenth of the usual rate: a pool
+of gigabytes would keep a worker from starting for half a minute."""
+
 
 def commit(area: mmap.mmap) -> None:
     """Take the pages now, so that a pool too large fails at start and no read pays for faults."""
-    try:
-        area.madvise(_MADV_POPULATE_WRITE)
-    except OSError:
-        np.frombuffer(area, dtype=np.uint8)[:: mmap.PAGESIZE] = 0  # older kernels
+    for start in range(0, len(area), _CHUNK_BYTES):
+        length = min(_CHUNK_BYTES, len(area) - start)
+        began = time.monotonic()
+        try:
+            area.madvise(_MADV_POPULATE_WRITE, start, length)
+        except OSError:
+            part = np.frombuffer(area, dtype=np.uint8, count=length, offset=start)
+            part[:: mmap.PAGESIZE] = 0  # older kernels
+        if length > (time.monotonic() - began) * _SLOW_BYTES_PER_S:
+            continue
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            area.madvise(mmap.MADV_NOHUGEPAGE, start + length)  # what is left, if anything
 
 
 def cpu_pool(nbytes: int) -> PoolMemory:
