@@ -86,7 +86,7 @@ def test_logits_are_as_close_to_float32_as_those_of_torch(
     assert error < 1.5 * float((theirs - wanted).abs().max())
     best, second = wanted.topk(2).values.T
     decided = best - second > 2 * error
-    assert decided.sum() > len(wanted) / 2
+    assert decided.sum() > len(wanted) / 3  # else nothing has been shown
     assert torch.equal(ours.argmax(dim=1)[decided], wanted.argmax(dim=1)[decided])
 
 
