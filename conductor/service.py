@@ -27,6 +27,8 @@ from conductor.validate import Limits, build_request, check_ask
 INLINE_CHARACTERS = 2_000  # shorter texts are tokenized faster than a thread is woken
 TOKENIZER_THREADS = 2
 
+_REMEDY = "shorten the prompt, or let workers have more --kv-memory-mib or --max-model-len"
+
 Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
@@ -84,7 +86,9 @@ class Conductor:
         capacity = self.fleet.capacity()
         longest = self.model.max_model_len
         context = longest if capacity is None else min(longest, capacity)
-        return Limits(self.model.name, self.model.vocab_size, context)
+        if context == longest:
+            return Limits(self.model.name, self.model.vocab_size, context)
+        return Limits(self.model.name, self.model.vocab_size, context, _REMEDY)
 
     @property
     def ready(self) -> bool:

@@ -31,11 +31,13 @@ _INT32 = 2**31
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the served model allows. `context` is in tokens, prompt and answer together."""
+    """What can be served. `context` is in tokens, prompt and answer together: what the model, or
+    the workers' option --max-model-len, allows, or less where no worker's pool holds that much."""
 
     model_name: str
     vocab_size: int
     context: int
+    remedy: str = "shorten the prompt"
 
 
 def quote(text: str) -> str:
@@ -151,7 +153,7 @@ def _fit(
     if room < 1:
         raise InvalidRequest(
             f"the prompt has {len(prompt)} tokens, but the context is {limits.context} tokens, "
-            "of which at least one is for the answer: shorten the prompt",
+            f"of which at least one is for the answer: {limits.remedy}",
             param=param,
             code="context_length_exceeded",
         )
@@ -160,7 +162,7 @@ def _fit(
     if wanted > room:
         raise InvalidRequest(
             f"{field} is {wanted}, but after a prompt of {len(prompt)} tokens only {room} of the "
-            f"context's {limits.context} tokens are left: lower {field} or shorten the prompt",
+            f"context's {limits.context} tokens are left: lower {field} or {limits.remedy}",
             param=field,
             code="context_length_exceeded",
         )

@@ -179,6 +179,39 @@ def test_a_worker_that_refuses_its_flags_is_quoted(monkeypatch: pytest.MonkeyPat
     assert not wait_until_gone(lambda: pids_with("BATON_CLUSTER_TOKEN=refused-flags"), 10.0)
 
 
+def test_a_pool_that_the_machine_cannot_hold_is_refused() -> None:
+    flags = ("--port", "0", "--grpc-port", "0", "--colocated", "--kv-memory-mib", str(1 << 30))
+    done = run_cli("serve", *flags)
+    assert done.returncode == 1
+    assert "a KV pool of 1073741824 MiB does not fit" in done.stderr
+    assert "--kv-memory-mib" in done.stderr
+
+
+def test_more_than_the_pool_holds_waits_and_more_than_it_can_ever_hold_is_refused(
+    start_cluster: ClusterFactory,
+) -> None:
+    with start_cluster("--colocated", "--num-blocks", "8") as cluster:
+        statuses: list[int] = []
+
+        def ask(number: int) -> None:  # each needs 5 of the 8 blocks in the end
+            body = {"model": "demo", "prompt": [5 + number] * 100, "max_tokens": 40}
+            answer = cluster.post("/v1/completions", body | {"ignore_eos": True})
+            statuses.append(answer.status_code)
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == [200] * 12
+        body = {"model": "demo", "prompt": [5] * 300, "max_tokens": 1}
+        refused = cluster.post("/v1/completions", body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        assert "--kv-memory-mib" in refused.json()["error"]["message"]
+        cluster.assert_idle()
+
+
 def test_doctor_finds_that_this_machine_can_serve() -> None:
     done = run_cli("doctor", "--json")
     assert done.returncode == 0, done.stderr

@@ -260,6 +260,7 @@ async def test_a_prompt_that_can_never_fit_the_pool() -> None:
         assert error["param"] == "prompt"
         assert error["code"] == "context_length_exceeded"
         assert "32 tokens" in error["message"]
+        assert "--kv-memory-mib" in error["message"]
         assert (await send(cluster, b'{"model": "tiny", "prompt": "x"}')).status_code == 200
 
 
