@@ -129,8 +129,13 @@ class Driver:
             _put(figures, f"itl_{name}_p50_s", samples.p50)
             _put(figures, f"itl_{name}_p99_s", samples.p99)
             _put(figures, f"itl_{name}_max_s", samples.max)
-        arrived = sum(sent <= at <= first for stream in streams for at in stream.arrivals)
-        figures["tokens_per_s_during"] = arrived / long.timing.ttft_s
+        # Some servers send several tokens at once: rates say what gaps then do not.
+        arrivals = [at for stream in streams for at in stream.arrivals]
+        settled = max(stream.arrivals[0] for stream in streams)
+        for name, start, end in (("before", settled, sent), ("during", sent, first)):
+            figures[f"tokens_per_s_{name}"] = sum(start < at <= end for at in arrivals) / (
+                end - start
+            )
         return Measured(figures)
 
     async def closed_loop(

@@ -45,7 +45,8 @@ COLUMNS = (
     Column("itl_before_p99_s", "p99", 1e3),
     Column("itl_during_p50_s", "ITL during p50 ms", 1e3, ratio=True),
     Column("itl_during_p99_s", "p99", 1e3, ratio=True),
-    Column("tokens_per_s_during", "tokens/s during", digits=0),
+    Column("tokens_per_s_before", "tokens/s before", digits=0),
+    Column("tokens_per_s_during", "during", digits=0, ratio=True),
     Column("output_tokens_per_s_at_8", "tokens/s at 8", digits=0),
     Column("output_tokens_per_s_at_16", "at 16", digits=0),
     Column("output_tokens_per_s_at_32", "at 32", digits=0),
@@ -114,7 +115,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
             ]
             if runs:
                 quiet, noisy = without_noise(runs, result["noise_limit"])
-                table = _load_table(f"{model}: {workload}", describe, quiet, reference)
+                table = _load_table(f"{model}: {workload}", describe, quiet, reference, systems)
                 if noisy:
                     table = replace(table, notes=(*table.notes, f"{noisy} noisy rounds left out"))
                 made.append(table)
@@ -122,9 +123,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return made
 
 
-def _load_table(title: str, describe: str, runs: Runs, reference: str) -> Table:
-    names = list(dict.fromkeys(run["system"] for run in sorted(runs, key=lambda r: r["round"])))
-    names.sort(key=lambda name: name == reference)  # what is compared comes first
+def _load_table(
+    title: str, describe: str, runs: Runs, reference: str, order: Iterable[str]
+) -> Table:
+    ran = {run["system"] for run in runs}
+    names = [name for name in order if name in ran]
     by_name = {name: [run for run in runs if run["system"] == name] for name in names}
     columns = [c for c in COLUMNS if any(c.key in run["figures"] for run in runs)]
     rows = []
@@ -220,10 +223,11 @@ def heading(result: dict[str, Any]) -> str:
     machine = result["machine"]
     gpus = "".join(f", {gpu}" for gpu in machine["gpus"])
     flags = ", ".join(machine["flags"])
+    quick = " (quick: smaller loads, no results)" if result["setting"]["quick"] else ""
     return (
         f"{machine['processor']}, {len(machine['cpus'])} of {machine['cpus_of_machine']} CPUs "
         f"({flags}), {machine['memory_gib']} GiB{gpus}; {result['time']}, revision "
-        f"{result['revision']}, {result['rounds']} rounds. Medians [lowest–highest] and, in "
+        f"{result['revision']}, {result['rounds']} rounds{quick}. Medians [lowest–highest] and, in "
         f"parentheses, medians of the rounds' ratios to {result['reference']}.\n\n"
         f"Command: `{result['command']}`"
     )

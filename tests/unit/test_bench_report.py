@@ -38,6 +38,7 @@ RESULT: dict[str, Any] = {
     "reference": "vllm",
     "rounds": 3,
     "noise_limit": None,
+    "setting": {"quick": False},
     "command": "python -m bench",
     "revision": "abc",
     "time": "now",
@@ -52,8 +53,8 @@ RESULT: dict[str, Any] = {
     "workloads": {"batch16": "sixteen", "stream": "one"},
     "systems": {
         "small": {
-            "vllm": {"ready_s": 60.0, "memory_bytes": 2**31, "idle_cpu_share": 0.1},
             "baton": {"ready_s": 4.0, "memory_bytes": 2**30, "idle_cpu_share": 0.01},
+            "vllm": {"ready_s": 60.0, "memory_bytes": 2**31, "idle_cpu_share": 0.1},
             "other": {"failed": "no such program\nlog"},
         }
     },
@@ -93,13 +94,13 @@ def test_cells(spread: Spread | None, text: str) -> None:
     assert cell(spread, Column("x", "x ms", 1e3, spread=True, ratio=True)) == text
 
 
-def test_tables_put_the_reference_last_and_say_what_failed() -> None:
+def test_tables_are_in_the_order_of_the_plan_and_say_what_failed() -> None:
     load, cost = tables(RESULT)
     assert [row[0] for row in load.rows] == ["baton", "vllm"]
     assert load.rows[0][1] == "150 [100–160] (2.00×)"
     assert load.rows[1][1] == "80 [50–100]"
     assert cost.notes == ("other: no such program",)
-    assert [row[0] for row in cost.rows] == ["vllm", "baton"]
+    assert [row[0] for row in cost.rows] == ["baton", "vllm"]
 
 
 def test_errors_are_listed_once() -> None:
