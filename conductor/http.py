@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from starlette.requests import ClientDisconnect
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from baton.errors import InvalidRequest, Unauthenticated
 from conductor.cluster import ConductorIdentity, describe_cluster
-from conductor.http_errors import JsonResponse, add_error_handlers
+from conductor.http_errors import JsonResponse, error_handlers
 from conductor.http_generate import DIRECT_SEND, GenerationResponse, StreamResponse
 from conductor.openai import (
     ChatBody,
@@ -26,7 +28,6 @@ from conductor.service import Conductor
 from conductor.validate import check_model, check_token_ids, quote
 
 BODY_TIMEOUT_S = 60.0
-_PROBE = ["GET", "HEAD"]  # load balancers like to ask by HEAD
 
 
 def make_app(
@@ -34,15 +35,16 @@ def make_app(
     identity: ConductorIdentity,
     max_body_bytes: int,
     api_keys: Sequence[str] = (),
-) -> FastAPI:
+) -> Starlette:
     """The application. Its lifespan is the process's business, not its own."""
-    app = FastAPI(
-        title="baton", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    guarded = _guarded_routes(conductor, identity, max_body_bytes)
+    if api_keys:
+        guarded = [_with_key(route, api_keys) for route in guarded]
+    app = Starlette(
+        routes=[*_open_routes(conductor, identity), *guarded],
+        exception_handlers=error_handlers(),
     )
-    add_error_handlers(app)
-    app.include_router(_open_routes(conductor, identity))
-    guard = [Depends(_key_check(api_keys))] if api_keys else []
-    app.include_router(_guarded_routes(conductor, identity, max_body_bytes), dependencies=guard)
+    app.router.redirect_slashes = False
     return app
 
 
@@ -57,37 +59,34 @@ def with_direct_send(app: ASGIApp) -> ASGIApp:
     return keep_send
 
 
-def _open_routes(conductor: Conductor, identity: ConductorIdentity) -> APIRouter:
-    router = APIRouter()
-
-    @router.api_route("/health", methods=_PROBE)
-    async def health() -> Response:
+def _open_routes(conductor: Conductor, identity: ConductorIdentity) -> list[Route]:
+    async def health(_request: Request) -> Response:
         return JsonResponse({"status": "ok"})
 
-    @router.api_route("/ready", methods=_PROBE)
-    async def ready() -> Response:
+    async def ready(_request: Request) -> Response:
         if conductor.ready:
             return JsonResponse({"status": "ready"})
         return JsonResponse({"status": "not ready"}, status_code=503)
 
-    @router.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(_request: Request) -> Response:
         return Response(
             conductor.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
-    @router.get("/cluster")
-    async def cluster() -> Response:
+    async def cluster(_request: Request) -> Response:
         return JsonResponse(describe_cluster(conductor, identity))
 
-    return router
+    return [  # GET includes HEAD, which load balancers like to ask by
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/metrics", metrics),
+        Route("/cluster", cluster),
+    ]
 
 
 def _guarded_routes(
     conductor: Conductor, identity: ConductorIdentity, max_body_bytes: int
-) -> APIRouter:
-    router = APIRouter()
-
+) -> list[Route]:
     async def generate(
         request: Request, body_class: type[ChatBody] | type[CompletionBody], prefix: str
     ) -> Response:
@@ -105,24 +104,19 @@ def _guarded_routes(
             conductor, prepared, reply, body.include_usage, body.usage_in_every_chunk
         )
 
-    @router.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await generate(request, ChatBody, "chatcmpl")
 
-    @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await generate(request, CompletionBody, "cmpl")
 
-    @router.get("/v1/models")
-    async def models() -> Response:
+    async def models(_request: Request) -> Response:
         return JsonResponse({"object": "list", "data": [_model_body(conductor, identity)]})
 
-    @router.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        check_model(name, conductor.limits)
+    async def model(request: Request) -> Response:
+        check_model(request.path_params["name"], conductor.limits)
         return JsonResponse(_model_body(conductor, identity))
 
-    @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = parse_body(TokenizeBody, await read_body(request, max_body_bytes))
         limits = conductor.limits
@@ -130,7 +124,6 @@ def _guarded_routes(
         ids = await conductor.tokenize(body.to_prompt(), body.add_special_tokens)
         return JsonResponse({"tokens": ids, "count": len(ids), "max_model_len": limits.context})
 
-    @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = parse_body(DetokenizeBody, await read_body(request, max_body_bytes))
         limits = conductor.limits
@@ -138,8 +131,8 @@ def _guarded_routes(
         check_token_ids(body.tokens, limits, "tokens")
         return JsonResponse({"prompt": await conductor.detokenize(tuple(body.tokens))})
 
-    @router.get("/trace/{request_id:path}")
-    async def trace(request_id: str) -> Response:
+    async def trace(request: Request) -> Response:
+        request_id = request.path_params["request_id"]
         timeline = conductor.traces.get(request_id)
         if timeline is None:
             raise InvalidRequest(
@@ -149,7 +142,15 @@ def _guarded_routes(
             )
         return JsonResponse(timeline.as_json())
 
-    return router
+    return [
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/trace/{request_id:path}", trace),
+    ]
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -193,13 +194,16 @@ def _model_body(conductor: Conductor, identity: ConductorIdentity) -> dict[str, 
     }
 
 
-def _key_check(keys: Sequence[str]) -> Callable[[Request], Awaitable[None]]:
+def _with_key(route: Route, keys: Sequence[str]) -> Route:
+    """The same route, for those who know one of the keys."""
     known = [key.encode() for key in keys]
 
-    async def check(request: Request) -> None:
+    async def guarded(request: Request) -> Response:
         check_key(request.headers.get("authorization"), known)
+        response: Response = await route.endpoint(request)
+        return response
 
-    return check
+    return Route(route.path, guarded, methods=sorted(route.methods or ()))
 
 
 def check_key(authorization: str | None, keys: Sequence[bytes]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
-from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
 from baton.errors import (
     BatonError,
@@ -25,6 +27,8 @@ from baton.errors import (
     Unauthenticated,
     WorkerLost,
 )
+
+ExceptionHandler = Callable[[Request, Exception], Awaitable[Response]]
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +91,8 @@ def error_response(error: BaseException, request_id: str | None = None) -> Respo
     return JsonResponse(error_body(error), status_code=status_and_type(error)[0], headers=headers)
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Give every error of the app OpenAI's shape, those of the framework included."""
+def error_handlers() -> dict[Any, ExceptionHandler]:
+    """They give every error of the app OpenAI's shape, those of the framework included."""
 
     async def on_baton_error(_request: Request, error: Exception) -> Response:
         return error_response(error)
@@ -113,6 +117,4 @@ def add_error_handlers(app: FastAPI) -> None:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return error_response(error)
 
-    app.add_exception_handler(BatonError, on_baton_error)
-    app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(Exception, on_bug)
+    return {BatonError: on_baton_error, HTTPException: on_http_error, Exception: on_bug}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from baton.errors import ConfigError, NoWorker
 from baton.rpc.grpc_client import GrpcWorkerDialer
@@ -90,7 +90,7 @@ class Server:
         with _listen(config.host, config.port) as listener:
             identity = self._identify(listener, await rpc.start())
             app = make_app(conductor, identity, config.max_body_bytes, config.api_key)
-            http = _HttpServer(app)
+            http = _HttpServer(with_direct_send(app))
             try:
                 async with asyncio.TaskGroup() as tasks:
                     core = tasks.create_task(conductor.run(), name="conductor")
@@ -153,11 +153,11 @@ class Server:
 class _HttpServer(uvicorn.Server):
     """uvicorn without its signal handlers: the process decides when to end."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.listening = asyncio.Event()
         super().__init__(
             uvicorn.Config(
-                with_direct_send(app),
+                app,
                 http="httptools",  # a streamed token costs 6 µs less than with h11
                 lifespan="off",
                 backlog=BACKLOG,
