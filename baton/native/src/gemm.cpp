@@ -38,7 +38,8 @@ constexpr int64_t kTurns = 4;  // of fetching weights, per step
 constexpr int64_t kSlabSteps = 16;           // 32 KiB of weights
 constexpr int64_t kMaxStrip = 16;            // blocks
 constexpr int64_t kStripBytes = 1100 << 10;  // of left operand in a strip
-constexpr int64_t kLead = kStepBytes / 2;    // from what is read to what is fetched, one block
+constexpr int64_t kLead = kStepBytes / 2;    // from what is read to what is fetched, few blocks
+constexpr int64_t kFewBlocks = 4;
 constexpr int64_t kFarBytes = 2 << 20;       // a larger result is stored past the caches
 constexpr int64_t kJobBytes = 64 << 10;      // of weights taken at once
 
@@ -151,7 +152,7 @@ class Worker {
     const bool alone = plan_.strip == 1;
     ahead_.begin(panel(plan_.first_panel(job)), panel(plan_.end_panel(job)),
                  after < plan_.jobs ? panel(plan_.first_panel(after)) : nullptr,
-                 alone ? kLead : kSlabSteps * kStepBytes);
+                 plan_.strip <= kFewBlocks ? kLead : kSlabSteps * kStepBytes);
     for (int64_t p = plan_.first_panel(job); p < plan_.end_panel(job); ++p) {
       alone ? stream(p) : strip(p, plan_.first_block(job), plan_.end_block(job));
     }
@@ -183,9 +184,12 @@ class Worker {
 
   void strip(int64_t p, int64_t first_block, int64_t end_block) {
     const int64_t blocks = end_block - first_block;
+    // Few blocks wait for memory: the first one takes the slab in as `stream` does. Many blocks
+    // share the fetching of the next slab.
+    const int64_t sharing = plan_.strip <= kFewBlocks ? 1 : blocks;
     for (int64_t k = 0; k < plan_.depth; k += kSlabSteps) {
       const int64_t end = std::min(plan_.depth, k + kSlabSteps);
-      ahead_.allow((end - k) * kStepLines, (kStepLines / kTurns + blocks - 1) / blocks);
+      ahead_.allow((end - k) * kStepLines, (kStepLines / kTurns + sharing - 1) / sharing);
       for (int64_t b = 0; b < blocks; ++b) {
         block<true>(p, first_block + b, k, end, sums_ + b * kBlock);
       }
