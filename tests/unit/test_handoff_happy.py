@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
-from baton.kv.handoff.digest import Verify
+from baton.errors import BatonError
+from baton.kv.handoff.digest import SHORT, Verify, hashed_bytes
 from baton.kv.handoff.leases import Ending
 from baton.kv.handoff.options import HandoffOptions
 from baton.kv.transport.loopback import Fault
-from baton.types.request import AttemptId
+from baton.types.request import AttemptId, WireError
 from tests.unit.handoff_kit import (
     FIRST,
     LAYOUT,
@@ -188,3 +190,47 @@ def test_every_verification_mode_hands_over(verify: Verify) -> None:
             assert arrived(decode, prefill)
 
     run()
+
+
+async def test_long_digests_are_made_in_threads_and_keep_the_order() -> None:
+    options = HandoffOptions(verify=Verify.FULL, inline_digest_bytes=LAYOUT.block_bytes)
+    async with cluster(options=options) as c, asyncio.timeout(20):
+        prefill, decode = await c.prefill(), await c.decode()
+        prefill.publish(A, REMOTE[:2])  # more than one block: a thread
+        prefill.publish(A, REMOTE[2:], first_block=2)  # one block, but behind the other two
+        prefill.publisher.prefilled(A, FIRST, 3)
+        fetched = await decode.fetch(A, prefill.peer, LOCAL)
+        assert arrived(decode, prefill)
+        assert fetched.prefilled.first == FIRST
+        assert prefill.endings == [(A, Ending.RELEASED)]
+
+
+async def test_long_digests_of_an_attempt_that_has_ended_are_not_said() -> None:
+    options = HandoffOptions(verify=Verify.FULL, inline_digest_bytes=0)
+    refusal = WireError("cancelled", "gone")
+    async with cluster(options=options) as c, asyncio.timeout(20):
+        prefill, decode = await c.prefill(), await c.decode()
+        prefill.publish(A, REMOTE)
+        prefill.publisher.finish_without_handoff(A, refusal)
+        with pytest.raises(BatonError, match="gone"):
+            await decode.fetch(A, prefill.peer, LOCAL)
+        again = AttemptId("b")
+        prefill.publish(again, REMOTE)
+        prefill.publisher.prefilled(again, FIRST, 3)
+        await decode.fetch(again, prefill.peer, LOCAL)
+        assert arrived(decode, prefill)
+        assert prefill.endings == [(A, Ending.REFUSED), (again, Ending.RELEASED)]
+
+
+@pytest.mark.parametrize("mode", Verify)
+@pytest.mark.parametrize("block_size", [4, 4096])
+def test_what_digests_cost_is_known(mode: Verify, block_size: int) -> None:
+    layout = replace(LAYOUT, block_size=block_size)
+    run = 2 * layout.layer_bytes
+    nbytes = hashed_bytes(layout, 3, 2, mode)
+    if mode is Verify.OFF:
+        assert nbytes == 0
+    elif mode is Verify.FULL or run <= SHORT:
+        assert nbytes == 3 * run
+    else:
+        assert 0 < nbytes < run

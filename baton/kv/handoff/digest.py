@@ -38,6 +38,14 @@ _TAGS = {Verify.SAMPLE: b"s", Verify.FULL: b"f"}
 _MODES = {tag: mode for mode, tag in _TAGS.items()}
 
 
+def hashed_bytes(layout: KvLayout, blocks: int, layers: int, mode: Verify) -> int:
+    """How much `block_digests` hashes."""
+    if mode is Verify.OFF:
+        return 0
+    run = layers * layout.layer_bytes
+    return blocks * (run if mode is Verify.FULL or run <= SHORT else PIECES * PIECE_BYTES)
+
+
 def block_digests(
     memory: PoolMemory,
     layout: KvLayout,

@@ -27,6 +27,7 @@ class HandoffOptions:
     hello_timeout_s: float = 10.0  # for dialling and greeting together
     linger_s: float = 30.0  # a source still helps on reads that were given up; then they are cut
     verify: Verify = Verify.SAMPLE  # said by the publisher, followed by the reader
+    inline_digest_bytes: int = 2 << 20  # up to so many are hashed on the event loop (< 0.5 ms)
     max_reads: int = 64  # transfers under way at a time, per pair of workers
 
 

@@ -25,8 +25,9 @@ from baton.errors import (
     PeerGone,
     StaleAttempt,
 )
-from baton.kv.handoff.digest import block_digests, cells_of, combine
+from baton.kv.handoff.digest import cells_of, combine
 from baton.kv.handoff.leases import Deadlines, Ending, History, Lease
+from baton.kv.handoff.line import DigestLine
 from baton.kv.handoff.options import HandoffOptions, Identity, check_hello, life
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.rpc.errors import to_wire
@@ -79,7 +80,6 @@ class HandoffPublisher:
     ) -> None:
         self._identity = identity
         self._transport = transport
-        self._memory = memory
         self._release = release
         self._on_end = on_end
         self._options = options
@@ -88,6 +88,7 @@ class HandoffPublisher:
         self._deadlines = Deadlines()
         self._history = History()
         self._wake = asyncio.Event()
+        self._line = DigestLine(memory, identity.layout, options, self._is_live, self._say)
 
     # -- called by the worker ------------------------------------------------------------------
 
@@ -110,19 +111,10 @@ class HandoffPublisher:
         lease = self._known(attempt)
         if lease is None:
             return
-        digests = block_digests(
-            self._memory,
-            self._identity.layout,
-            blocks,
-            layer_begin,
-            layer_end,
-            self._options.verify,
-        )
-        lease.cells += cells_of(first_block, layer_begin, digests)
         if not lease.published:
             lease.published = True
             self._renew(lease)
-        self._say(lease, Ranges(attempt, first_block, blocks, layer_begin, layer_end, digests))
+        self._line.put(lease, Ranges(attempt, first_block, blocks, layer_begin, layer_end, ()))
 
     def prefilled(
         self, attempt: AttemptId, first: SampledToken, num_blocks: int, cached_tokens: int = 0
@@ -134,7 +126,7 @@ class HandoffPublisher:
             self._release(attempt)
             return
         lease.complete = True
-        self._say(lease, Prefilled(attempt, first, num_blocks, cached_tokens))
+        self._line.put(lease, Prefilled(attempt, first, num_blocks, cached_tokens))
 
     def finish_without_handoff(self, attempt: AttemptId, error: WireError) -> None:
         """The attempt will not be handed over: its first token ended the answer (code "finished"),
@@ -163,7 +155,13 @@ class HandoffPublisher:
     # -- tasks ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """End leases that are not renewed. Owned by the process; runs until cancelled."""
+        """Digest what is long, end leases that are not renewed. Owned by the process; runs until
+        cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._line.run(), name="digests")
+            await self._end_overdue()
+
+    async def _end_overdue(self) -> None:
         while True:
             now = self._now()
             while (attempt := self._deadlines.pop_due(now)) is not None:
@@ -342,7 +340,12 @@ class HandoffPublisher:
             error = StaleAttempt(f"{older.attempt} was replaced by {attempt}")
             self._end(older, Ending.REFUSED, Refused(older.attempt, to_wire(error)))
 
+    def _is_live(self, lease: Lease[_Pair]) -> bool:
+        return self._leases.get(lease.attempt) is lease
+
     def _say(self, lease: Lease[_Pair], message: PrefillMessage) -> None:
+        if isinstance(message, Ranges):
+            lease.cells += cells_of(message.first_block, message.layer_begin, message.digests)
         if lease.pair is not None:
             lease.pair.outbox.put_nowait(message)
         else:

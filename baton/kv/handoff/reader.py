@@ -12,6 +12,7 @@ A fetch that fails hands its running transfers to the reader, which waits until 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -254,10 +255,23 @@ class HandoffReader:
             fetch.running.add(transfer)
             await transfer.wait()
             fetch.running.discard(transfer)
-        check_digests(self._memory, layout, local, *layers, ranges.digests, peer)
+        await self._check(local, ranges, peer)
         fetch.cells += cells_of(ranges.first_block, ranges.layer_begin, ranges.digests)
         fetch.nbytes += sum(copy.length for copy in copies)
         fetch.last_byte_s = self._now()
+
+    async def _check(self, blocks: tuple[int, ...], ranges: Ranges, peer: str) -> None:
+        """Raises DigestMismatch. Long work goes to a thread; when this is cancelled meanwhile, the
+        thread only reads, and nobody hears what came of it."""
+        layout, layers = self._identity.layout, (ranges.layer_begin, ranges.layer_end)
+        work = functools.partial(
+            check_digests, self._memory, layout, blocks, *layers, ranges.digests, peer
+        )
+        nbytes = len(ranges.digests) * (layers[1] - layers[0]) * layout.layer_bytes  # at most
+        if self._memory.device == "cpu" and nbytes <= self._options.inline_digest_bytes:
+            work()
+        else:
+            await asyncio.to_thread(work)
 
     async def _release(self, fetch: _Fetch, prefilled: Prefilled) -> None:
         """When everything is here and nothing is missing, tell the prefill worker."""
