@@ -134,8 +134,11 @@ class Server:
         return True
 
     async def _follow_health(self, rpc: RpcServer) -> None:
+        said: bool | None = None
         while True:
-            await rpc.set_ready(self.conductor.ready)
+            if self.conductor.ready is not said:
+                said = self.conductor.ready
+                await rpc.set_ready(said)
             await asyncio.sleep(HEALTH_POLL_S)
 
     def _identify(self, listener: socket.socket, grpc_address: str) -> ConductorIdentity:
