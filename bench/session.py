@@ -124,7 +124,7 @@ class ModelSession:
         self._say(f"{self._model}: starting {name}")
         entry = self.systems[name] = {"describe": SYSTEMS[name].describe}
         try:
-            server = await self._turns.take(name)
+            server = await self._first(name)
             startup = await server.idle()
         except StartError as error:
             entry["failed"] = str(error)
@@ -137,6 +137,21 @@ class ModelSession:
         ]
         entry |= asdict(startup)
         self._say(f"  {name}: {_describe(startup)}")
+
+    async def _first(self, name: str) -> Server:
+        """Start a server for the first time; without the parked ones when it fails next to them
+        (memory): then they do not fit together, and each turn starts anew."""
+        try:
+            return await self._turns.take(name)
+        except StartError as error:
+            if not self._turns.names():
+                raise
+            self._say(f"  {str(error).splitlines()[0]} Once more without the parked servers")
+        await self._turns.close()
+        server = await self._turns.take(name)
+        self._turns.restart = True
+        self._say("  servers do not fit next to each other: from now on each turn starts anew")
+        return server
 
     async def _round(self, workload: Workload, round_: int) -> list[float]:
         """Every system once; returns what share of the cores others used meanwhile."""

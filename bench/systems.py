@@ -14,8 +14,10 @@ from bench.process import Command
 
 MAX_MODEL_LEN = 20480
 MAX_SEQUENCES = 32
-KV_GIB = {"small": 2}  # of one engine; others get _KV_GIB
-_KV_GIB = 4
+# KV memory on the CPU in GiB, the same for all: of an engine that is alone, and of each of two, which
+# must both hold the longest prompt of `interference`, one of them next to the streams.
+_KV_GIB = {"small": (2, 1)}
+_KV_GIB_OTHERS = (4, 3)
 
 # Left to itself it takes nearly all free memory of the machine, also what parked servers need.
 # 192 blocks of 256 tokens hold every workload here.
@@ -37,9 +39,9 @@ class Place:
     def port(self) -> int:
         return self.ports[0]
 
-    @property
-    def kv_gib(self) -> int:
-        return KV_GIB.get(self.model_name, _KV_GIB)
+    def kv_gib(self, engines: int) -> int:
+        """KV memory of one of so many engines (1 or 2)."""
+        return _KV_GIB.get(self.model_name, _KV_GIB_OTHERS)[engines - 1]
 
     @property
     def cpu_list(self) -> str:
@@ -75,27 +77,29 @@ def _baton(place: Place, python: Path, *flags: str) -> list[Command]:
 
 
 def _baton_colocated(place: Place, python: Path) -> list[Command]:
-    return _baton(place, python, "--colocated", *_baton_memory(place))
+    return _baton(place, python, "--colocated", *_baton_memory(place, 1))
 
 
 def _baton_split(place: Place, python: Path) -> list[Command]:
     threads = max(1, len(place.cpus) // 2)
-    return _baton(place, python, "--threads", str(threads), *_baton_memory(place))
+    return _baton(place, python, "--threads", str(threads), *_baton_memory(place, 2))
 
 
-def _baton_memory(place: Place) -> tuple[str, ...]:
-    return ("--kv-memory-mib", str(place.kv_gib << 10)) if place.device == "cpu" else ()
+def _baton_memory(place: Place, engines: int) -> tuple[str, ...]:
+    if place.device != "cpu":
+        return ()
+    return ("--kv-memory-mib", str(place.kv_gib(engines) << 10))
 
 
-def vllm_env(place: Place, python: Path, cpus: str) -> dict[str, str]:
-    """The variables of one vLLM engine on these `cpus`."""
+def vllm_env(place: Place, python: Path, cpus: str, engines: int = 1) -> dict[str, str]:
+    """The variables of one of so many vLLM engines, on these `cpus`."""
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if place.device != "cpu":
         return quiet
     # As its documentation asks for on CPUs. The loader finds tcmalloc by its name.
     openmp = python.parent.parent / "lib" / "libiomp5.so"
     return quiet | {
-        "VLLM_CPU_KVCACHE_SPACE": str(place.kv_gib),
+        "VLLM_CPU_KVCACHE_SPACE": str(place.kv_gib(engines)),
         "VLLM_CPU_OMP_THREADS_BIND": cpus,
         "LD_PRELOAD": f"libtcmalloc_minimal.so.4:{openmp}",
         "OMP_NUM_THREADS": str(cpus.count(",") + 1),
@@ -128,7 +132,7 @@ def _vllm_split(place: Place, python: Path) -> list[Command]:
         connector = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
         cpus = ",".join(str(cpu) for cpu in place.cpus[half * i :][:half] or place.cpus)
         env = {
-            **vllm_env(place, python, cpus),
+            **vllm_env(place, python, cpus, engines=2),
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(place.ports[3 + i]),
             "VLLM_KV_CACHE_LAYOUT": "HND",
         }
