@@ -14,7 +14,7 @@ from bench.process import Command
 
 MAX_MODEL_LEN = 20480
 MAX_SEQUENCES = 32
-# KV memory on the CPU in GiB, for all: of an engine that is alone, and of each of two. Both of those
+# KV memory on the CPU in GiB: of an engine that is alone, and of each of two. Both of those
 # must hold the longest prompt of `interference`, one of them next to the streams.
 _KV_GIB = {"small": (2, 1)}
 _KV_GIB_OTHERS = (4, 3)
