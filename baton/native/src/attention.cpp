@@ -7,18 +7,18 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 
 #include "attention_part.h"
+#include "attention_source.h"
 #include "attention_tile.h"
 #include "ops.h"
 #include "tile.h"
-#include "vec.h"
 
 namespace baton {
 namespace {
 
+using attend::Ahead;
 using attend::Columns;
 using attend::Head;
 using attend::kKeys;
@@ -49,7 +49,7 @@ class FlushDenormals {
   unsigned before_;
 };
 
-// What one member needs besides the parts' workspace, for one block of columns.
+// What one member works with, for one block of columns.
 struct Scratch {
   Workspace work;
   bf16* queries;       // [groups of columns, head_dim * 16]
@@ -83,6 +83,7 @@ class Attention {
         group_(shape.heads / pool.kv_heads), scale_(shape.scale * 1.44269504f),
         scratch_(scratch + member.index() * Scratch::bytes(pool.head_dim), pool.head_dim),
         shared_(reinterpret_cast<float*>(scratch + member.size() * Scratch::bytes(pool.head_dim))) {
+    scratch_.work.ahead = &ahead_;
     plan();
   }
 
@@ -90,15 +91,7 @@ class Attention {
     for (int64_t i = 0; i < num_spans_; ++i) {
       if (is_split(spans_[i])) run_split(spans_[i]);
     }
-    int64_t items = 0;
-    for (int64_t i = 0; i < num_spans_; ++i) items += items_of(spans_[i]);
-    // Spans with many queries have the large items, and come first. A member's indices only grow,
-    // so each finds its span by going on from the one before.
-    int64_t visited = 0, begin = 0;
-    member_.for_each(items, [&](int64_t item) {
-      while (item >= begin + items_at(visited)) begin += items_at(visited++);
-      run_item(span_at(visited), item - begin);
-    });
+    run_items();
   }
 
  private:
@@ -146,63 +139,111 @@ class Attention {
     return is_narrow(span) == (visit >= num_spans_) ? items_of(span) : 0;
   }
 
-  // The last columns see the most keys: they come first.
-  void run_item(const Span& span, int64_t item) {
-    const int64_t head = item % pool_.kv_heads;
-    const int64_t first = (blocks_of(span) - 1 - item / pool_.kv_heads) * block_;
-    const int64_t columns = std::min(block_, span.queries * group_ - first);
-    const Head source = {pool_, span.blocks, layer_, head};
-    const Range range = seen(span, first / group_, (first + columns - 1) / group_);
-    const int64_t groups = (columns + kLanes - 1) / kLanes;
-    Columns parts[2];
-    State states[2];
-    for (int64_t i = 0; i < groups; ++i) load_queries(span, head, first + i * kLanes, i);
-    settle();
-    const int64_t begin = range.begin / kPart * kPart;
-    for (int64_t part = begin; part < range.end; part += kPart) {
-      load_values(source, part, range);
-      for (int64_t i = 0; i < groups; i += 2) {
-        const int64_t count = std::min<int64_t>(2, groups - i);
-        for (int64_t j = 0; j < count; ++j) parts[j] = columns_at(span, first, i + j);
-        for (int64_t j = 0; j < count; ++j) states[j] = state_at(i + j);
-        const bool fresh = part == begin;
-        if (count == 2) {
-          attend::attend<2>(source, part, parts, shape_.window, scale_, fresh, scratch_.work, states);
-        } else {
-          attend::attend<1>(source, part, parts, shape_.window, scale_, fresh, scratch_.work, states);
-        }
-      }
+  // Columns [first, first + columns) of a KV head of a span, and the positions that they see.
+  struct Item {
+    const Span* span;
+    int64_t head, first, columns;
+    Range keys;
+  };
+
+  Head source_of(const Item& item) const { return {pool_, item.span->blocks, layer_, item.head}; }
+
+  // The spans' items one after the other. A member's indices only grow, so a cursor goes on from
+  // where it was.
+  struct Cursor {
+    int64_t visit = 0, begin = 0;
+  };
+
+  Item find(Cursor& cursor, int64_t index) const {
+    while (index >= cursor.begin + items_at(cursor.visit)) {
+      cursor.begin += items_at(cursor.visit++);
     }
-    for (int64_t i = 0; i < groups; ++i) finish(span, head, first + i * kLanes, state_at(i));
+    const Span& span = span_at(cursor.visit);
+    index -= cursor.begin;
+    // The last columns of a span see the most keys: they come first.
+    const int64_t first = (blocks_of(span) - 1 - index / pool_.kv_heads) * block_;
+    const int64_t columns = std::min(block_, span.queries * group_ - first);
+    return {&span, index % pool_.kv_heads, first, columns,
+            seen(span, first / group_, (first + columns - 1) / group_)};
   }
 
-  // Tiles of all KV heads, some at a time; then each head's are merged in their order.
+  void run_items() {
+    int64_t items = 0;
+    for (int64_t i = 0; i < num_spans_; ++i) items += items_of(spans_[i]);
+    Cursor cursor;
+    member_.for_each_ahead(items, [&](int64_t index, int64_t after) {
+      const Item item = find(cursor, index);
+      const Item next = after < items ? find(cursor, after) : Item{};
+      run_item(item, after < items ? &next : nullptr);
+    });
+  }
+
+  void run_item(const Item& item, const Item* next) {
+    const Head source = source_of(item);
+    const int64_t groups = (item.columns + kLanes - 1) / kLanes;
+    for (int64_t i = 0; i < groups; ++i) load_queries(item, i);
+    const int64_t begin = item.keys.begin / kPart * kPart;
+    for (int64_t part = begin; part < item.keys.end; part += kPart) {
+      aim(item, next, part);
+      load_values(source, item.keys.within(part, kPart));
+      for (int64_t i = 0; i < groups; i += 2) {
+        const Columns columns[] = {columns_at(item, i), columns_at(item, std::min(i + 1, groups - 1))};
+        const State states[] = {state_at(i), state_at(i + 1)};
+        const auto attend = i + 1 < groups ? attend::attend<2> : attend::attend<1>;
+        attend(source, part, columns, shape_.window, scale_, part == begin, scratch_.work, states);
+      }
+    }
+    for (int64_t i = 0; i < groups; ++i) finish(item, i, state_at(i));
+  }
+
+  // Spread the fetching of what comes after an item's part, which may be the first part of `next`,
+  // over the work on that part: two calls for each step while V is transposed, and two for each
+  // group of columns.
+  void aim(const Item& item, const Item* next, int64_t part) {
+    const Range now = item.keys.within(part, kPart);
+    const int64_t steps = (now.end + kStep - 1) / kStep - now.begin / kStep;
+    const int64_t calls = steps * (2 + 2 * ((item.columns + kLanes - 1) / kLanes));
+    if (part + kPart < item.keys.end) {
+      ahead_.aim(source_of(item), item.keys.within(part + kPart, kPart), calls);
+    } else if (next) {
+      ahead_.aim(source_of(*next), next->keys.within(next->keys.begin, kPart), calls);
+    } else {
+      ahead_.aim(source_of(item), {0, 0}, calls);
+    }
+  }
+
+  // Parts, some at a time, each with its own result; then each head's are merged in their order.
   void run_split(const Span& span) {
-    const Range range = seen(span, 0, span.queries - 1);
-    const int64_t begin = range.begin / kPart * kPart, heads = pool_.kv_heads;
-    const int64_t parts = parts_of(span);
+    const Range keys = seen(span, 0, span.queries - 1);
+    const int64_t first = keys.begin / kPart, parts = parts_of(span), heads = pool_.kv_heads;
     const auto slot = [&](int64_t head, int64_t index) {
       return State::at(shared_ + (head * (kRound + 1) + index) * State::floats(dim_), dim_);
     };
     for (int64_t done = 0; done < parts; done += kRound) {
-      const int64_t count = std::min(kRound, parts - done);
-      member_.for_each(count * heads, [&](int64_t item) {
-        const int64_t head = item / count, index = item % count;
-        const Head source = {pool_, span.blocks, layer_, head};
-        const int64_t part = begin + (done + index) * kPart;
-        load_queries(span, head, 0, 0);
-        settle();
-        load_values(source, part, range);
-        const Columns columns = columns_at(span, 0, 0);
+      const int64_t count = std::min(kRound, parts - done), items = count * heads;
+      const auto item_at = [&](int64_t index) {
+        const int64_t part = (first + done + index % count) * kPart;
+        return Item{&span, index / count, 0, span.queries * group_, keys.within(part, kPart)};
+      };
+      member_.for_each_ahead(items, [&](int64_t index, int64_t after) {
+        const Item item = item_at(index), next = item_at(std::min(after, items - 1));
+        const Head source = source_of(item);
+        const int64_t part = item.keys.begin / kPart * kPart;
+        load_queries(item, 0);
+        aim(item, after < items ? &next : nullptr, part);
+        load_values(source, item.keys);
+        const Columns columns = columns_at(item, 0);
         // The first part of all is put where the others will be merged.
-        const State state = slot(head, done + index == 0 ? 0 : index + 1);
+        const State state = slot(item.head, done + index % count == 0 ? 0 : index % count + 1);
         attend::attend<1>(source, part, &columns, shape_.window, scale_, true, scratch_.work, &state);
       });
       member_.for_each(heads, [&](int64_t head) {
         for (int64_t index = done == 0 ? 1 : 0; index < count; ++index) {
           attend::merge(slot(head, 0), slot(head, index + 1), dim_);
         }
-        if (done + count == parts) finish(span, head, 0, slot(head, 0));
+        if (done + count == parts) {
+          finish({&span, head, 0, span.queries * group_, keys}, 0, slot(head, 0));
+        }
       });
     }
   }
@@ -211,20 +252,22 @@ class Attention {
     return State::at(scratch_.states + group * State::floats(dim_), dim_);
   }
 
-  Columns columns_at(const Span& span, int64_t first, int64_t group) const {
-    const int64_t last = span.queries * group_ - 1, column = first + group * kLanes;
+  Columns columns_at(const Item& item, int64_t group) const {
+    const int64_t first = item.first + group * kLanes;
+    const int64_t last = std::min(first + kLanes, item.first + item.columns) - 1;
     return {scratch_.queries + group * kLanes * dim_, scratch_.positions + group * kLanes,
-            seen(span, column / group_, std::min(column + kLanes - 1, last) / group_)};
+            seen(*item.span, first / group_, last / group_)};
   }
 
-  // Queries and positions of the 16 columns from `first`; columns that the span does not have
-  // repeat its last one.
-  void load_queries(const Span& span, int64_t head, int64_t first, int64_t group) {
+  // Queries and positions of a group of an item's columns; columns beyond repeat the last one.
+  void load_queries(const Item& item, int64_t group) {
+    const Span& span = *item.span;
     const bf16* rows[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {
-      const int64_t column = std::min(first + i, span.queries * group_ - 1);
+      const int64_t column = item.first + std::min(group * kLanes + i, item.columns - 1);
       const int64_t query = column / group_;
-      rows[i] = q_ + (span.first_row + query) * stride_ + (head * group_ + column % group_) * dim_;
+      rows[i] = q_ + (span.first_row + query) * stride_ +
+                (item.head * group_ + column % group_) * dim_;
       scratch_.positions[group * kLanes + i] = static_cast<int32_t>(span.start + query);
     }
     for (int64_t d = 0; d < dim_; d += 32) {
@@ -236,20 +279,21 @@ class Attention {
     }
   }
 
-  void load_values(const Head& source, int64_t part, Range range) {
-    const int64_t end = std::min(range.end, part + kPart);
-    int64_t step = std::max(range.begin - part, int64_t{0}) / kStep;
-    for (; part + step * kStep < end; ++step) {
-      attend::transpose_values(source, part + step * kStep, range,
-                               scratch_.work.values + step * attend::kTile);
+  // V^T of the positions of `range`, which are in one part, into the workspace.
+  void load_values(const Head& source, Range range) {
+    for (int64_t at = range.begin / kStep * kStep; at < range.end; at += kStep) {
+      ahead_.fetch();
+      attend::transpose_values(source, at, range,
+                               scratch_.work.values + at % kPart / kStep * attend::kTile);
+      ahead_.fetch();
     }
     settle();
   }
 
-  // Divide by the sums, and put the columns from `first` into the output's panels.
-  void finish(const Span& span, int64_t head, int64_t first, const State& state) {
+  // Divide by the sums, and put a group of an item's columns into the output's panels.
+  void finish(const Item& item, int64_t group, const State& state) {
     const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(state.sum));
-    const int64_t count = std::min(kLanes, span.queries * group_ - first);
+    const int64_t count = std::min(kLanes, item.columns - group * kLanes);
     for (int64_t d = 0; d < dim_; d += 32) {
       __m512i pairs[16];
       for (int i = 0; i < 16; ++i) {
@@ -259,8 +303,9 @@ class Attention {
       }
       attend::transpose(pairs);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = span.first_row + (first + i) / group_;
-        const int64_t column = (head * group_ + (first + i) % group_) * dim_ + d;
+        const int64_t at = item.first + group * kLanes + i;
+        const int64_t column = (item.head * group_ + at % group_) * dim_ + d;
+        const int64_t row = item.span->first_row + at / group_;
         _mm512_storeu_si512(out_ + panel_index(row, column, shape_.heads * dim_), pairs[i]);
       }
     }
@@ -277,10 +322,11 @@ class Attention {
   bf16* const out_;
   const int64_t dim_, group_;
   const float scale_;  // of scores in units of log 2
+  Ahead ahead_;
   Scratch scratch_;
   float* const shared_;  // [kv_heads, 1 + kRound] states of a split span
   int64_t parts_ = 0;    // of all spans and KV heads
-  int64_t block_ = 0;    // columns of an item
+  int64_t block_ = 0;    // columns of a wide item
 };
 
 }  // namespace
@@ -289,7 +335,7 @@ void attention(Member& member, const Pool& pool, int64_t layer, const AttentionS
                const Span* spans, int64_t num_spans, const bf16* q, int64_t stride,
                bf16* out_panels, uint8_t* scratch) {
   const FlushDenormals flush;
-  const Tiles parts(kTiles);
+  const Tiles tiles(kTiles);
   Attention(member, pool, layer, shape, spans, num_spans, q, stride, out_panels, scratch).run();
 }
 

@@ -24,37 +24,14 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention_source.h"
 #include "attention_tile.h"
 #include "ops.h"
 #include "tile.h"
 
 namespace baton::attend {
 
-constexpr int64_t kPart = 512;  // keys of a part; a multiple of kKeys
-constexpr int64_t kKeys = 128;  // keys of a tile: what is scored, then weighed, then multiplied
-constexpr int64_t kStep = 32;   // keys of a step: the depth of one product with V
-constexpr int64_t kLanes = 16;  // columns of a group
-constexpr int64_t kTile = 512;  // bfloat16 values of a tile
 constexpr float kLowest = -1e30f;
-
-// K and V of one KV head of one sequence.
-struct Head {
-  const Pool& pool;
-  const int32_t* blocks;
-  int64_t layer, head;
-
-  // The row of a position; up to a multiple of 16, the rows of the next positions follow it.
-  const bf16* row(int64_t which, int64_t position) const {
-    const uint32_t at = static_cast<uint32_t>(position);
-    const uint32_t size = static_cast<uint32_t>(pool.block_size);
-    return pool.rows(blocks[at / size], layer, which, head) + at % size * pool.head_dim;
-  }
-};
-
-// Positions [begin, end).
-struct Range {
-  int64_t begin, end;
-};
 
 // Result of up to 16 columns over some keys: `out` [head_dim, 16] sums of 2^(score - reference) * V,
 // and `sum` of 2^(score - reference). Scores are in units of log 2.
@@ -82,6 +59,7 @@ struct Workspace {
   float* scores;  // [2, kKeys, 16]; then weights, pairs of keys in bfloat16 [2, kKeys / 2, 16, 2]
   bf16* values;   // V^T of a part [head_dim / 16, kPart / 32, 16 dimensions, 32 keys]
   float* states;  // [2, State::floats]
+  Ahead* ahead;
 };
 
 // V^T of the step at `begin` into `out`, tiles of 16 dimensions kPart * 16 values apart. Keys outside
@@ -141,12 +119,11 @@ inline __m512 maximum(const float* scores) {
                        _mm512_max_ps(greatest[2], greatest[3]));
 }
 
-// Weights of `keys` keys (a multiple of 4) as pairs of keys in bfloat16, written over their scores;
-// returns their sums.
-inline __m512 weigh(float* scores, int64_t keys, __m512 scale, __m512 reference) {
+// Weights of a step's 32 keys as pairs of keys in bfloat16, which may overwrite the scores; returns
+// their sums.
+inline __m512 weigh(const float* scores, __m512 scale, __m512 reference, float* out) {
   __m512 sums[4] = {};
-  float* out = scores;
-  for (const float* end = scores + keys * kLanes; scores < end; scores += 4 * kLanes) {
+  for (const float* end = scores + kStep * kLanes; scores < end; scores += 4 * kLanes) {
     __m512 w[4];
     for (int j = 0; j < 4; ++j) {
       w[j] = exp2_ps(_mm512_fmsub_ps(_mm512_load_ps(scores + j * kLanes), scale, reference));
@@ -189,14 +166,16 @@ class Part {
   Part(const Head& source, Range range, const Columns* columns, int64_t window, float scale,
        const Workspace& work, const State* states)
       : source_(source), range_(range), columns_(columns), window_(window),
-        scale_(_mm512_set1_ps(scale)), work_(work), states_(states), dim_(source.pool.head_dim) {}
-
-  void run() {
+        scale_(_mm512_set1_ps(scale)), work_(work), states_(states), dim_(source.pool.head_dim) {
     for (int g = 0; g < Groups; ++g) references_[g] = _mm512_set1_ps(kLowest);
     for (int g = 0; g < Groups; ++g) sums_[g] = _mm512_setzero_ps();
-    for (origin_ = range_.begin / kStep * kStep; origin_ < range_.end; origin_ += steps_ * kStep) {
-      const int64_t end = std::min(range_.end, origin_ / kKeys * kKeys + kKeys);
-      steps_ = (end - origin_ + kStep - 1) / kStep;
+  }
+
+  void run() {
+    for (int64_t at = range_.begin; at < range_.end; at = at / kKeys * kKeys + kKeys) {
+      const Range tile = range_.within(at, kKeys);
+      origin_ = tile.begin / kStep * kStep;
+      steps_ = (tile.end - origin_ + kStep - 1) / kStep;
       score_keys();
       for (int g = 0; g < Groups; ++g) weigh_group(g);
       add_values();
@@ -246,6 +225,7 @@ class Part {
                      (window_ == 0 || begin > columns.positions[kLanes - 1] - window_);
     if (!all) mask(columns, begin, window_, scores);
     maxima_[group] = _mm512_max_ps(maxima_[group], maximum(scores));
+    work_.ahead->fetch();
   }
 
   void weigh_group(int64_t group) {
@@ -255,8 +235,13 @@ class Part {
     const __m512 limit = _mm512_add_ps(references_[group], _mm512_set1_ps(8.0f));
     const __mmask16 above = _mm512_cmp_ps_mask(max, limit, _CMP_GT_OQ);
     if (above) raise(group, _mm512_mask_blend_ps(above, references_[group], max));
-    const __m512 sum = weigh(scores_of(group, 0), steps_ * kStep, scale_, references_[group]);
-    sums_[group] = _mm512_add_ps(sums_[group], sum);
+    float* weights = scores_of(group, 0);
+    for (int64_t step = 0; step < steps_; ++step) {
+      work_.ahead->fetch();
+      const __m512 sum = weigh(scores_of(group, step), scale_, references_[group],
+                               weights + step * kTile / 2);
+      sums_[group] = _mm512_add_ps(sums_[group], sum);
+    }
   }
 
   void raise(int64_t group, __m512 reference) {
@@ -310,8 +295,8 @@ inline void attend(const Head& source, int64_t part, const Columns* columns, int
                    float scale, bool fresh, const Workspace& work, const State* states) {
   const int64_t dim = source.pool.head_dim;
   // Columns are in the order of their positions.
-  const Range range = {std::max(part, columns[0].seen.begin),
-                       std::min(part + kPart, columns[Groups - 1].seen.end)};
+  const Range seen = {columns[0].seen.begin, columns[Groups - 1].seen.end};
+  const Range range = {std::max(part, seen.begin), std::min(part + kPart, seen.end)};
   if (range.begin >= range.end) {
     for (int g = 0; fresh && g < Groups; ++g) clear(states[g], dim);
     return;
