@@ -37,7 +37,7 @@ constexpr int64_t kItemsPerMember = 8;
 // A block's queries and results stay in the second-level cache.
 int64_t max_columns(int64_t head_dim) { return round_up(65536 / head_dim, 32); }
 
-// Denormals as zeros, as AMX has them, for the calling thread: they are slow, and mean nothing here.
+// Denormals as zeros, as AMX has them, for the calling thread: they are slow, and mean nothing.
 class FlushDenormals {
  public:
   FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
@@ -187,8 +187,9 @@ class Attention {
       aim(item, next, part);
       load_values(source, item.keys.within(part, kPart));
       for (int64_t i = 0; i < groups; i += 2) {
-        const Columns columns[] = {columns_at(item, i), columns_at(item, std::min(i + 1, groups - 1))};
-        const State states[] = {state_at(i), state_at(i + 1)};
+        const int64_t second = std::min(i + 1, groups - 1);
+        const Columns columns[] = {columns_at(item, i), columns_at(item, second)};
+        const State states[] = {state_at(i), state_at(second)};
         const auto attend = i + 1 < groups ? attend::attend<2> : attend::attend<1>;
         attend(source, part, columns, shape_.window, scale_, part == begin, scratch_.work, states);
       }
@@ -235,7 +236,8 @@ class Attention {
         const Columns columns = columns_at(item, 0);
         // The first part of all is put where the others will be merged.
         const State state = slot(item.head, done + index % count == 0 ? 0 : index % count + 1);
-        attend::attend<1>(source, part, &columns, shape_.window, scale_, true, scratch_.work, &state);
+        attend::attend<1>(source, part, &columns, shape_.window, scale_, true, scratch_.work,
+                          &state);
       });
       member_.for_each(heads, [&](int64_t head) {
         for (int64_t index = done == 0 ? 1 : 0; index < count; ++index) {

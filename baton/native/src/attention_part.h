@@ -15,8 +15,8 @@
 // parts before. So parts may be computed anywhere, and an output is the same whichever columns,
 // chunks or members it was computed with. What a column does not see adds exact zeros.
 //
-// AMX and AVX share a port, and do not run faster side by side: first all scores of a tile, then all
-// its weights. What matters is that a tile's scores stay in the first-level cache.
+// AMX and AVX share a port, and do not run faster side by side: first all scores of a tile, then
+// all its weights. What matters is that a tile's scores stay in the first-level cache.
 #pragma once
 
 #include <immintrin.h>
@@ -33,8 +33,9 @@ namespace baton::attend {
 
 constexpr float kLowest = -1e30f;
 
-// Result of up to 16 columns over some keys: `out` [head_dim, 16] sums of 2^(score - reference) * V,
-// and `sum` of 2^(score - reference). Scores are in units of log 2.
+// Result of up to 16 columns over some keys: `out` [head_dim, 16], the sums of
+// 2^(score - reference) * V, and `sum`, those of 2^(score - reference). Scores are in units of
+// log 2.
 struct State {
   float* out;
   float* reference;
@@ -62,8 +63,8 @@ struct Workspace {
   Ahead* ahead;
 };
 
-// V^T of the step at `begin` into `out`, tiles of 16 dimensions kPart * 16 values apart. Keys outside
-// of `range` become zeros, whatever is there; those of half a step outside of it are not read.
+// V^T of the step at `begin` into `out`, tiles of 16 dimensions kPart * 16 values apart. Keys
+// outside of `range` become zeros, whatever is there; a half outside of it is not read.
 inline void transpose_values(const Head& source, int64_t begin, Range range, bf16* out) {
   const int64_t dim = source.pool.head_dim;
   const bf16* rows[kStep];
@@ -258,7 +259,9 @@ class Part {
   void add_values() {
     settle();
     const bf16* values = work_.values + origin_ % kPart / kStep * kTile;
-    const auto out_of = [&](int64_t i) { return states_[i % Groups].out + i / Groups * 32 * kLanes; };
+    const auto out_of = [&](int64_t i) {
+      return states_[i % Groups].out + i / Groups * 32 * kLanes;
+    };
     const auto begin = [&]<int Slot>(int64_t i) {
       const bf16* upper = values + i / Groups * 32 * kPart;
       const bf16* lower = upper + 16 * kPart;

@@ -10,8 +10,8 @@
 
 namespace baton::attend {
 
-// 2^x for x <= 0 to 4e-6, far below what rounding to bfloat16 costs; 2^0 is 1. A polynomial of least
-// relative error in x - floor(x), with the ends fixed.
+// 2^x to 4e-6, far below what rounding to bfloat16 costs; 2^0 is 1. A polynomial of least relative
+// error in x - floor(x), with the ends fixed.
 inline __m512 exp2_ps(__m512 x) {
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 p = _mm512_set1_ps(0x1.bc31cap-7f);
@@ -55,9 +55,9 @@ inline void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Products come in pairs of tiles, in one of two slots (tiles 0, 1 and 2, 3). While the tiles of one
-// slot fill, those of the other are stored: a store waits for its product, and nothing behind it
-// would start.
+// Products come in pairs of tiles, in one of two slots (tiles 0, 1 and 2, 3). While the tiles of
+// one slot fill, those of the other are stored: a store waits for its product, and nothing behind
+// it would start.
 template <int Slot>
 inline void clear_pair() {
   if constexpr (Slot == 0) {
