@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention_few.h"
 #include "attention_part.h"
 #include "attention_source.h"
 #include "attention_tile.h"
@@ -21,6 +22,7 @@ namespace {
 using attend::Ahead;
 using attend::Columns;
 using attend::Head;
+using attend::kFew;
 using attend::kKeys;
 using attend::kPart;
 using attend::kLanes;
@@ -77,11 +79,12 @@ class Attention {
  public:
   Attention(Member& member, const Pool& pool, int64_t layer, const AttentionShape& shape,
             const Span* spans, int64_t num_spans, const bf16* q, int64_t stride, bf16* out,
-            uint8_t* scratch)
+            uint8_t* scratch, Tiles& tiles)
       : member_(member), pool_(pool), layer_(layer), shape_(shape), spans_(spans),
         num_spans_(num_spans), q_(q), stride_(stride), out_(out), dim_(pool.head_dim),
         group_(shape.heads / pool.kv_heads), scale_(shape.scale * 1.44269504f),
         scratch_(scratch + member.index() * Scratch::bytes(pool.head_dim), pool.head_dim),
+        tiles_(tiles),
         shared_(reinterpret_cast<float*>(scratch + member.size() * Scratch::bytes(pool.head_dim))) {
     scratch_.work.ahead = &ahead_;
     plan();
@@ -185,6 +188,10 @@ class Attention {
     const int64_t begin = item.keys.begin / kPart * kPart;
     for (int64_t part = begin; part < item.keys.end; part += kPart) {
       aim(item, next, part);
+      if (item.columns <= kFew) {
+        attend_few(source, part, columns_at(item, 0), part == begin, state_at(0));
+        continue;
+      }
       load_values(source, item.keys.within(part, kPart));
       for (int64_t i = 0; i < groups; i += 2) {
         const int64_t second = std::min(i + 1, groups - 1);
@@ -197,13 +204,23 @@ class Attention {
     for (int64_t i = 0; i < groups; ++i) finish(item, i, state_at(i));
   }
 
+  // Attention of at most kFew columns to a part, which needs no V^T.
+  void attend_few(const Head& source, int64_t part, const Columns& columns, bool fresh,
+                  const State& state) {
+    attend::attend_few(source, part, columns, shape_.window, scale_, fresh, scratch_.work, state,
+                       tiles_);
+    tiles_.use(kTiles);
+  }
+
   // Spread the fetching of what comes after an item's part, which may be the first part of `next`,
   // over the work on that part: two calls for each step while V is transposed, and two for each
-  // group of columns.
+  // group of columns; of few columns, two and one for each pass over V.
   void aim(const Item& item, const Item* next, int64_t part) {
     const Range now = item.keys.within(part, kPart);
     const int64_t steps = (now.end + kStep - 1) / kStep - now.begin / kStep;
-    const int64_t calls = steps * (2 + 2 * ((item.columns + kLanes - 1) / kLanes));
+    const int64_t calls =
+        steps * (item.columns <= kFew ? 2 + (dim_ + attend::kFewDims - 1) / attend::kFewDims
+                                      : 2 + 2 * ((item.columns + kLanes - 1) / kLanes));
     if (part + kPart < item.keys.end) {
       ahead_.aim(source_of(item), item.keys.within(part + kPart, kPart), calls);
     } else if (next) {
@@ -232,12 +249,16 @@ class Attention {
         const int64_t part = item.keys.begin / kPart * kPart;
         load_queries(item, 0);
         aim(item, after < items ? &next : nullptr, part);
-        load_values(source, item.keys);
         const Columns columns = columns_at(item, 0);
         // The first part of all is put where the others will be merged.
         const State state = slot(item.head, done + index % count == 0 ? 0 : index % count + 1);
-        attend::attend<1>(source, part, &columns, shape_.window, scale_, true, scratch_.work,
-                          &state);
+        if (item.columns <= kFew) {
+          attend_few(source, part, columns, true, state);
+        } else {
+          load_values(source, item.keys);
+          attend::attend<1>(source, part, &columns, shape_.window, scale_, true, scratch_.work,
+                            &state);
+        }
       });
       member_.for_each(heads, [&](int64_t head) {
         for (int64_t index = done == 0 ? 1 : 0; index < count; ++index) {
@@ -326,6 +347,7 @@ class Attention {
   const float scale_;  // of scores in units of log 2
   Ahead ahead_;
   Scratch scratch_;
+  Tiles& tiles_;
   float* const shared_;  // [kv_heads, 1 + kRound] states of a split span
   int64_t parts_ = 0;    // of all spans and KV heads
   int64_t block_ = 0;    // columns of a wide item
@@ -337,8 +359,9 @@ void attention(Member& member, const Pool& pool, int64_t layer, const AttentionS
                const Span* spans, int64_t num_spans, const bf16* q, int64_t stride,
                bf16* out_panels, uint8_t* scratch) {
   const FlushDenormals flush;
-  const Tiles tiles(kTiles);
-  Attention(member, pool, layer, shape, spans, num_spans, q, stride, out_panels, scratch).run();
+  Tiles tiles(kTiles);
+  Attention(member, pool, layer, shape, spans, num_spans, q, stride, out_panels, scratch, tiles)
+      .run();
 }
 
 int64_t attention_scratch(int64_t kv_heads, int64_t head_dim, int members) {
