@@ -20,24 +20,16 @@ _MOST = 1 << 14  # more than any machine has: "0-99999999999" must not fill the 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a worker computes: one thread on each of the first `threads` of its `cpus`, which are
-    some of those that the process is `allowed` to run on."""
+    """Where a worker computes: one thread on each of the first `threads` of its `cpus`."""
 
     cpus: tuple[int, ...]
     threads: int
-    allowed: tuple[int, ...] = ()  # empty: no others than `cpus`
 
     def apply(self) -> None:
         """Bind this process, and what it will start, to its CPUs. To be called before torch is
         imported: OpenMP looks at CPUs and environment once."""
         os.sched_setaffinity(0, self.cpus)
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
-
-    def release(self) -> None:
-        """Let the calling thread, and threads that it starts from now on, run on every allowed CPU
-        again: for a runner that has pinned its own threads. The event loop then takes time from
-        whichever core has some, and not from the one that computes."""
-        os.sched_setaffinity(0, self.allowed or self.cpus)
 
 
 def choose_placement(cpus: str, threads: int) -> Placement:
@@ -57,7 +49,7 @@ def choose_placement(cpus: str, threads: int) -> Placement:
         )
     quota = cpu_quota()
     most = len(chosen) if quota is None else max(1, min(len(chosen), math.floor(quota)))
-    return Placement(chosen, threads or most, allowed)
+    return Placement(chosen, threads or most)
 
 
 def parse_cpus(text: str) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def main() -> None:
     def make(parts: WorkerParts) -> DecodeService:
         return DecodeService(parts, GrpcHandoffDialer(cluster_token()))
 
-    run(config, placement, Role.DECODE, make)
+    run(config, Role.DECODE, make)
 
 
 if __name__ == "__main__":

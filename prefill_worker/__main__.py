@@ -27,7 +27,7 @@ def main() -> None:
     from baton.worker.process import main as run
     from prefill_worker.service import PrefillService
 
-    run(config, placement, Role.PREFILL, PrefillService)
+    run(config, Role.PREFILL, PrefillService)
 
 
 if __name__ == "__main__":

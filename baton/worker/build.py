@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from baton.cpus import Placement, format_cpus
+from baton.cpus import Placement, choose_placement, format_cpus
 from baton.engine.batch import Runner
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
 from baton.engine.events import EngineListener
 from baton.engine.loop import Engine
 from baton.engine.make_runner import make_runner
-from baton.engine.native_runner import NativeRunner
 from baton.errors import ConfigError
 from baton.kv.handoff.digest import Verify
 from baton.kv.handoff.options import HandoffOptions, Identity, life
@@ -81,7 +80,7 @@ class WorkerParts:
         await self.transport.close()
 
 
-async def build(config: WorkerConfig, placement: Placement, role: Role) -> WorkerParts:
+async def build(config: WorkerConfig, role: Role) -> WorkerParts:
     """Load the model and get the memory. Takes as long as the weights take to read.
 
     Raises ConfigError, ModelLoadError and TransportError.
@@ -89,6 +88,7 @@ async def build(config: WorkerConfig, placement: Placement, role: Role) -> Worke
     model_dir = await asyncio.to_thread(resolve_model, config.model or None)
     spec = await asyncio.to_thread(load_spec, model_dir)
     device = choose_device(config.device)
+    placement = choose_placement(config.cpus, config.threads)
     layout = kv_layout(spec, choose_dtype(config.dtype, spec, device), config.block_size)
     weights = weight_bytes(model_dir, spec.dtype, layout.dtype)
     max_model_len = _max_model_len(config, spec)
@@ -116,8 +116,6 @@ async def build(config: WorkerConfig, placement: Placement, role: Role) -> Worke
             placement,
             config.kernels,
         )
-        if isinstance(runner, NativeRunner):
-            placement.release()
         await asyncio.to_thread(runner.warm_up)
     except BaseException:
         await transport.close()

@@ -46,7 +46,7 @@ class WorkerConfig:
     verify: str = option("sample", "digests of handed-over KV", choices=("off", "sample", "full"))
     lease_ttl: float = option(10.0, "seconds until published KV that nobody renews returns")
     layer_groups: int = option(4, "groups of layers in which a chunk's KV is published")
-    cpus: str = option("", "CPUs that compute, as 0-3,8; empty: all that it may use")
+    cpus: str = option("", "CPUs of this process, as 0-3,8; empty: all that it may run on")
     threads: int = option(0, "CPU threads of the model; 0: one on each of its CPUs")
     prefix_caching: bool = option(True, "reuse the KV of common prefixes")
     log_level: str = option("info", "least level that is logged", choices=LEVELS)

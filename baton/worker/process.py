@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from baton.cpus import Placement
 from baton.errors import BatonError, ConfigError, WorkerLost
 from baton.rpc.grpc_client import GrpcFleetClient
 from baton.rpc.grpc_server import RpcServer
@@ -49,17 +48,12 @@ class Service(Protocol):
     def load(self) -> WorkerLoad: ...
 
 
-def main(
-    config: WorkerConfig,
-    placement: Placement,
-    role: Role,
-    make: Callable[[WorkerParts], Service],
-) -> None:
+def main(config: WorkerConfig, role: Role, make: Callable[[WorkerParts], Service]) -> None:
     """Run the worker and end the process: 0 after an orderly shutdown, 1 after a failure, 2 when
     the configuration is wrong."""
     setup_logging(config.log_level, worker_name(config, role))
     try:
-        asyncio.run(_run(config, placement, role, make))
+        asyncio.run(_run(config, role, make))
     except ConfigError as error:
         log.error("%s", error.message)
         exit_now(2)
@@ -80,18 +74,13 @@ def cluster_token() -> str:
     return token
 
 
-async def _run(
-    config: WorkerConfig,
-    placement: Placement,
-    role: Role,
-    make: Callable[[WorkerParts], Service],
-) -> None:
+async def _run(config: WorkerConfig, role: Role, make: Callable[[WorkerParts], Service]) -> None:
     if not config.conductor:
         raise ConfigError("--conductor host:port is missing: a worker serves a conductor")
     cluster_token()
     signals = StopSignals()
     signals.install()
-    parts = await _unless_stopped(build(config, placement, role), signals)
+    parts = await _unless_stopped(build(config, role), signals)
     try:
         await _serve(config, role, parts, make(parts), signals)
     except BaseExceptionGroup as group:
