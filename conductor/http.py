@@ -93,11 +93,8 @@ def _guarded_routes(
         body = parse_body(body_class, await read_body(request, max_body_bytes))
         prepared = await conductor.prepare(body.to_ask(), prefix)
         tokenizer = conductor.model.tokenizer
-        reply: Reply
-        if isinstance(body, ChatBody):
-            reply = ChatReply(prepared, tokenizer)
-        else:
-            reply = CompletionReply(prepared, tokenizer)
+        form: type[Reply] = ChatReply if isinstance(body, ChatBody) else CompletionReply
+        reply = form(prepared, tokenizer, bool(body.return_token_ids))
         if not body.stream:
             return GenerationResponse(conductor, prepared, reply)
         return StreamResponse(

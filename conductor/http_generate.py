@@ -89,8 +89,7 @@ class StreamResponse(GenerationResponse):
         self._include_usage = include_usage
         self._every_chunk = usage_in_every_chunk
         self._tokens = 0
-        # Whether a chunk in the middle of an answer says nothing of its own but its text.
-        self._plain = not usage_in_every_chunk and not reply.want_logprobs
+        self._plain = not usage_in_every_chunk and reply.text_only
         self._around: dict[int, tuple[bytes, bytes]] = {}  # answer -> what encloses its texts
 
     async def _respond(self, scope: Scope, results: Results, send: Send) -> Response | None:

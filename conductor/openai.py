@@ -164,6 +164,7 @@ class _Common(_Object):
     cache_salt: str | None = None
     priority: int | None = None
     request_id: str | None = None
+    return_token_ids: bool | None = None  # vLLM's: choices also have their tokens' ids
     user: str | None = None
     response_format: ResponseFormat | None = None
     stream: bool | None = None

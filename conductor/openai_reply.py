@@ -19,11 +19,19 @@ class Reply:
     object_name: str
     chunk_name: str
 
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer, want_token_ids: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._want_ids = want_token_ids
         self.want_logprobs = any(a.sampling.logprobs is not None for a in request.answers)
         self._head = {"id": request.id, "created": int(time.time()), "model": request.model}
         self._answers = len(request.answers)
+
+    @property
+    def text_only(self) -> bool:
+        """Whether a chunk in the middle of an answer has nothing but its text."""
+        return not self.want_logprobs and not self._want_ids
 
     def opening(self) -> list[dict[str, Any]]:
         """Chunks before the first token."""
@@ -33,9 +41,11 @@ class Reply:
         """The chunk for a delta; None when it has nothing to show yet."""
         tokens = delta.tokens[: len(delta.tokens) - delta.hidden]
         logprobs = self._logprobs(tokens, delta.offsets) if self.want_logprobs and tokens else None
-        if not delta.text and logprobs is None and delta.finish_reason is None:
+        ids = self._ids([delta])
+        silent = not delta.text and logprobs is None and not ids.get("token_ids")
+        if silent and delta.finish_reason is None:
             return None
-        return self.frame([self._chunk_choice(delta, logprobs)])
+        return self.frame([self._chunk_choice(delta, logprobs) | ids])
 
     def frame(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
         chunk = {**self._head, "object": self.chunk_name, "choices": choices}
@@ -48,13 +58,22 @@ class Reply:
         by_answer: list[list[Delta]] = [[] for _ in range(self._answers)]
         for delta in deltas:
             by_answer[delta.index].append(delta)
-        choices = [self._whole_choice(i, parts) for i, parts in enumerate(by_answer)]
+        choices = [
+            self._whole_choice(i, parts) | self._ids(parts) for i, parts in enumerate(by_answer)
+        ]
         return {
             **self._head,
             "object": self.object_name,
             "choices": choices,
             "usage": usage_body(usage),
         }
+
+    def _ids(self, deltas: Sequence[Delta]) -> dict[str, list[int]]:
+        """Every token that was generated, those without text included: with them a client can put
+        an answer into its next prompt exactly."""
+        if not self._want_ids:
+            return {}
+        return {"token_ids": [token.token_id for delta in deltas for token in delta.tokens]}
 
     def _chunk_choice(self, delta: Delta, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         raise NotImplementedError

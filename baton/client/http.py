@@ -33,6 +33,7 @@ class Piece:
     finish_reason: str | None = None
     usage: Usage | None = None
     request_id: str = ""
+    token_ids: tuple[int, ...] = ()  # only when `return_token_ids` was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +199,12 @@ def _pieces(data: str, chat: bool) -> list[Piece]:
             index=int(choice.get("index", 0)),
             finish_reason=choice.get("finish_reason"),
             request_id=request_id,
+            token_ids=tuple(choice.get("token_ids") or ()),
         )
         for choice in event.get("choices") or ()
     ]
     if chat:  # the event that only names the role is not part of the answer
-        pieces = [piece for piece in pieces if piece.text or piece.finish_reason]
+        pieces = [p for p in pieces if p.text or p.token_ids or p.finish_reason]
     if usage := event.get("usage"):
         pieces.append(Piece(usage=_usage(usage), request_id=request_id))
     return pieces

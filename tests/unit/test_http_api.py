@@ -180,6 +180,20 @@ async def test_usage_in_every_chunk(cluster: FakeCluster) -> None:
     assert counts[-1] == 4
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_token_ids_of_an_answer(cluster: FakeCluster, path: str) -> None:
+    ask: dict[str, Any] = {"prompt": "hé!", "return_token_ids": True}
+    if "chat" in path:
+        ask = {"messages": [{"role": "user", "content": "hé!"}], "return_token_ids": True}
+    whole = (await post(cluster, path, **ask)).json()
+    ids = whole["choices"][0]["token_ids"]
+    assert len(ids) == whole["usage"]["completion_tokens"]
+    assert ids[-1] == EOS
+    events, _ = await stream(cluster, path, **ask)
+    parts = [choice.get("token_ids", []) for event in events for choice in event["choices"]]
+    assert [token for part in parts for token in part] == ids
+
+
 async def test_completion_logprobs() -> None:
     async with fake_server(say("aé")) as cluster:
         body = await complete(cluster, prompt="x", logprobs=2)
