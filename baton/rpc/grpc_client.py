@@ -1,4 +1,4 @@
-"""Calling other processes over gRPC: the two dialers and the fleet client.
+"""Calling other processes over gRPC: the dialers and the fleet client.
 
 Every call has a deadline and carries the cluster token. Failures arrive as baton errors: what the
 peer said, or PeerGone.
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import grpc
 
 from baton.errors import PeerGone
+from baton.rpc.codec_blocks import blocks_from_pb, blocks_to_pb
 from baton.rpc.codec_fleet import info_to_pb, lease_from_pb, load_to_pb
 from baton.rpc.codec_handoff import decode_to_pb, prefill_from_pb
 from baton.rpc.codec_link import conductor_to_pb
@@ -20,10 +21,12 @@ from baton.rpc.codec_report import ReportDecoder
 from baton.rpc.errors import from_status
 from baton.rpc.grpc_stream import Codec, WireDuplex
 from baton.rpc.services import Duplex
+from baton.types.blocks import BlocksMessage
 from baton.types.fleet import FleetLease, WorkerInfo, WorkerLoad
 from baton.types.handoff import DecodeMessage, PrefillMessage
 from baton.types.link import ConductorMessage, WorkerMessage
 from baton.v1 import fleet_pb2
+from baton.v1.blocks_pb2_grpc import BlocksStub
 from baton.v1.fleet_pb2_grpc import FleetStub
 from baton.v1.handoff_pb2_grpc import HandoffStub
 from baton.v1.worker_pb2_grpc import WorkerStub
@@ -52,6 +55,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 _PAIR_CODEC: Codec[DecodeMessage, PrefillMessage] = Codec(decode_to_pb, prefill_from_pb)
+_BLOCKS_CODEC: Codec[BlocksMessage, BlocksMessage] = Codec(blocks_to_pb, blocks_from_pb)
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
@@ -84,6 +88,18 @@ class GrpcHandoffDialer:
         channel = _channel(address)
         call = HandoffStub(channel).Pair(metadata=bearer(self._token))
         return await _open(channel, call, _PAIR_CODEC, address, timeout_s)
+
+
+class GrpcBlocksDialer:
+    """`BlocksDialer` over gRPC."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    async def pair(self, address: str, timeout_s: float) -> Duplex[BlocksMessage, BlocksMessage]:
+        channel = _channel(address)
+        call = BlocksStub(channel).Pair(metadata=bearer(self._token))
+        return await _open(channel, call, _BLOCKS_CODEC, address, timeout_s)
 
 
 class GrpcFleetClient:

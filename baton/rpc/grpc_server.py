@@ -23,6 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton.errors import BatonError, ConfigError, InvalidRequest, Unauthenticated
+from baton.rpc.codec_blocks import blocks_from_pb, blocks_to_pb
 from baton.rpc.codec_fleet import info_from_pb, lease_to_pb, load_from_pb
 from baton.rpc.codec_handoff import decode_from_pb, prefill_to_pb
 from baton.rpc.codec_link import conductor_from_pb
@@ -30,11 +31,24 @@ from baton.rpc.codec_report import ReportEncoder
 from baton.rpc.errors import status_of, to_wire, trailing_metadata
 from baton.rpc.grpc_client import MAX_MESSAGE_BYTES
 from baton.rpc.grpc_stream import Codec, WireDuplex
-from baton.rpc.services import Duplex, FleetService, HandoffService, WorkerService
+from baton.rpc.services import (
+    BlocksService,
+    Duplex,
+    FleetService,
+    HandoffService,
+    WorkerService,
+)
+from baton.types.blocks import BlocksMessage
 from baton.types.fleet import FleetLease
 from baton.types.handoff import DecodeMessage, PrefillMessage
 from baton.types.link import ConductorMessage, WorkerMessage
-from baton.v1 import fleet_pb2, fleet_pb2_grpc, handoff_pb2_grpc, worker_pb2_grpc
+from baton.v1 import (
+    blocks_pb2_grpc,
+    fleet_pb2,
+    fleet_pb2_grpc,
+    handoff_pb2_grpc,
+    worker_pb2_grpc,
+)
 
 Out = TypeVar("Out")
 In = TypeVar("In")
@@ -42,7 +56,12 @@ In = TypeVar("In")
 log = logging.getLogger("baton.rpc")
 
 WIND_UP_S = 10.0  # how long a service may clean up after its stream has ended
-INTERNAL_SERVICES = ("/baton.v1.Worker/", "/baton.v1.Handoff/", "/baton.v1.Fleet/")
+INTERNAL_SERVICES = (
+    "/baton.v1.Worker/",
+    "/baton.v1.Handoff/",
+    "/baton.v1.Blocks/",
+    "/baton.v1.Fleet/",
+)
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -57,6 +76,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 _PAIR_CODEC: Codec[PrefillMessage, DecodeMessage] = Codec(prefill_to_pb, decode_from_pb)
+_BLOCKS_CODEC: Codec[BlocksMessage, BlocksMessage] = Codec(blocks_to_pb, blocks_from_pb)
 
 
 class RpcServer:
@@ -85,6 +105,9 @@ class RpcServer:
 
     def add_handoff(self, service: HandoffService) -> None:
         handoff_pb2_grpc.add_HandoffServicer_to_server(_HandoffServicer(service), self.grpc)
+
+    def add_blocks(self, service: BlocksService) -> None:
+        blocks_pb2_grpc.add_BlocksServicer_to_server(_BlocksServicer(service), self.grpc)
 
     def add_fleet(self, service: FleetService) -> None:
         fleet_pb2_grpc.add_FleetServicer_to_server(_FleetServicer(service), self.grpc)
@@ -203,6 +226,14 @@ class _HandoffServicer(handoff_pb2_grpc.HandoffServicer):  # type: ignore[misc]
 
     async def Pair(self, _requests: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
         await _serve(context, _PAIR_CODEC, self._service.pair)
+
+
+class _BlocksServicer(blocks_pb2_grpc.BlocksServicer):  # type: ignore[misc]
+    def __init__(self, service: BlocksService) -> None:
+        self._service = service
+
+    async def Pair(self, _requests: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+        await _serve(context, _BLOCKS_CODEC, self._service.pair)
 
 
 class _FleetServicer(fleet_pb2_grpc.FleetServicer):  # type: ignore[misc]

@@ -15,7 +15,14 @@ from typing import Generic, Protocol, TypeVar
 
 from baton.errors import PeerGone
 from baton.rpc.pipe import Pipe
-from baton.rpc.services import Duplex, FleetService, HandoffService, WorkerService
+from baton.rpc.services import (
+    BlocksService,
+    Duplex,
+    FleetService,
+    HandoffService,
+    WorkerService,
+)
+from baton.types.blocks import BlocksMessage
 from baton.types.fleet import FleetLease, WorkerInfo, WorkerLoad
 from baton.types.handoff import DecodeMessage, PrefillMessage
 from baton.types.link import ConductorMessage, WorkerMessage
@@ -122,6 +129,7 @@ class MemoryNetwork:
         self.plan = plan or NoFaults()
         self._workers: dict[str, WorkerService] = {}
         self._handoffs: dict[str, HandoffService] = {}
+        self._blocks: dict[str, BlocksService] = {}
         self._fleets: dict[str, FleetService] = {}
         self._streams: dict[asyncio.Task[None], _Stream] = {}
 
@@ -138,12 +146,15 @@ class MemoryNetwork:
     def add_handoff(self, address: str, service: HandoffService) -> None:
         self._handoffs[address] = service
 
+    def add_blocks(self, address: str, service: BlocksService) -> None:
+        self._blocks[address] = service
+
     def add_fleet(self, address: str, service: FleetService) -> None:
         self._fleets[address] = service
 
     def kill(self, address: str) -> None:
         """What SIGKILL of the process at `address` does to everybody else."""
-        for services in (self._workers, self._handoffs, self._fleets):
+        for services in (self._workers, self._handoffs, self._blocks, self._fleets):
             services.pop(address, None)
         self._cut(lambda stream: address in stream.ends, f"{address} is gone")
 
@@ -152,6 +163,9 @@ class MemoryNetwork:
 
     def handoff_dialer(self, caller: str) -> MemoryHandoffDialer:
         return MemoryHandoffDialer(self, caller)
+
+    def blocks_dialer(self, caller: str) -> MemoryBlocksDialer:
+        return MemoryBlocksDialer(self, caller)
 
     def fleet_client(self, caller: str, address: str, timeout_s: float = 5.0) -> MemoryFleetClient:
         return MemoryFleetClient(self, caller, address, timeout_s)
@@ -176,6 +190,18 @@ class MemoryNetwork:
         if service is None:
             raise _unreachable(address)
         near: MemoryDuplex[DecodeMessage, PrefillMessage]
+        near, far = duplex_pair(caller, address, self.plan)
+        self._serve(caller, address, service.pair(far), far.aclose, far.cut)
+        return near
+
+    async def dial_blocks(
+        self, caller: str, address: str, timeout_s: float
+    ) -> Duplex[BlocksMessage, BlocksMessage]:
+        await self._reach(caller, address, "blocks", timeout_s)
+        service = self._blocks.get(address)
+        if service is None:
+            raise _unreachable(address)
+        near: MemoryDuplex[BlocksMessage, BlocksMessage]
         near, far = duplex_pair(caller, address, self.plan)
         self._serve(caller, address, service.pair(far), far.aclose, far.cut)
         return near
@@ -248,6 +274,15 @@ class MemoryHandoffDialer:
 
     async def pair(self, address: str, timeout_s: float) -> Duplex[DecodeMessage, PrefillMessage]:
         return await self._network.dial_handoff(self._caller, address, timeout_s)
+
+
+class MemoryBlocksDialer:
+    def __init__(self, network: MemoryNetwork, caller: str) -> None:
+        self._network = network
+        self._caller = caller
+
+    async def pair(self, address: str, timeout_s: float) -> Duplex[BlocksMessage, BlocksMessage]:
+        return await self._network.dial_blocks(self._caller, address, timeout_s)
 
 
 class MemoryFleetClient:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
+from baton.types.blocks import BlocksMessage
 from baton.types.fleet import FleetLease, WorkerInfo, WorkerLoad
 from baton.types.handoff import DecodeMessage, PrefillMessage
 from baton.types.link import ConductorMessage, WorkerMessage
@@ -46,6 +47,13 @@ class HandoffService(Protocol):
         """Serve one decode worker until the stream ends; then free what it had attached."""
 
 
+class BlocksService(Protocol):
+    """Implemented by stores and by workers that lend, called by workers."""
+
+    async def pair(self, stream: Duplex[BlocksMessage, BlocksMessage]) -> None:
+        """Serve one worker until the stream ends; then end all its loans."""
+
+
 class FleetService(Protocol):
     """Implemented by conductors, called by workers. Also the client side of it."""
 
@@ -63,6 +71,14 @@ class WorkerDialer(Protocol):
     async def link(self, address: str, timeout_s: float) -> Duplex[ConductorMessage, WorkerMessage]:
         """Raises PeerGone when the worker cannot be reached in time, and the worker's own
         BatonError when it ends the stream before it stands."""
+
+
+class BlocksDialer(Protocol):
+    """How a worker reaches stores and other workers that lend."""
+
+    async def pair(self, address: str, timeout_s: float) -> Duplex[BlocksMessage, BlocksMessage]:
+        """Raises PeerGone when the peer cannot be reached in time, and the peer's own BatonError
+        when it ends the stream before it stands."""
 
 
 class HandoffDialer(Protocol):

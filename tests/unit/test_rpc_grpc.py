@@ -13,9 +13,15 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.errors import ConfigError, InternalError, LayoutMismatch, PeerGone, Unauthenticated
-from baton.rpc.grpc_client import GrpcFleetClient, GrpcHandoffDialer, GrpcWorkerDialer
+from baton.rpc.grpc_client import (
+    GrpcBlocksDialer,
+    GrpcFleetClient,
+    GrpcHandoffDialer,
+    GrpcWorkerDialer,
+)
 from baton.rpc.grpc_server import RpcServer
 from baton.rpc.services import Duplex
+from baton.types.blocks import Ask, BlocksMessage, LendEnd
 from baton.types.fleet import FleetLease, KvLayout, Role, WorkerInfo, WorkerLoad
 from baton.types.handoff import Attach, DecodeMessage, PrefillMessage, Released
 from baton.types.link import Cancel, ConductorMessage, Drain, StepReport, WorkerMessage
@@ -270,6 +276,26 @@ async def test_handoff_streams() -> None:
     stream = await GrpcHandoffDialer(TOKEN).pair(address, 5)
     await stream.send(Attach(AttemptId("a", 2)))
     assert await stream.receive() == Released(AttemptId("a", 2))
+    await stream.aclose()
+    await server.stop(0.1)
+
+
+class Store:
+    async def pair(self, stream: Duplex[BlocksMessage, BlocksMessage]) -> None:
+        message = await stream.receive()
+        assert isinstance(message, Ask)
+        await stream.send(LendEnd(message.number, 0))
+
+
+async def test_blocks_streams() -> None:
+    server = RpcServer("127.0.0.1:0", TOKEN)
+    server.add_blocks(Store())
+    address = await server.start()
+    with pytest.raises(Unauthenticated, match="BATON_CLUSTER_TOKEN"):
+        await GrpcBlocksDialer("wrong").pair(address, 5)
+    stream = await GrpcBlocksDialer(TOKEN).pair(address, 5)
+    await stream.send(Ask(7, bytes(16)))
+    assert await stream.receive() == LendEnd(7, 0)
     await stream.aclose()
     await server.stop(0.1)
 

@@ -11,6 +11,7 @@ from baton.errors import PeerGone
 from baton.rpc.memory import Fault, MemoryNetwork, duplex_pair
 from baton.rpc.pipe import Pipe
 from baton.rpc.services import Duplex
+from baton.types.blocks import Ask, BlocksMessage, LendEnd
 from baton.types.fleet import FleetLease, KvLayout, Role, WorkerInfo, WorkerLoad
 from baton.types.handoff import Attach, DecodeMessage, PrefillMessage, Released
 from baton.types.link import Cancel, ConductorMessage, Drain, StepReport, WorkerMessage
@@ -54,6 +55,13 @@ class Prefill:
         message = await stream.receive()
         assert isinstance(message, Attach)
         await stream.send(Released(message.attempt))
+
+
+class Store:
+    async def pair(self, stream: Duplex[BlocksMessage, BlocksMessage]) -> None:
+        message = await stream.receive()
+        assert isinstance(message, Ask)
+        await stream.send(LendEnd(message.number, 0))
 
 
 class Fleet:
@@ -174,6 +182,18 @@ async def test_handoffs_end_when_their_service_returns() -> None:
         assert await stream.receive() == Released(AttemptId("r"))
         with pytest.raises(PeerGone):
             await stream.receive()
+
+
+async def test_blocks_streams_reach_their_service_until_it_is_killed() -> None:
+    async with MemoryNetwork() as network:
+        network.add_blocks("s:1", Store())
+        dialer = network.blocks_dialer("w")
+        stream = await dialer.pair("s:1", 1.0)
+        await stream.send(Ask(1, bytes(16)))
+        assert await stream.receive() == LendEnd(1, 0)
+        network.kill("s:1")
+        with pytest.raises(PeerGone):
+            await dialer.pair("s:1", 1.0)
 
 
 def test_calls_have_deadlines_and_faults() -> None:
