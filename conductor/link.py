@@ -17,7 +17,8 @@ from typing import Protocol
 from baton.errors import PeerGone, WorkerLost
 from baton.rpc.services import Duplex
 from baton.types.fleet import Role, WorkerLoad
-from baton.types.link import Cancel, ConductorMessage, WorkerMessage
+from baton.types.kv_events import KvEvents, KvSnapshot
+from baton.types.link import Cancel, ConductorMessage, StepReport, WorkerMessage
 from baton.types.request import AttemptId, AttemptOutput
 
 SEND_TIMEOUT_S = 5.0
@@ -50,10 +51,12 @@ class Link:
         worker: str,
         stream: Duplex[ConductorMessage, WorkerMessage],
         on_report: Callable[[WorkerLoad], None],
+        on_kv: Callable[[KvEvents | KvSnapshot], None] = lambda _: None,
     ) -> None:
         self._worker = worker
         self._stream = stream
         self._on_report = on_report
+        self._on_kv = on_kv
         self._outbox: asyncio.Queue[ConductorMessage] = asyncio.Queue()
         self._assignments: dict[AttemptId, Assignment] = {}
         self._farewell = "the conductor closed the link"
@@ -79,6 +82,11 @@ class Link:
             self._count(held, -1)
             held.cancelled_at = asyncio.get_running_loop().time()
             self._outbox.put_nowait(Cancel(attempt, reason))
+
+    def post(self, message: ConductorMessage) -> None:
+        """Say something that concerns no attempt. Lost when the link has ended."""
+        if not self.ended:
+            self._outbox.put_nowait(message)
 
     def say_why(self, reason: str) -> None:
         """What listeners are told when `run` is cancelled."""
@@ -119,9 +127,12 @@ class Link:
         # No deadline of its own: the fleet ends the link when the worker's lease runs out.
         try:
             while True:
-                report = await self._stream.receive()
-                self._on_report(report.load)
-                for output in report.outputs:
+                message = await self._stream.receive()
+                if not isinstance(message, StepReport):
+                    self._on_kv(message)
+                    continue
+                self._on_report(message.load)
+                for output in message.outputs:
                     self._deliver(output)
         except PeerGone as error:
             return error.message

@@ -15,7 +15,11 @@ _STATES = {
     BlockState.QUARANTINED: common.BLOCK_STATE_QUARANTINED,
 }
 _STATES_BACK = {number: state for state, number in _STATES.items()}
-_ROLES = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
+_ROLES = {
+    Role.PREFILL: pb.ROLE_PREFILL,
+    Role.DECODE: pb.ROLE_DECODE,
+    Role.STORE: pb.ROLE_STORE,
+}
 _ROLES_BACK = {number: role for role, number in _ROLES.items()}
 
 
@@ -96,6 +100,7 @@ def info_to_pb(value: WorkerInfo) -> pb.WorkerInfo:
         device=value.device,
         cpus=value.cpus,
         threads=value.threads,
+        node=value.node,
     )
 
 
@@ -114,6 +119,7 @@ def info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
         device=message.device,
         cpus=message.cpus,
         threads=message.threads,
+        node=message.node,
     )
 
 

@@ -6,8 +6,11 @@ An attempt's outputs keep their order. Outputs of different attempts may change 
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from baton.errors import InternalError
 from baton.rpc.codec_fleet import load_from_pb, load_to_pb
+from baton.rpc.codec_kv import events_from_pb, events_to_pb, snapshot_from_pb, snapshot_to_pb
 from baton.rpc.codec_link import unknown_kind
 from baton.rpc.codec_request import (
     attempt_from_pb,
@@ -17,6 +20,7 @@ from baton.rpc.codec_request import (
     token_to_pb,
     tokens_from_pb,
 )
+from baton.types.kv_events import KvEvents, KvSnapshot
 from baton.types.link import StepReport, WorkerMessage
 from baton.types.request import (
     AttemptId,
@@ -47,6 +51,17 @@ class ReportEncoder:
         self._next = 0
 
     def encode(self, value: WorkerMessage) -> pb.WorkerMessage:
+        match value:
+            case StepReport():
+                return pb.WorkerMessage(step_report=self._report(value))
+            case KvEvents():
+                return pb.WorkerMessage(kv_events=events_to_pb(value))
+            case KvSnapshot():
+                return pb.WorkerMessage(kv_snapshot=snapshot_to_pb(value))
+            case _:
+                assert_never(value)
+
+    def _report(self, value: StepReport) -> pb.StepReport:
         named: list[common_pb2.AttemptId] = []
         numbers: list[int] = []
         token_ids: list[int] = []
@@ -69,7 +84,7 @@ class ReportEncoder:
             numbers.append(number)
             token_ids.append(tokens[0].token_id)
             indices.append(tokens[0].index)
-        report = pb.StepReport(
+        return pb.StepReport(
             outputs=others,
             load=load_to_pb(value.load),
             named=named,
@@ -77,7 +92,6 @@ class ReportEncoder:
             token_ids=token_ids,
             indices=indices,
         )
-        return pb.WorkerMessage(step_report=report)
 
     def _name(self, attempt: AttemptId) -> int:
         number = self._numbers[attempt] = self._next
@@ -95,9 +109,17 @@ class ReportDecoder:
 
     def decode(self, message: pb.WorkerMessage) -> WorkerMessage:
         """Raises InternalError for what no encoder of this version makes."""
-        if message.WhichOneof("kind") != "step_report":
-            raise unknown_kind("a worker", "link")
-        report = message.step_report
+        match message.WhichOneof("kind"):
+            case "step_report":
+                return self._report(message.step_report)
+            case "kv_events":
+                return events_from_pb(message.kv_events)
+            case "kv_snapshot":
+                return snapshot_from_pb(message.kv_snapshot)
+            case _:
+                raise unknown_kind("a worker", "link")
+
+    def _report(self, report: pb.StepReport) -> StepReport:
         for named in report.named:
             self._name(attempt_from_pb(named))
         attempts = self._attempts

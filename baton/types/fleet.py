@@ -9,6 +9,7 @@ from enum import StrEnum
 class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
+    STORE = "store"  # keeps KV blocks of its node for the workers
 
 
 class WorkerState(StrEnum):
@@ -83,7 +84,7 @@ class WorkerLoad:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A worker's registration. `incarnation` is new at every start of the process."""
+    """A worker's or store's registration. `incarnation` is new at every start of the process."""
 
     name: str
     role: Role
@@ -92,12 +93,13 @@ class WorkerInfo:
     pid: int
     model_name: str
     layout: KvLayout
-    num_blocks: int
-    max_model_len: int  # tokens, prompt and answer together
+    num_blocks: int  # of the pool; a store's is its CPU tier
+    max_model_len: int  # tokens, prompt and answer together; 0 of a store
     transport: str  # nixl | nccl | shm | loopback
     device: str = "cpu"
     cpus: str = ""  # that the process may run on, as 0-3,8
     threads: int = 0  # of the model on a CPU
+    node: str = ""  # the host that the process is on: its store is the one of that name
 
 
 @dataclass(frozen=True, slots=True)

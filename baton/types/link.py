@@ -1,7 +1,10 @@
 """Messages on the link: one stream per (conductor, worker). The conductor dials the worker.
 
-conductor -> worker: StartPrefill | StartDecode | Cancel | Drain
+conductor -> worker: StartPrefill | StartDecode | Cancel | Drain | Resync
 worker -> conductor: StepReport (the outputs of one engine step for all attempts, in one message)
+                     KvEvents | KvSnapshot (which KV blocks it holds)
+
+A store is linked in the same way. It is started and cancelled nothing, and reports no outputs.
 """
 
 from __future__ import annotations
@@ -9,7 +12,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.types.fleet import Peer, WorkerLoad
+from baton.types.kv_events import KvEvents, KvSnapshot, Tier
 from baton.types.request import AttemptId, AttemptOutput, GenerationTask
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPart:
+    """Blocks [first_block, first_block + num_blocks) of the prompt may be borrowed from `source`.
+
+    Advice: the source may have lost them since, and the worker may know that it computes faster.
+    """
+
+    source: Peer
+    first_block: int
+    num_blocks: int
+    tier: Tier  # where the source had them when the plan was made
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +34,7 @@ class StartPrefill:
     """Compute the prompt, sample the first token, publish the KV to whoever attaches."""
 
     task: GenerationTask
+    fetch: tuple[FetchPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +43,7 @@ class StartDecode:
 
     task: GenerationTask
     prefill: Peer | None = None
+    fetch: tuple[FetchPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +59,12 @@ class Drain:
     """Take no new attempts; finish the running ones."""
 
 
-ConductorMessage = StartPrefill | StartDecode | Cancel | Drain
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """This conductor has lost track of the worker's KV blocks: send a snapshot."""
+
+
+ConductorMessage = StartPrefill | StartDecode | Cancel | Drain | Resync
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,4 +73,4 @@ class StepReport:
     load: WorkerLoad
 
 
-WorkerMessage = StepReport
+WorkerMessage = StepReport | KvEvents | KvSnapshot

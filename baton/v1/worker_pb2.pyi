@@ -8,6 +8,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TIER_UNSPECIFIED: _ClassVar[Tier]
+    TIER_GPU: _ClassVar[Tier]
+    TIER_CPU: _ClassVar[Tier]
+    TIER_NVME: _ClassVar[Tier]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -16,6 +23,10 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_ERROR: _ClassVar[FinishReason]
     FINISH_REASON_HANDED_OFF: _ClassVar[FinishReason]
+TIER_UNSPECIFIED: Tier
+TIER_GPU: Tier
+TIER_CPU: Tier
+TIER_NVME: Tier
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -23,19 +34,35 @@ FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_ERROR: FinishReason
 FINISH_REASON_HANDED_OFF: FinishReason
 
+class FetchPart(_message.Message):
+    __slots__ = ("source", "first_block", "num_blocks", "tier")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    source: _common_pb2.Peer
+    first_block: int
+    num_blocks: int
+    tier: Tier
+    def __init__(self, source: _Optional[_Union[_common_pb2.Peer, _Mapping]] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ...) -> None: ...
+
 class StartPrefill(_message.Message):
-    __slots__ = ("task",)
+    __slots__ = ("task", "fetch")
     TASK_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     task: _common_pb2.GenerationTask
-    def __init__(self, task: _Optional[_Union[_common_pb2.GenerationTask, _Mapping]] = ...) -> None: ...
+    fetch: _containers.RepeatedCompositeFieldContainer[FetchPart]
+    def __init__(self, task: _Optional[_Union[_common_pb2.GenerationTask, _Mapping]] = ..., fetch: _Optional[_Iterable[_Union[FetchPart, _Mapping]]] = ...) -> None: ...
 
 class StartDecode(_message.Message):
-    __slots__ = ("task", "prefill")
+    __slots__ = ("task", "prefill", "fetch")
     TASK_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     task: _common_pb2.GenerationTask
     prefill: _common_pb2.Peer
-    def __init__(self, task: _Optional[_Union[_common_pb2.GenerationTask, _Mapping]] = ..., prefill: _Optional[_Union[_common_pb2.Peer, _Mapping]] = ...) -> None: ...
+    fetch: _containers.RepeatedCompositeFieldContainer[FetchPart]
+    def __init__(self, task: _Optional[_Union[_common_pb2.GenerationTask, _Mapping]] = ..., prefill: _Optional[_Union[_common_pb2.Peer, _Mapping]] = ..., fetch: _Optional[_Iterable[_Union[FetchPart, _Mapping]]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("attempt", "reason")
@@ -49,17 +76,23 @@ class Drain(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Resync(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ConductorMessage(_message.Message):
-    __slots__ = ("start_prefill", "start_decode", "cancel", "drain")
+    __slots__ = ("start_prefill", "start_decode", "cancel", "drain", "resync")
     START_PREFILL_FIELD_NUMBER: _ClassVar[int]
     START_DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    RESYNC_FIELD_NUMBER: _ClassVar[int]
     start_prefill: StartPrefill
     start_decode: StartDecode
     cancel: Cancel
     drain: Drain
-    def __init__(self, start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., start_decode: _Optional[_Union[StartDecode, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
+    resync: Resync
+    def __init__(self, start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., start_decode: _Optional[_Union[StartDecode, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("name", "start_s", "end_s")
@@ -109,8 +142,38 @@ class StepReport(_message.Message):
     indices: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, outputs: _Optional[_Iterable[_Union[AttemptOutput, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.WorkerLoad, _Mapping]] = ..., named: _Optional[_Iterable[_Union[_common_pb2.AttemptId, _Mapping]]] = ..., numbers: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., indices: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class KvEvents(_message.Message):
+    __slots__ = ("number", "tier", "added", "removed")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    tier: Tier
+    added: bytes
+    removed: bytes
+    def __init__(self, number: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., added: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...
+
+class KvSnapshot(_message.Message):
+    __slots__ = ("number", "tier", "keys", "first", "last")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    tier: Tier
+    keys: bytes
+    first: bool
+    last: bool
+    def __init__(self, number: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., keys: _Optional[bytes] = ..., first: _Optional[bool] = ..., last: _Optional[bool] = ...) -> None: ...
+
 class WorkerMessage(_message.Message):
-    __slots__ = ("step_report",)
+    __slots__ = ("step_report", "kv_events", "kv_snapshot")
     STEP_REPORT_FIELD_NUMBER: _ClassVar[int]
+    KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    KV_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     step_report: StepReport
-    def __init__(self, step_report: _Optional[_Union[StepReport, _Mapping]] = ...) -> None: ...
+    kv_events: KvEvents
+    kv_snapshot: KvSnapshot
+    def __init__(self, step_report: _Optional[_Union[StepReport, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ...) -> None: ...

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class WorkerStub:
-    """Served by prefill and decode workers, called by conductors.
+    """Served by prefill and decode workers and by stores, called by conductors.
     """
 
     def __init__(self, channel):
@@ -43,7 +43,7 @@ class WorkerStub:
 
 
 class WorkerServicer:
-    """Served by prefill and decode workers, called by conductors.
+    """Served by prefill and decode workers and by stores, called by conductors.
     """
 
     def Link(self, request_iterator, context):
@@ -70,7 +70,7 @@ def add_WorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Worker:
-    """Served by prefill and decode workers, called by conductors.
+    """Served by prefill and decode workers and by stores, called by conductors.
     """
 
     @staticmethod

@@ -52,6 +52,7 @@ class WorkerParts:
     runner: Runner
     engine: EngineConfig
     handoff: HandoffOptions
+    node: str
 
     def make_engine(self, listener: EngineListener) -> Engine:
         """The worker's one engine, over an empty pool."""
@@ -73,6 +74,7 @@ class WorkerParts:
             device=self.device,
             cpus=format_cpus(self.placement.cpus),
             threads=self.placement.threads,
+            node=self.node,
         )
 
     async def close(self) -> None:
@@ -130,6 +132,7 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
         runner=runner,
         engine=_engine_config(config, spec, layout, num_blocks, max_model_len),
         handoff=HandoffOptions(lease_ttl_s=config.lease_ttl, verify=Verify(config.verify)),
+        node=config.node or socket.gethostname(),
     )
 
 

@@ -19,6 +19,7 @@ class WorkerConfig:
     """See `--help`. Raises ConfigError for values that cannot work."""
 
     name: str = option("", "name in the fleet and in logs; empty: role, host and process id")
+    node: str = option("", "host that this process is on, for its store; empty: the host's name")
     conductor: str = option("", "host:port of the conductor's gRPC server (required)")
     model: str = option("", "model directory or hub id; empty: the built-in demo model")
     model_name: str = option("", "served name; empty: the model's last part")

@@ -6,12 +6,32 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import InternalError
-from baton.rpc import codec_fleet, codec_handoff, codec_link, codec_report, codec_request
+from baton.rpc import (
+    codec_blocks,
+    codec_fleet,
+    codec_handoff,
+    codec_kv,
+    codec_link,
+    codec_report,
+    codec_request,
+)
+from baton.types.blocks import (
+    Ask,
+    BlocksHello,
+    BlocksRefused,
+    Lend,
+    LendEnd,
+    LoanExpired,
+    Offer,
+    RenewLoans,
+    Return,
+    Returned,
+)
 from baton.types.fleet import BlockState, FleetLease, KvLayout, Peer, WorkerInfo, WorkerLoad
 from baton.types.handoff import (
     Abort,
@@ -25,7 +45,16 @@ from baton.types.handoff import (
     Released,
     Renew,
 )
-from baton.types.link import Cancel, Drain, StartDecode, StartPrefill, StepReport
+from baton.types.kv_events import KvEvents, KvSnapshot
+from baton.types.link import (
+    Cancel,
+    Drain,
+    FetchPart,
+    Resync,
+    StartDecode,
+    StartPrefill,
+    StepReport,
+)
 from baton.types.request import (
     AttemptId,
     AttemptOutput,
@@ -38,9 +67,10 @@ from baton.types.request import (
     TokenLogprob,
     WireError,
 )
-from baton.v1 import common_pb2, fleet_pb2, handoff_pb2, worker_pb2
+from baton.v1 import blocks_pb2, common_pb2, fleet_pb2, handoff_pb2, worker_pb2
 
 u32 = st.integers(0, 2**32 - 1)
+u64 = st.integers(0, 2**64 - 1)
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 real = st.floats(allow_nan=False)
 tokens = st.lists(u32, max_size=20).map(tuple)
@@ -101,6 +131,7 @@ loads = st.builds(
     blocks=st.lists(st.tuples(st.sampled_from(BlockState), u32), max_size=5).map(tuple),
 )
 peers = st.builds(Peer, text, text, text)
+parts = st.lists(st.builds(FetchPart, peers, u32, u32), max_size=3).map(tuple)
 infos = st.builds(
     WorkerInfo,
     name=text,
@@ -115,6 +146,7 @@ infos = st.builds(
     device=text,
     cpus=text,
     threads=u32,
+    node=text,
 )
 hellos = st.builds(
     Hello,
@@ -126,6 +158,7 @@ hellos = st.builds(
     lease_ttl_s=real,
     expected_incarnation=text,
 )
+digests = st.lists(st.binary(max_size=16), max_size=4).map(tuple)
 ranges = st.builds(
     Ranges,
     attempt=attempts,
@@ -133,7 +166,7 @@ ranges = st.builds(
     blocks=tokens,
     layer_begin=u32,
     layer_end=u32,
-    digests=st.lists(st.binary(max_size=16), max_size=4).map(tuple),
+    digests=digests,
 )
 prefilleds = st.builds(
     Prefilled, attempt=attempts, first=sampled, num_blocks=u32, cached_tokens=u32
@@ -151,10 +184,11 @@ few = settings(max_examples=40, deadline=None)
 
 @few
 @given(
-    st.builds(StartPrefill, tasks)
-    | st.builds(StartDecode, tasks, st.none() | peers)
+    st.builds(StartPrefill, tasks, parts)
+    | st.builds(StartDecode, tasks, st.none() | peers, parts)
     | st.builds(Cancel, attempts, text)
     | st.just(Drain())
+    | st.just(Resync())
 )
 def test_conductor_messages(message: Any) -> None:
     check(message, codec_link.conductor_to_pb, codec_link.conductor_from_pb)
@@ -188,6 +222,15 @@ def test_worker_messages(sent: list[StepReport]) -> None:
     got = [decoder.decode(worker_pb2.WorkerMessage.FromString(raw)) for raw in wire]
     assert [report.load for report in got] == [report.load for report in sent]
     assert by_attempt(got) == by_attempt(sent)
+
+
+@few
+@given(
+    st.builds(KvEvents, u64, added=st.binary(max_size=40), removed=st.binary(max_size=40))
+    | st.builds(KvSnapshot, u64, keys=st.binary(max_size=40))
+)
+def test_what_holders_tell(message: Any) -> None:
+    check(message, codec_report.ReportEncoder().encode, codec_report.ReportDecoder().decode)
 
 
 def test_a_token_is_a_few_bytes_and_an_attempt_is_named_once() -> None:
@@ -243,6 +286,53 @@ def test_prefill_messages(message: Any) -> None:
     check(message, codec_handoff.prefill_to_pb, codec_handoff.prefill_from_pb)
 
 
+blocks_messages = (
+    st.builds(
+        BlocksHello,
+        name=text,
+        incarnation=text,
+        layout=layouts,
+        transport=text,
+        endpoint=st.binary(max_size=20),
+        lease_ttl_s=real,
+        expected_incarnation=text,
+    )
+    | st.builds(Ask, u64, st.binary(max_size=48))
+    | st.builds(Offer, u64, st.binary(max_size=48), tokens, u32, digests)
+    | st.builds(Lend, u64, u32, tokens, digests)
+    | st.builds(LendEnd, u64, u32)
+    | st.builds(RenewLoans, st.lists(u64, max_size=4).map(tuple))
+    | st.builds(Return, u64)
+    | st.builds(Returned, u64)
+    | st.builds(LoanExpired, u64)
+    | st.builds(BlocksRefused, st.none() | u64, errors)
+)
+
+
+@few
+@given(blocks_messages)
+def test_blocks_messages(message: Any) -> None:
+    check(message, codec_blocks.blocks_to_pb, codec_blocks.blocks_from_pb)
+
+
+@few
+@given(blocks_messages, st.data())
+def test_bytes_that_were_damaged_are_a_message_or_a_clear_error(
+    message: Any, data: st.DataObject
+) -> None:
+    raw = bytearray(codec_blocks.blocks_to_pb(message).SerializeToString())
+    if raw:
+        raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        damaged = blocks_pb2.BlocksMessage.FromString(bytes(raw))
+    except DecodeError:
+        return
+    try:
+        codec_blocks.blocks_from_pb(damaged)
+    except InternalError:
+        return
+
+
 @few
 @given(infos)
 def test_worker_info(info: WorkerInfo) -> None:
@@ -267,6 +357,7 @@ def test_token_lists_are_packed() -> None:
         (codec_report.ReportDecoder().decode, worker_pb2.WorkerMessage()),
         (codec_handoff.decode_from_pb, handoff_pb2.DecodeMessage()),
         (codec_handoff.prefill_from_pb, handoff_pb2.PrefillMessage()),
+        (codec_blocks.blocks_from_pb, blocks_pb2.BlocksMessage()),
     ],
 )
 def test_a_message_without_a_known_kind_is_a_clear_error(
@@ -282,6 +373,8 @@ def test_unknown_enum_values_are_clear_errors() -> None:
         codec_fleet.load_from_pb(load)
     with pytest.raises(InternalError, match="role 0"):
         codec_fleet.info_from_pb(fleet_pb2.WorkerInfo())
+    with pytest.raises(InternalError, match="tier 0"):
+        codec_kv.events_from_pb(worker_pb2.KvEvents())
     output = worker_pb2.AttemptOutput(finish=worker_pb2.Finish())
     report = worker_pb2.StepReport(outputs=[output])
     with pytest.raises(InternalError, match="finish message"):

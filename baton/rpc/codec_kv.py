@@ -1,0 +1,53 @@
+"""Codec of what baton/types/kv_events.py defines."""
+
+from __future__ import annotations
+
+from baton.errors import InternalError
+from baton.types.kv_events import KvEvents, KvSnapshot, Tier
+from baton.v1 import worker_pb2 as pb
+
+_TIERS = {Tier.GPU: pb.TIER_GPU, Tier.CPU: pb.TIER_CPU, Tier.NVME: pb.TIER_NVME}
+_TIERS_BACK = {number: tier for tier, number in _TIERS.items()}
+
+
+def tier_to_pb(value: Tier) -> pb.Tier:
+    return _TIERS[value]
+
+
+def tier_from_pb(number: pb.Tier) -> Tier:
+    try:
+        return _TIERS_BACK[number]
+    except KeyError:
+        raise InternalError(
+            f"a peer sent tier {number}, which this version does not know; "
+            "run the same version of baton everywhere"
+        ) from None
+
+
+def events_to_pb(value: KvEvents) -> pb.KvEvents:
+    return pb.KvEvents(
+        number=value.number,
+        tier=_TIERS[value.tier],
+        added=value.added,
+        removed=value.removed,
+    )
+
+
+def events_from_pb(message: pb.KvEvents) -> KvEvents:
+    return KvEvents(message.number, tier_from_pb(message.tier), message.added, message.removed)
+
+
+def snapshot_to_pb(value: KvSnapshot) -> pb.KvSnapshot:
+    return pb.KvSnapshot(
+        number=value.number,
+        tier=_TIERS[value.tier],
+        keys=value.keys,
+        first=value.first,
+        last=value.last,
+    )
+
+
+def snapshot_from_pb(message: pb.KvSnapshot) -> KvSnapshot:
+    return KvSnapshot(
+        message.number, tier_from_pb(message.tier), message.keys, message.first, message.last
+    )
