@@ -15,13 +15,15 @@ import time
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 
+from baton.bench.trace import TraceRequest
+from baton.errors import ConfigError
 from bench import report
 from bench.environments import CACHE, EnvironmentFailed
 from bench.process import adopt_orphans
 from bench.session import Plan, Result, find_pythons, run_models
 from bench.shapes import SHAPES
 from bench.systems import SYSTEMS, parse_cpus
-from bench.trace import TraceError, TraceRequest, read_trace
+from bench.trace import read_trace
 from bench.workloads import WORKLOADS, Setting
 
 _QUICK_WORKLOADS = "batch16,shared,stream"
@@ -170,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         return _measure(options, shlex.join(["python", "-m", "bench", *argv]))
-    except (ValueError, TraceError, EnvironmentFailed) as error:
+    except (ValueError, ConfigError, EnvironmentFailed) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 

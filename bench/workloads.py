@@ -6,9 +6,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from baton.bench.trace import TraceRequest
 from bench.client import Ask
 from bench.shapes import FIRST_WORD
-from bench.trace import TraceRequest
 
 
 @dataclass(frozen=True, slots=True)

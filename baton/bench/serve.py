@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from baton import __version__
-from baton.bench.load import (
-    PromptShape,
-    closed_loop,
-    make_prompts,
-    open_loop,
-    poisson_arrivals,
-)
+from baton.bench.balance import Balance, measure_balance
+from baton.bench.ideal import InfiniteCache
+from baton.bench.load import Load, poisson_arrivals
+from baton.bench.sessions import Session, Shape, TraceScale, make_sessions, trace_sessions
 from baton.bench.stats import Distribution, LoadSummary, Slo, summarize
+from baton.bench.trace import read_trace
 from baton.client.http import Client
 from baton.errors import ConfigError
 
@@ -27,45 +26,79 @@ OnProgress = Callable[[int, int], None]  # requests that ended, requests of the 
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """One load. With `rate_per_s` open loop (Poisson arrivals), else closed loop."""
+    """One load: `requests` of a shape, or of a recorded trace (with the shape's vocabulary and
+    seed). Open loop with `rate_per_s` (Poisson arrivals) and for traces, else closed loop."""
 
-    shape: PromptShape
+    shape: Shape
     requests: int
     concurrency: int = 8
     rate_per_s: float | None = None
-    warmup: int = 4  # requests before the measured ones, of the same shape and other tokens
+    warmup: int = 4  # requests before the measured ones, of the same lengths and other tokens
     slo: Slo = field(default_factory=Slo)
+    alive: int = 0  # sessions that take turns in a closed loop; 0: as many as are under way
+    trace: str = ""  # file
+    scale: TraceScale = field(default_factory=TraceScale)
+
+    def sessions(self) -> list[Session]:
+        """Raises ConfigError when the trace cannot be read."""
+        if not self.trace:
+            return make_sessions(self.shape, self.requests)
+        recorded = read_trace(Path(self.trace))[: self.requests]
+        return trace_sessions(recorded, self.scale, self.shape.vocab_size, self.shape.seed)
 
 
-async def measure(
-    url: str, plan: LoadPlan, on_progress: OnProgress, api_key: str = ""
-) -> LoadSummary:
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one cluster made of a load."""
+
+    load: LoadSummary
+    balance: Balance | None  # None when the cluster no longer knew its requests' traces
+
+
+async def measure(url: str, plan: LoadPlan, on_progress: OnProgress, api_key: str = "") -> Run:
     """Run the load against the cluster at `url`. Raises ConfigError when every request failed."""
-    prompts = make_prompts(plan.shape, plan.warmup + plan.requests)
-    warmup, measured = prompts[: plan.warmup], prompts[plan.warmup :]
+    sessions = plan.sessions()
+    total = sum(len(session.turns) for session in sessions)
+    other = replace(plan.shape, seed=plan.shape.seed + 1, groups=1)
     ended = 0
 
     def count(_: object) -> None:
         nonlocal ended
         ended += 1
-        on_progress(ended, plan.requests)
+        on_progress(ended, total)
 
     async with Client(url, timeout_s=600.0, api_key=api_key) as client:
         await client.default_model()
-        await closed_loop(client, warmup, plan.concurrency, lambda _: None)
-        on_progress(0, plan.requests)
-        if plan.rate_per_s is None:
-            outcomes = await closed_loop(client, measured, plan.concurrency, count)
+        block_size = await _block_size(client)
+        warmup = Load(client, InfiniteCache(block_size), lambda _: None)
+        await warmup.closed_loop(make_sessions(other, plan.warmup), plan.concurrency)
+        on_progress(0, total)
+        load = Load(client, InfiniteCache(block_size), count)
+        arrivals = _arrivals(plan, sessions)
+        if arrivals is None:
+            outcomes = await load.closed_loop(sessions, plan.concurrency, plan.alive)
         else:
-            arrivals = poisson_arrivals(plan.rate_per_s, plan.shape.seed)
-            outcomes = await open_loop(client, measured, arrivals, count)
-    summary = summarize(outcomes, plan.slo)
-    if summary.failed == summary.requests:
-        raise ConfigError(f"every request failed, mostly with: {summary.errors[0][0]}")
-    return summary
+            outcomes = await load.open_loop(sessions, arrivals)
+        summary = summarize(outcomes, plan.slo)
+        if summary.failed == summary.requests:
+            raise ConfigError(f"every request failed, mostly with: {summary.errors[0][0]}")
+        return Run(summary, await measure_balance(client, outcomes))
 
 
-def as_json(plan: LoadPlan, runs: dict[str, LoadSummary], argv: Sequence[str]) -> dict[str, Any]:
+def _arrivals(plan: LoadPlan, sessions: Sequence[Session]) -> Iterator[float] | None:
+    if plan.rate_per_s is not None:
+        return poisson_arrivals(plan.rate_per_s, plan.shape.seed)
+    times = [session.at_s for session in sessions if session.at_s is not None]
+    return iter(times) if times else None
+
+
+async def _block_size(client: Client) -> int:
+    """Tokens of a KV block there; 32 when the cluster does not say."""
+    workers = (await client.cluster()).get("workers") or [{}]
+    return int(workers[0].get("block_size") or 32)
+
+
+def as_json(plan: LoadPlan, runs: Mapping[str, Run], argv: Sequence[str]) -> dict[str, Any]:
     """The whole result with what is needed to repeat it."""
     return {
         "benchmark": "serve",
@@ -79,18 +112,25 @@ def as_json(plan: LoadPlan, runs: dict[str, LoadSummary], argv: Sequence[str]) -
             "load_1min": os.getloadavg()[0],
         },
         "plan": asdict(plan),
-        "runs": {name: asdict(summary) for name, summary in runs.items()},
+        "runs": {name: asdict(run.load) | _balance_json(run) for name, run in runs.items()},
     }
 
 
-def rows(summary: LoadSummary) -> list[tuple[str, str]]:
+def _balance_json(run: Run) -> dict[str, Any]:
+    return {"balance": None if run.balance is None else asdict(run.balance)}
+
+
+def rows(run: Run) -> list[tuple[str, str]]:
     """Name and value of each figure, for people."""
+    summary = run.load
     lines = [
         ("requests", f"{summary.requests} ({summary.failed} failed)"),
         ("duration", f"{summary.duration_s:.2f} s"),
         ("requests/s", f"{summary.request_per_s:.2f}"),
         ("output tokens/s", f"{summary.output_tokens_per_s:.1f}"),
         ("cached prompt tokens", f"{summary.cached_tokens} of {summary.prompt_tokens}"),
+        ("hit rate, of an infinite cache", _hit_rate(summary)),
+        ("TTFT mean", _milliseconds(summary.ttft_s, mean=True)),
         ("TTFT p50 / p90 / p99", _milliseconds(summary.ttft_s)),
         ("TPOT p50 / p90 / p99", _milliseconds(summary.tpot_s)),
         ("ITL p50 / p90 / p99", _milliseconds(summary.itl_s)),
@@ -103,10 +143,22 @@ def rows(summary: LoadSummary) -> list[tuple[str, str]]:
     if summary.slo != Slo():
         good = f"{summary.good / summary.requests:.0%} good"
         lines.append(("goodput", f"{summary.goodput_per_s:.2f} requests/s ({good})"))
+    if run.balance is not None:
+        lines.append(("prefill load, max / mean", f"{run.balance.max_to_mean:.2f}"))
     lines += [(f"error × {count}", message) for message, count in summary.errors[:3]]
     return lines
 
 
-def _milliseconds(samples: Distribution) -> str:
-    values = (samples.p50, samples.p90, samples.p99)
+def _hit_rate(summary: LoadSummary) -> str:
+    if not summary.prompt_tokens:
+        return "-"
+    rate = f"{summary.cached_tokens / summary.prompt_tokens:.1%}"
+    if not summary.ideal_cached_tokens:
+        return rate
+    ideal = summary.ideal_cached_tokens / summary.prompt_tokens
+    return f"{rate} of {ideal:.1%} ({summary.cached_tokens / summary.ideal_cached_tokens:.0%})"
+
+
+def _milliseconds(samples: Distribution, mean: bool = False) -> str:
+    values = (samples.mean,) if mean else (samples.p50, samples.p90, samples.p99)
     return " / ".join("-" if v is None else f"{v * 1e3:.1f}" for v in values) + " ms"

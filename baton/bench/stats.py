@@ -22,6 +22,7 @@ class Outcome:
     timing: Timing | None = None
     error: str | None = None
     late_s: float = 0.0
+    ideal_cached_tokens: int = 0  # what a cache without bounds would have found of the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class LoadSummary:
     duration_s: float
     prompt_tokens: int
     cached_tokens: int
+    ideal_cached_tokens: int
     output_tokens: int
     request_per_s: float
     output_tokens_per_s: float
@@ -115,6 +117,7 @@ def summarize(outcomes: Sequence[Outcome], slo: Slo) -> LoadSummary:
         duration_s=duration_s,
         prompt_tokens=prompt,
         cached_tokens=sum(timing.usage.cached_tokens for timing in timings),
+        ideal_cached_tokens=sum(outcome.ideal_cached_tokens for outcome in outcomes),
         output_tokens=output,
         request_per_s=_rate(len(timings), duration_s),
         output_tokens_per_s=_rate(output, duration_s),

@@ -16,15 +16,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from baton.bench.load import PromptShape
-from baton.bench.serve import LoadPlan, as_json, measure, rows
-from baton.bench.stats import LoadSummary, Slo
+from baton.bench.serve import LoadPlan, Run, as_json, measure, rows
+from baton.bench.sessions import Shape, TraceScale
+from baton.bench.stats import Slo
 from baton.cli.options import api_key
 from baton.cli.report import Reporter
 from baton.cli.serve import ServeOptions, find_model, make_plan, new_environ
 from baton.cli.supervisor import Addresses, Supervisor
+from baton.errors import ConfigError
 
 T = TypeVar("T")
+
+# Shared prefix and turns of a workload, when nothing else is asked for.
+_WORKLOADS = {"plain": (0, 1), "shared-prefix": (1024, 1), "multi-turn": (0, 5), "trace": (0, 1)}
 
 CLUSTER = "Own cluster (when no --url is given)"
 JsonFile = Annotated[
@@ -40,6 +44,13 @@ class BenchServeOptions:
         str | None,
         typer.Option("--url", metavar="URL", help="A running cluster; else one is started."),
     ] = None
+    workload: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="plain; shared-prefix; multi-turn: conversations; trace:FILE: a recorded one.",
+        ),
+    ] = "plain"
     requests: Annotated[int, typer.Option(min=1, help="Measured requests.")] = 64
     concurrency: Annotated[int, typer.Option(min=1, help="Closed loop: at once.")] = 8
     rate: Annotated[
@@ -48,8 +59,22 @@ class BenchServeOptions:
     input_tokens: Annotated[int, typer.Option(min=1, help="Prompt length, tokens.")] = 256
     output_tokens: Annotated[int, typer.Option(min=1, help="Answer length, tokens.")] = 64
     shared_prefix: Annotated[
-        int, typer.Option(min=0, help="Tokens that all prompts begin with, on top.")
+        int | None,
+        typer.Option(min=0, help="Tokens that prompts begin with. [0; shared-prefix: 1024]"),
+    ] = None
+    groups: Annotated[int, typer.Option(min=1, help="Different shared prefixes.")] = 1
+    turns: Annotated[
+        int | None, typer.Option(min=1, help="Of a conversation. [1; multi-turn: 5]")
+    ] = None
+    alive: Annotated[
+        int, typer.Option(min=0, help="Conversations that take turns; 0: as many as at once.")
     ] = 0
+    trace_scale: Annotated[
+        float, typer.Option(min=0.001, help="Tokens per recorded token of a trace.")
+    ] = 1 / 16
+    trace_time: Annotated[
+        float, typer.Option(min=0.0, help="Seconds per recorded second of a trace.")
+    ] = 1.0
     spread: Annotated[float, typer.Option(min=0, max=1, help="Lengths vary by this share.")] = 0.0
     vocab_size: Annotated[int, typer.Option(min=2, help="Prompts use ids below this.")] = 1000
     seed: Annotated[int, typer.Option(help="Prompts and arrivals follow from it.")] = 0
@@ -78,20 +103,33 @@ class BenchServeOptions:
     transport: Annotated[str, typer.Option(rich_help_panel=CLUSTER)] = "auto"
 
     def plan(self) -> LoadPlan:
+        """Raises ConfigError when there is no such workload."""
+        kind, _, trace = self.workload.partition(":")
+        if kind not in _WORKLOADS or (kind == "trace") != bool(trace):
+            raise ConfigError(
+                f"no workload {self.workload!r}: there are plain, shared-prefix, multi-turn and "
+                "trace:FILE"
+            )
+        prefix, turns = _WORKLOADS[kind]
         return LoadPlan(
-            PromptShape(
+            Shape(
                 self.input_tokens,
                 self.output_tokens,
                 self.vocab_size,
-                self.shared_prefix,
+                prefix if self.shared_prefix is None else self.shared_prefix,
                 self.spread,
                 self.seed,
+                self.groups,
+                turns if self.turns is None else self.turns,
             ),
             self.requests,
             self.concurrency,
             self.rate,
             self.warmup,
             Slo(_seconds(self.slo_ttft), _seconds(self.slo_tpot)),
+            self.alive,
+            trace,
+            TraceScale(self.trace_scale, self.trace_time),
         )
 
     def clusters(self) -> dict[str, ServeOptions]:
@@ -123,7 +161,7 @@ def bench_serve(options: BenchServeOptions) -> None:
         _print_table(runs)
 
 
-async def _runs(options: BenchServeOptions) -> dict[str, LoadSummary]:
+async def _runs(options: BenchServeOptions) -> dict[str, Run]:
     if options.url is not None:
         return {options.url: await _measure(options.url, options.plan(), options.url)}
     return {
@@ -160,7 +198,7 @@ def progress_bar() -> Progress:
     )
 
 
-async def _measure(name: str, plan: LoadPlan, url: str) -> LoadSummary:
+async def _measure(name: str, plan: LoadPlan, url: str) -> Run:
     with progress_bar() as progress:
         task = progress.add_task(f"{name}: warm-up", total=None)
 
@@ -170,7 +208,7 @@ async def _measure(name: str, plan: LoadPlan, url: str) -> LoadSummary:
         return await measure(url, plan, advance, api_key())
 
 
-def _print_table(runs: Mapping[str, LoadSummary]) -> None:
+def _print_table(runs: Mapping[str, Run]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     columns = []

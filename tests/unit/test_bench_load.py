@@ -12,48 +12,99 @@ import numpy as np
 import pytest
 
 from baton.bench import serve
-from baton.bench.load import PromptShape, closed_loop, make_prompts, open_loop, poisson_arrivals
+from baton.bench.balance import Balance
+from baton.bench.ideal import InfiniteCache
+from baton.bench.load import Load, poisson_arrivals
 from baton.bench.serve import LoadPlan
+from baton.bench.sessions import Session, Shape, TraceScale, Turn, make_sessions, trace_sessions
 from baton.bench.stats import Outcome, Slo, distribution, percentile, summarize
+from baton.bench.trace import TraceRequest
 from baton.client.http import Client, Usage
 from baton.client.timing import Timing
 from baton.errors import ConfigError
 from tests.unit.fake_cluster import EVENTS, sse
 
-SHAPE = PromptShape(input_tokens=10, output_tokens=4, vocab_size=50, seed=3)
+SHAPE = Shape(input_tokens=10, output_tokens=4, vocab_size=50, seed=3)
+CLUSTER = {"workers": [{"name": f"{role}-0", "role": role} for role in ("prefill", "decode")]}
+TRACE = {"attempts": [{"prefill": "prefill-0", "decode": "decode-0"}]}
 
 
 def fake_client(on_post: Callable[[httpx.Request], Awaitable[httpx.Response]]) -> Client:
     async def handle(request: httpx.Request) -> httpx.Response:
-        if request.method == "GET":
-            return httpx.Response(200, json={"data": [{"id": "fake"}]})
-        return await on_post(request)
+        if request.method == "POST":
+            return await on_post(request)
+        if request.url.path.startswith("/trace/"):
+            return httpx.Response(200, json=TRACE)
+        return httpx.Response(200, json={"data": [{"id": "fake"}]} | CLUSTER)
 
     return Client("http://cluster", transport=httpx.MockTransport(handle))
 
 
-def test_prompts_follow_from_the_seed() -> None:
-    prompts = make_prompts(SHAPE, 5)
-    assert prompts == make_prompts(SHAPE, 5)
-    assert len({prompt.content for prompt in prompts}) == 5
-    for prompt in prompts:
-        assert isinstance(prompt.content, tuple)
-        assert len(prompt.content) == 10
-        assert all(isinstance(token, int) and 0 <= token < 50 for token in prompt.content)
-        assert prompt.max_tokens == 4
-        assert prompt.options["ignore_eos"] is True
+def load_of(client: Client, ended: list[Outcome] | None = None) -> Load:
+    return Load(client, InfiniteCache(4), [].append if ended is None else ended.append)
 
 
-def test_prompts_share_a_prefix_and_vary_in_length() -> None:
-    shape = PromptShape(100, 20, 50, shared_prefix=7, spread=0.5, seed=1)
-    prompts = make_prompts(shape, 40)
-    contents = [prompt.content for prompt in prompts]
-    assert len({content[:7] for content in contents}) == 1
-    lengths = {len(content) - 7 for content in contents}
+def prompt_of(request: httpx.Request) -> tuple[int, ...]:
+    return tuple(json.loads(request.content)["prompt"])
+
+
+def answered(*ids: int) -> httpx.Response:
+    choice = {"index": 0, "text": "x", "finish_reason": "length", "token_ids": list(ids)}
+    return httpx.Response(200, content=sse([{"id": "r", "choices": [choice]}, EVENTS[-1]]))
+
+
+def test_sessions_follow_from_the_seed() -> None:
+    sessions = make_sessions(SHAPE, 5)
+    assert sessions == make_sessions(SHAPE, 5)
+    turns = [session.turns[0] for session in sessions]
+    assert len({turn.tokens for turn in turns}) == 5
+    assert all(len(turn.tokens) == 10 and turn.max_tokens == 4 for turn in turns)
+    assert all(0 <= token < 50 for turn in turns for token in turn.tokens)
+
+
+def test_sessions_share_prefixes_by_groups_and_vary_in_length() -> None:
+    shape = Shape(100, 20, 50, shared_prefix=7, spread=0.5, seed=1, groups=2)
+    turns = [session.turns[0] for session in make_sessions(shape, 40)]
+    assert [turn.tokens[:7] for turn in turns[2:]] == [turn.tokens[:7] for turn in turns[:-2]]
+    assert turns[0].tokens[:7] != turns[1].tokens[:7]
+    lengths = {len(turn.tokens) - 7 for turn in turns}
     assert min(lengths) >= 50
     assert max(lengths) <= 150
     assert len(lengths) > 10
-    assert all(prompt.max_tokens and 10 <= prompt.max_tokens <= 30 for prompt in prompts)
+    assert all(10 <= turn.max_tokens <= 30 for turn in turns)
+
+
+def test_conversations_have_turns_up_to_the_number_of_requests() -> None:
+    sessions = make_sessions(Shape(10, 4, 50, shared_prefix=6, turns=3), 8)
+    assert [len(session.turns) for session in sessions] == [3, 3, 2]
+    assert [len(turn.tokens) for turn in sessions[0].turns] == [16, 10, 10]
+
+
+def test_a_trace_shares_what_the_recorded_prompts_shared() -> None:
+    recorded = [
+        TraceRequest(10.0, 1100, 100, (0, 1, 2)),
+        TraceRequest(11.0, 1300, 8, (0, 1, 3)),
+        TraceRequest(11.5, 100, 8),
+    ]
+    scale = TraceScale(tokens=1 / 16, time=0.5, max_input=1000, max_output=5)
+    sessions = trace_sessions(recorded, scale, 1000, seed=1)
+    assert sessions == trace_sessions(recorded, scale, 1000, seed=1)
+    assert [session.at_s for session in sessions] == [0.0, 0.5, 0.75]
+    first, second, third = (session.turns[0].tokens for session in sessions)
+    assert (len(first), len(second), len(third)) == (69, 81, 6)
+    assert first[:64] == second[:64]
+    assert first[64:] != second[64:69]
+    assert [session.turns[0].max_tokens for session in sessions] == [5, 1, 1]
+
+
+def test_the_ideal_cache_knows_prompts_and_answers_by_full_blocks() -> None:
+    cache = InfiniteCache(4)
+    assert cache.expect([1, 2, 3, 4, 5, 6, 7, 8]) == 0
+    assert cache.expect([1, 2, 3, 4, 5, 6, 7, 8]) == 4  # the last token is always computed
+    assert cache.expect([1, 2, 3, 4, 9]) == 4
+    assert cache.expect([2, 2, 3, 4, 5, 6, 7, 8]) == 0
+    cache.learn([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12])  # the KV of the 12th is not computed
+    assert cache.expect([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]) == 8
 
 
 def test_poisson_arrivals_have_the_rate() -> None:
@@ -79,7 +130,7 @@ async def test_closed_loop_keeps_the_concurrency() -> None:
 
     async with fake_client(answer) as client:
         ended: list[Outcome] = []
-        outcomes = await closed_loop(client, make_prompts(SHAPE, 12), 3, ended.append)
+        outcomes = await load_of(client, ended).closed_loop(make_sessions(SHAPE, 12), 3)
     assert most == 3
     assert outcomes == ended
     assert len(outcomes) == 12
@@ -100,9 +151,42 @@ async def test_open_loop_does_not_wait_for_answers() -> None:
 
     async with fake_client(answer) as client, asyncio.timeout(20):
         arrivals = iter([0.0, 0.001, 0.002, 0.003, 0.004])
-        outcomes = await open_loop(client, make_prompts(SHAPE, 5), arrivals, lambda _: None)
+        outcomes = await load_of(client).open_loop(make_sessions(SHAPE, 5), arrivals)
     assert len(outcomes) == 5
     assert all(outcome.late_s >= 0 for outcome in outcomes)
+
+
+async def test_a_turn_repeats_all_that_was_said_and_sessions_take_turns() -> None:
+    prompts: list[tuple[int, ...]] = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        prompts.append(prompt_of(request))
+        return answered(90 + len(prompts))
+
+    a = Session((Turn((1, 2, 3, 4), 1), Turn((5,), 1)))
+    b = Session((Turn((6, 7, 8, 9), 1), Turn((10,), 1)))
+    async with fake_client(answer) as client:
+        outcomes = await load_of(client).closed_loop([a, b], concurrency=1, alive=2)
+    assert prompts == [(1, 2, 3, 4), (6, 7, 8, 9), (1, 2, 3, 4, 91, 5), (6, 7, 8, 9, 92, 10)]
+    assert [outcome.ideal_cached_tokens for outcome in outcomes] == [0, 0, 4, 4]
+
+
+async def test_one_at_a_time_finishes_a_session_before_the_next() -> None:
+    prompts: list[tuple[int, ...]] = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        prompts.append(prompt_of(request))
+        return answered(0)
+
+    sessions = [Session((Turn((n,), 1), Turn((n,), 1))) for n in (1, 2)]
+    async with fake_client(answer) as client:
+        await load_of(client).closed_loop(sessions, concurrency=1)
+    assert prompts == [(1,), (1, 0, 1), (2,), (2, 0, 2)]
+
+
+def test_balance_of_loads() -> None:
+    assert Balance({"a": 30, "b": 10}, {}).max_to_mean == pytest.approx(1.5)
+    assert Balance({"a": 0, "b": 0}, {}).max_to_mean == 1.0
 
 
 async def test_failures_are_counted_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +198,7 @@ async def test_failures_are_counted_not_raised(monkeypatch: pytest.MonkeyPatch) 
         return httpx.Response(200, content=sse(EVENTS))
 
     async with fake_client(answer) as client:
-        outcomes = await closed_loop(client, make_prompts(SHAPE, 6), 1, lambda _: None)
+        outcomes = await load_of(client).closed_loop(make_sessions(SHAPE, 6), 1)
     summary = summarize(outcomes, Slo())
     assert (summary.requests, summary.failed) == (6, 3)
     assert summary.errors == (("full", 3),)
@@ -128,20 +212,22 @@ async def test_measure_warms_up_and_reports_progress(
     prompts = []
 
     async def answer(request: httpx.Request) -> httpx.Response:
-        prompts.append(tuple(json.loads(request.content)["prompt"]))
+        prompts.append(prompt_of(request))
         return httpx.Response(200, content=sse(EVENTS))
 
     monkeypatch.setattr(serve, "Client", lambda url, timeout_s, api_key: fake_client(answer))
     progress: list[tuple[int, int]] = []
     plan = LoadPlan(SHAPE, requests=5, concurrency=2, rate_per_s=rate, warmup=2, slo=Slo(60.0))
-    summary = await serve.measure("x", plan, lambda *step: progress.append(step))
+    run = await serve.measure("x", plan, lambda *step: progress.append(step))
+    summary = run.load
+    assert run.balance == Balance({"prefill-0": 10}, {"prefill-0": 5})
     assert len(set(prompts)) == 7  # measured prompts were not warmed up
     assert summary.requests == summary.good == 5
     assert progress == [(n, 5) for n in range(6)]
-    result = serve.as_json(plan, {"run": summary}, ["bench", "serve", "--rate", "1 2"])
+    result = serve.as_json(plan, {"run": run}, ["bench", "serve", "--rate", "1 2"])
     assert result["command"] == "baton bench serve --rate '1 2'"
     assert result["runs"]["run"]["requests"] == 5
-    assert dict(serve.rows(summary))["goodput"].endswith("(100% good)")
+    assert dict(serve.rows(run))["goodput"].endswith("(100% good)")
 
 
 async def test_a_run_without_any_success_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from baton.bench.trace import TraceRequest, spread
+from baton.errors import ConfigError
 from bench.client import Ask
 from bench.shapes import FIRST_WORD, SHAPES, word
-from bench.trace import INPUT_LIMIT, TraceError, TraceRequest, read_trace, spread
+from bench.trace import INPUT_LIMIT, read_trace
 from bench.workloads import WORKLOADS, Arrivals, Interference, Load, Setting, Sweep, Waves
 
 TRACE = tuple(TraceRequest(i * 0.5, 10 + i % 7, 1 + i % 5) for i in range(1000))
@@ -97,7 +99,7 @@ def test_traces_are_scaled(tmp_path: Path) -> None:
 def test_other_files_are_no_traces(tmp_path: Path, content: str) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(content)
-    with pytest.raises(TraceError, match=r"trace\.jsonl"):
+    with pytest.raises(ConfigError, match=r"trace\.jsonl"):
         read_trace(path)
 
 
