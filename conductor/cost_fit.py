@@ -1,0 +1,216 @@
+"""Fits the costs of `conductor.cost_model` to what workers report, as they report it.
+
+Nothing here reads a clock: samples carry their durations. Coefficients are never negative and never
+NaN; what was not measured for long returns to a prior in proportion to what was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from baton.types.fleet import WorkerInfo
+from baton.types.kv_events import Tier
+from baton.types.request import Span
+from conductor.cost_model import (
+    HANDOFF_PRIOR,
+    MIN_SAMPLES,
+    TRANSFER_PRIORS,
+    DecodeCost,
+    PrefillCost,
+    Route,
+    TransferCost,
+    TransferCosts,
+    WorkerCost,
+    pairs,
+)
+
+_SHORTEST_S = 1e-6  # clocks tell no less apart
+_LONGEST_S = 3600.0
+_LARGEST = 1e15  # of a feature: bytes, pairs of tokens
+_SCALES = 1e6  # how far from the prior a cost may be
+_MEMORY = 0.95  # what a sample weighs after one more: about twenty samples count
+_PRIOR_WEIGHT = 0.02  # of the prior, against one sample
+_OUTLIER = 8.0  # a sample counts as no more than so many times what was expected
+_SCALE_MEMORY = 0.8
+_SWEEPS = 40  # of coordinate descent; more change nothing that matters
+_OWN_TIME_SHARE = 0.25  # of a prefill's span, below which it shared its steps with another prompt
+
+
+class NonNegativeFit:
+    """Least squares of relative errors over `seconds ≈ Σ coefficient·feature`, none negative.
+
+    Ridge regression towards the prior, which is scaled by the ratio of measured to predicted times,
+    so that features that were never seen stay in proportion; old samples fade.
+    """
+
+    def __init__(self, prior: tuple[float, ...]) -> None:
+        self._prior = prior
+        size = len(prior)
+        self._products = [[0.0] * size for _ in prior]  # in units of the prior
+        self._targets = [0.0] * size
+        self._log_scale = 0.0
+        self._solved: tuple[float, ...] | None = prior
+        self.samples = 0
+
+    def add(self, features: tuple[float, ...], seconds: float) -> None:
+        """Take a sample; one that cannot be true (not finite, negative, an hour) is ignored."""
+        if not (0.0 <= seconds < _LONGEST_S and all(0.0 <= x < _LARGEST for x in features)):
+            return
+        seconds = max(seconds, _SHORTEST_S)
+        if self.samples >= MIN_SAMPLES:
+            seconds = min(seconds, _OUTLIER * max(self.predict(features), _SHORTEST_S))
+        scaled = [p * x for p, x in zip(self._prior, features, strict=True)]
+        expected = sum(scaled)
+        if expected < _SHORTEST_S / _SCALES:
+            return
+        self.samples += 1
+        self._learn_scale(math.log(min(max(seconds / expected, 1 / _SCALES), _SCALES)))
+        # Errors count relative to the time, halfway to what was expected: a worker that has
+        # become slower is believed as soon as one that has become faster.
+        unit = math.sqrt(seconds * expected * math.exp(self._log_scale))
+        row = [x / unit for x in scaled]
+        for i, x in enumerate(row):
+            self._targets[i] = _MEMORY * self._targets[i] + x * seconds / unit
+            products = self._products[i]
+            for j, y in enumerate(row):
+                products[j] = _MEMORY * products[j] + x * y
+        self._solved = None
+
+    def predict(self, features: tuple[float, ...]) -> float:
+        return sum(c * x for c, x in zip(self.solve(), features, strict=True))
+
+    def solve(self) -> tuple[float, ...]:
+        """The coefficients; computed when samples have arrived since the last time."""
+        if self._solved is None:
+            factors = self._descend()
+            self._solved = tuple(p * f for p, f in zip(self._prior, factors, strict=True))
+        return self._solved
+
+    def _learn_scale(self, log_ratio: float) -> None:
+        memory = min(_SCALE_MEMORY, 1.0 - 1.0 / self.samples)
+        self._log_scale = memory * self._log_scale + (1.0 - memory) * log_ratio
+
+    def _descend(self) -> list[float]:
+        """Coordinate descent with bounds (Franc, Hlaváč, Navara 2005), from the scaled prior."""
+        scale = math.exp(self._log_scale)
+        # Rows are in units of measured time, where the scaled prior's are about one.
+        ridge = _PRIOR_WEIGHT / scale**2
+        factors = [scale] * len(self._prior)
+        for _ in range(_SWEEPS):
+            for i, products in enumerate(self._products):
+                others = sum(p * f for p, f in zip(products, factors, strict=True))
+                others -= products[i] * factors[i]
+                target = self._targets[i] + ridge * scale - others
+                factors[i] = max(target / (products[i] + ridge), 0.0)
+        return factors
+
+
+@dataclass(slots=True)
+class _WorkerFit:
+    """Samples of one worker, or of all that are alike."""
+
+    prefill: NonNegativeFit = field(default_factory=lambda: NonNegativeFit(_PREFILL_PRIOR))
+    decode: NonNegativeFit = field(default_factory=lambda: NonNegativeFit(_DECODE_PRIOR))
+    mean_context: float = 0.0
+
+    def prefill_cost(self) -> PrefillCost:
+        base, token, pair = self.prefill.solve()
+        return PrefillCost(base, token, pair, self.prefill.samples, self.mean_context)
+
+    def decode_cost(self) -> DecodeCost:
+        return DecodeCost(*self.decode.solve(), self.decode.samples)
+
+    def add_prefill(self, tokens: int, context: int, seconds: float) -> None:
+        self.prefill.add((1.0, float(tokens), pairs(tokens, context)), seconds)
+        self.mean_context += 0.1 * (context + tokens / 2 - self.mean_context)
+
+
+_PREFILL_PRIOR = (PrefillCost().base_s, PrefillCost().token_s, PrefillCost().pair_s)
+_DECODE_PRIOR = (DecodeCost().base_s, DecodeCost().sequence_s)
+
+
+class WorkerSamples:
+    """What one life of a worker reports, and what it says about its costs.
+
+    `alike` is shared by workers that should be equally fast; it speaks for those that have not said
+    enough yet.
+    """
+
+    def __init__(self, alike: _WorkerFit) -> None:
+        self._own = _WorkerFit()
+        self._alike = alike
+        self._computed_until = 0.0  # Unix seconds, the worker's clock
+        self._cost: WorkerCost | None = None
+
+    def cost(self) -> WorkerCost:
+        """Cached until the next sample."""
+        if self._cost is None:
+            own, alike = self._own, self._alike
+            prefill = own if own.prefill.samples >= MIN_SAMPLES else alike
+            decode = own if own.decode.samples >= MIN_SAMPLES else alike
+            self._cost = WorkerCost(prefill.prefill_cost(), decode.decode_cost())
+        return self._cost
+
+    def add_prefill(self, tokens: int, context: int, span: Span) -> None:
+        """`tokens` were computed after `context` cached ones within `span`.
+
+        Prompts overlap in a worker; what counts is the time since the one before was done. One that
+        has no time of its own shared its steps: its time is in the other's.
+        """
+        seconds = span.end_s - max(span.start_s, self._computed_until)
+        self._computed_until = max(self._computed_until, span.end_s)
+        if tokens > 0 and seconds > _OWN_TIME_SHARE * (span.end_s - span.start_s):
+            self._own.add_prefill(tokens, context, seconds)
+            self._alike.add_prefill(tokens, context, seconds)
+            self._cost = None
+
+    def add_steps(self, running: float, seconds: float) -> None:
+        """Decode steps took `seconds` each, with `running` sequences in them."""
+        features = (1.0, running)
+        self._own.decode.add(features, seconds)
+        self._alike.decode.add(features, seconds)
+        self._cost = None
+
+
+class CostModel:
+    """All fits of a conductor."""
+
+    def __init__(self) -> None:
+        self._alike: dict[tuple[str, str, int], _WorkerFit] = {}
+        self._routes = {route: _transfer_fit(cost) for route, cost in TRANSFER_PRIORS.items()}
+        self._handoff = _transfer_fit(HANDOFF_PRIOR)
+        self._transfers: TransferCosts | None = None
+
+    def begin(self, info: WorkerInfo) -> WorkerSamples:
+        """For a life of a worker."""
+        kind = (info.role.value, info.device, info.threads)
+        return WorkerSamples(self._alike.setdefault(kind, _WorkerFit()))
+
+    def transfers(self) -> TransferCosts:
+        """Cached until the next sample."""
+        if self._transfers is None:
+            routes = {route: _transfer_cost(fit) for route, fit in self._routes.items()}
+            self._transfers = TransferCosts(routes, _transfer_cost(self._handoff))
+        return self._transfers
+
+    def add_fetch(self, tier: Tier, local: bool, num_bytes: int, seconds: float) -> None:
+        self._routes[Route(tier, local)].add((1.0, float(num_bytes)), seconds)
+        self._transfers = None
+
+    def add_handoff(self, num_bytes: int, seconds: float) -> None:
+        self._handoff.add((1.0, float(num_bytes)), seconds)
+        self._transfers = None
+
+
+def _transfer_fit(prior: TransferCost) -> NonNegativeFit:
+    return NonNegativeFit((prior.latency_s, prior.byte_s))
+
+
+def _transfer_cost(fit: NonNegativeFit) -> TransferCost:
+    return TransferCost(*fit.solve(), fit.samples)
+
+
+def span_named(spans: Iterable[Span], name: str) -> Span | None:
+    return next((span for span in spans if span.name == name), None)

@@ -1,0 +1,129 @@
+"""Costs are learned from samples, stay sane whatever is reported, and say when they are guesses."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.types.fleet import Role
+from baton.types.kv_events import Tier
+from baton.types.request import Span
+from conductor.cost_fit import CostModel, NonNegativeFit, WorkerSamples
+from conductor.cost_model import MIN_SAMPLES, DecodeCost, PrefillCost, TransferCosts
+from tests.fake_worker import worker_info
+
+SLOW_CPU = PrefillCost(0.01, 2e-3, 5e-8)
+
+
+def begin(model: CostModel | None = None, name: str = "p0") -> WorkerSamples:
+    return (model or CostModel()).begin(worker_info(name, Role.PREFILL))
+
+
+def report(samples: WorkerSamples, truth: PrefillCost, count: int, seed: int = 1) -> None:
+    draw = random.Random(seed)
+    now = 1000.0
+    for _ in range(count):
+        tokens = int(10 ** draw.uniform(1, 4.5))
+        context = draw.choice([0, 0, int(10 ** draw.uniform(1, 4.5))])
+        seconds = truth.seconds(tokens, context) * draw.uniform(0.97, 1.03)
+        samples.add_prefill(tokens, context, Span("prefill", now, now + seconds))
+        now += seconds + 1.0
+
+
+@pytest.mark.parametrize("truth", [SLOW_CPU, PrefillCost(5e-3, 3e-5, 1.5e-9)])
+def test_prefill_costs_are_learned(truth: PrefillCost) -> None:
+    samples = begin()
+    assert samples.cost().prefill.is_prior
+    report(samples, truth, 60)
+    cost = samples.cost().prefill
+    assert not cost.is_prior
+    for tokens, context in [(20, 0), (512, 0), (512, 8000), (8000, 0), (30000, 1000)]:
+        assert cost.seconds(tokens, context) == pytest.approx(
+            truth.seconds(tokens, context), rel=0.2
+        )
+
+
+def test_what_was_never_seen_stays_in_proportion() -> None:
+    samples = begin()
+    for second in range(20):
+        seconds = 100 * PrefillCost().seconds(64)
+        samples.add_prefill(64, 0, Span("prefill", 20.0 * second, 20.0 * second + seconds))
+    long = samples.cost().prefill.seconds(8000, 8000) / PrefillCost().seconds(8000, 8000)
+    assert 50 < long < 200
+
+
+def test_one_slow_prefill_does_not_change_the_picture() -> None:
+    samples = begin()
+    report(samples, SLOW_CPU, 40)
+    before = samples.cost().prefill.seconds(1000)
+    samples.add_prefill(1000, 0, Span("prefill", 9e8, 9e8 + 3000))
+    assert samples.cost().prefill.seconds(1000) < 1.5 * before
+
+
+def test_costs_follow_a_worker_that_has_become_slower() -> None:
+    samples = begin()
+    report(samples, PrefillCost(0.01, 1e-3, 0.0), 40)
+    for second in range(60):
+        samples.add_prefill(1000, 0, Span("prefill", 1e9 + 9 * second, 1e9 + 9 * second + 3.0))
+    assert samples.cost().prefill.seconds(1000) == pytest.approx(3.0, rel=0.2)
+
+
+def test_prompts_that_waited_for_one_another_count_by_their_own_time() -> None:
+    samples = begin()
+    for batch in range(MIN_SAMPLES):
+        at = 100.0 * batch
+        samples.add_prefill(1000, 0, Span("prefill", at, at + 2.0))
+        samples.add_prefill(1000, 0, Span("prefill", at + 0.1, at + 4.0))  # began, then waited
+        samples.add_prefill(500, 0, Span("prefill", at + 0.1, at + 4.0))  # in the same steps
+    assert samples.cost().prefill.seconds(1000) == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_new_worker_is_judged_by_those_that_are_like_it() -> None:
+    model = CostModel()
+    report(begin(model), SLOW_CPU, 30)
+    newcomer = begin(model, "p1").cost().prefill
+    assert not newcomer.is_prior
+    assert newcomer.seconds(1000) == pytest.approx(SLOW_CPU.seconds(1000), rel=0.2)
+    other = model.begin(worker_info("d0", Role.DECODE)).cost().prefill
+    assert other.is_prior
+
+
+def test_decode_steps_are_learned() -> None:
+    samples = begin()
+    truth = DecodeCost(0.05, 0.002)
+    for number in range(64):
+        running = 1 + number % 32
+        samples.add_steps(running, truth.seconds(running))
+    cost = samples.cost().decode
+    assert not cost.is_prior
+    assert cost.seconds(8) == pytest.approx(truth.seconds(8), rel=0.05)
+    assert cost.seconds(64) == pytest.approx(truth.seconds(64), rel=0.1)
+
+
+def test_transfers_are_learned_by_tier_and_distance() -> None:
+    model = CostModel()
+    assert model.transfers() == TransferCosts()
+    for size in range(1, 40):
+        model.add_fetch(Tier.NVME, True, size << 20, 0.01 + (size << 20) / 1e9)
+    fetch = model.transfers().fetch(Tier.NVME, True)
+    assert fetch.seconds(100 << 20) == pytest.approx(0.01 + (100 << 20) / 1e9, rel=0.1)
+    assert model.transfers().fetch(Tier.NVME, False).is_prior
+    assert fetch.seconds(0) == 0.0
+
+
+numbers = st.one_of(
+    st.floats(), st.sampled_from([0.0, -1.0, 1e-300, 1e300, math.inf]), st.floats(0, 1e6)
+)
+
+
+@given(st.lists(st.tuples(numbers, numbers, numbers), max_size=30))
+def test_no_report_makes_a_cost_negative_or_nan(samples: list[tuple[float, ...]]) -> None:
+    fit = NonNegativeFit((1e-3, 1e-6))
+    for one, two, seconds in samples:
+        fit.add((one, two), seconds)
+        for coefficient in fit.solve():
+            assert 0.0 <= coefficient < math.inf
