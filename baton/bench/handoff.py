@@ -32,8 +32,9 @@ from baton.bench.exposed import Exposure
 from baton.bench.handoff_source import LAYERS, bench_layout, fill, source_peer
 from baton.bench.stats import percentile
 from baton.errors import ConfigError, PeerGone
-from baton.kv.handoff.options import HandoffOptions, Identity, life
+from baton.kv.handoff.options import HandoffOptions
 from baton.kv.handoff.reader import Fetched, HandoffReader
+from baton.kv.identity import Identity, life
 from baton.kv.layout import copies_for
 from baton.kv.transport.base import Copy, Transport
 from baton.kv.transport.registry import make_transport

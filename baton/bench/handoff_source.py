@@ -17,8 +17,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from baton.kv.handoff.options import HandoffOptions, Identity
+from baton.kv.handoff.options import HandoffOptions
 from baton.kv.handoff.publisher import HandoffPublisher
+from baton.kv.identity import Identity
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.registry import make_transport
 from baton.rpc.grpc_server import RpcServer

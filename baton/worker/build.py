@@ -19,8 +19,9 @@ from baton.engine.events import EngineListener
 from baton.engine.loop import Engine
 from baton.engine.make_runner import make_runner
 from baton.errors import ConfigError
-from baton.kv.handoff.digest import Verify
-from baton.kv.handoff.options import HandoffOptions, Identity, life
+from baton.kv.digest import Verify
+from baton.kv.handoff.options import HandoffOptions
+from baton.kv.identity import Identity, life
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.kv.transport.registry import make_transport
 from baton.model.hub import resolve_model

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from baton.kv.handoff.digest import Verify
+from baton.kv.digest import Verify
 from baton.kv.handoff.leases import Ending
-from baton.kv.handoff.options import HandoffOptions, Identity
+from baton.kv.handoff.options import HandoffOptions
 from baton.kv.handoff.publisher import HandoffPublisher
 from baton.kv.handoff.reader import Fetched, HandoffReader
+from baton.kv.identity import Identity
 from baton.kv.layout import byte_range
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.loopback import Fault, FaultPlan, LoopbackFabric, LoopbackTransport

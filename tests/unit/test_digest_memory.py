@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from baton.kv.handoff.digest import Verify, block_digests
+from baton.kv.digest import Verify, block_digests
 from baton.kv.transport import memory
 from baton.kv.transport.base import PoolMemory
 from baton.types.fleet import KvLayout

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from baton.errors import BatonError
-from baton.kv.handoff.digest import SHORT, Verify, hashed_bytes
+from baton.kv.digest import SHORT, Verify, hashed_bytes
 from baton.kv.handoff.leases import Ending
 from baton.kv.handoff.options import HandoffOptions
 from baton.kv.transport.loopback import Fault

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import DigestMismatch, LayoutMismatch, TransportError
-from baton.kv.handoff.digest import Verify, block_digests, cells_of, check_digests, combine
+from baton.kv.digest import Verify, block_digests, cells_of, check_digests, combine
 from baton.kv.layout import Coverage, byte_range, check_layouts, copies_for
 from baton.kv.transport.base import Copy
 from baton.kv.transport.memory import pool_of

@@ -18,8 +18,9 @@ from baton.cpus import Placement
 from baton.engine.batch import Batch
 from baton.engine.config import EngineConfig
 from baton.errors import PeerGone
-from baton.kv.handoff.digest import Verify
-from baton.kv.handoff.options import HandoffOptions, Identity
+from baton.kv.digest import Verify
+from baton.kv.handoff.options import HandoffOptions
+from baton.kv.identity import Identity
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.loopback import FaultPlan, LoopbackFabric, LoopbackTransport
 from baton.rpc.memory import MemoryNetwork

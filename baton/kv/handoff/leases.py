@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Generic, TypeVar
 
-from baton.kv.handoff.digest import Cell
+from baton.kv.digest import Cell
 from baton.types.handoff import PrefillMessage
 from baton.types.request import AttemptId
 

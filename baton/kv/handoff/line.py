@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Generic, TypeVar
 
-from baton.kv.handoff.digest import block_digests, hashed_bytes
+from baton.kv.digest import block_digests, hashed_bytes
 from baton.kv.handoff.leases import Lease
 from baton.kv.handoff.options import HandoffOptions
 from baton.kv.transport.base import PoolMemory

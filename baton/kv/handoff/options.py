@@ -1,23 +1,12 @@
-"""Who takes part in handoffs, and with which limits."""
+"""With which limits handoffs are made, and between whom."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.errors import ConfigError
-from baton.kv.handoff.digest import Verify
-from baton.kv.layout import check_layouts
-from baton.types.fleet import KvLayout
+from baton.kv.digest import Verify
+from baton.kv.identity import Identity, check_peer
 from baton.types.handoff import Hello
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """This life of this worker, and the blocks it holds."""
-
-    name: str
-    incarnation: str
-    layout: KvLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +20,7 @@ class HandoffOptions:
     max_reads: int = 64  # transfers under way at a time, per pair of workers
 
 
-def life(name: str, incarnation: str) -> str:
-    """What transports and messages call one life of a worker. Unique in a cluster."""
-    return f"{name}/{incarnation}"
-
-
 def check_hello(ours: Identity, transport: str, hello: Hello) -> None:
     """Raises LayoutMismatch or ConfigError when the two sides cannot exchange blocks."""
-    check_layouts(ours.layout, ours.name, hello.layout, hello.worker)
-    if hello.transport != transport:
-        raise ConfigError(
-            f"{ours.name} moves KV by {transport} and {hello.worker} by {hello.transport}; "
-            "start both with the same --transport"
-        )
+    theirs = Identity(hello.worker, hello.incarnation, hello.layout)
+    check_peer(ours, transport, theirs, hello.transport)

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable
 
 from baton.errors import BatonError, InternalError, PeerGone, StaleAttempt, TransportError
-from baton.kv.handoff.options import HandoffOptions, Identity, check_hello, life
+from baton.kv.handoff.options import HandoffOptions, check_hello
+from baton.kv.identity import Identity, life
 from baton.kv.transport.base import Transport
 from baton.rpc.errors import from_wire
 from baton.rpc.services import Duplex, HandoffDialer

@@ -25,10 +25,11 @@ from baton.errors import (
     PeerGone,
     StaleAttempt,
 )
-from baton.kv.handoff.digest import cells_of, combine
+from baton.kv.digest import cells_of, combine
 from baton.kv.handoff.leases import Deadlines, Ending, History, Lease
 from baton.kv.handoff.line import DigestLine
-from baton.kv.handoff.options import HandoffOptions, Identity, check_hello, life
+from baton.kv.handoff.options import HandoffOptions, check_hello
+from baton.kv.identity import Identity, life
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.rpc.errors import to_wire
 from baton.rpc.services import Duplex

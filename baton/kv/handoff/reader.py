@@ -12,9 +12,8 @@ A fetch that fails hands its running transfers to the reader, which waits until 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from baton.errors import (
@@ -25,10 +24,12 @@ from baton.errors import (
     PeerGone,
     TransportError,
 )
-from baton.kv.handoff.digest import Cell, cells_of, check_digests, combine
-from baton.kv.handoff.options import HandoffOptions, Identity
+from baton.kv.digest import Cell, cells_of, combine, verify_digests
+from baton.kv.handoff.options import HandoffOptions
 from baton.kv.handoff.pair import Inbox, Pair
+from baton.kv.identity import Identity
 from baton.kv.layout import Coverage, copies_for
+from baton.kv.settle import settle, verdict
 from baton.kv.transport.base import PoolMemory, Transfer, Transport
 from baton.rpc.errors import from_wire
 from baton.rpc.services import HandoffDialer
@@ -193,7 +194,7 @@ class HandoffReader:
                 tasks.create_task(self._reserve(fetch, reserve))
                 await self._receive(fetch, tasks)
         except BaseExceptionGroup as group:
-            raise _verdict(group) from None
+            raise verdict(group) from None
         if fetch.prefilled is None or fetch.blocks is None:
             raise InternalError(f"{fetch.attempt} was released before it was read")
         return Fetched(fetch.prefilled, fetch.blocks, _stats(fetch, self._now()))
@@ -255,23 +256,18 @@ class HandoffReader:
             fetch.running.add(transfer)
             await transfer.wait()
             fetch.running.discard(transfer)
-        await self._check(local, ranges, peer)
+        await verify_digests(
+            self._memory,
+            layout,
+            local,
+            layers,
+            ranges.digests,
+            peer,
+            self._options.inline_digest_bytes,
+        )
         fetch.cells += cells_of(ranges.first_block, ranges.layer_begin, ranges.digests)
         fetch.nbytes += sum(copy.length for copy in copies)
         fetch.last_byte_s = self._now()
-
-    async def _check(self, blocks: tuple[int, ...], ranges: Ranges, peer: str) -> None:
-        """Raises DigestMismatch. Long work goes to a thread; when this is cancelled meanwhile, the
-        thread only reads, and nobody hears what came of it."""
-        layout, layers = self._identity.layout, (ranges.layer_begin, ranges.layer_end)
-        work = functools.partial(
-            check_digests, self._memory, layout, blocks, *layers, ranges.digests, peer
-        )
-        nbytes = len(ranges.digests) * (layers[1] - layers[0]) * layout.layer_bytes  # at most
-        if self._memory.device == "cpu" and nbytes <= self._options.inline_digest_bytes:
-            work()
-        else:
-            await asyncio.to_thread(work)
 
     async def _release(self, fetch: _Fetch, prefilled: Prefilled) -> None:
         """When everything is here and nothing is missing, tell the prefill worker."""
@@ -301,23 +297,14 @@ class HandoffReader:
         """Tell the peer, wait until nothing writes into the blocks, and say so."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_send_abort(fetch, reason))
-            try:
-                async with asyncio.timeout(self._options.linger_s):
-                    await _until_idle(fetch.running)
-            except TimeoutError:  # the peer has stopped helping them on: end them from here
+            if not await settle(fetch.running, self._options.linger_s, fetch.pair.break_off):
                 name = fetch.pair.peer.name
-                log.warning("reads of %s hang: closing the stream to %s", fetch.attempt, name)
-                await fetch.pair.break_off()
-                await _until_idle(fetch.running)
+                log.warning("reads of %s hung: closed the stream to %s", fetch.attempt, name)
         if fetch.blocks is not None:
             self._end_quarantine(fetch.attempt)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
-
-
-async def _until_idle(transfers: Iterable[Transfer]) -> None:
-    await asyncio.gather(*(transfer.abort() for transfer in transfers))
 
 
 async def _send_abort(fetch: _Fetch, reason: str) -> None:
@@ -340,12 +327,3 @@ def _stats(fetch: _Fetch, released_s: float) -> HandoffStats:
         fetch.nbytes,
         len(fetch.reads),
     )
-
-
-def _verdict(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error that says most: when a stream breaks, transfers fail too, but only as a result."""
-    leaves: list[BaseException] = []
-    for error in group.exceptions:
-        leaves.append(_verdict(error) if isinstance(error, BaseExceptionGroup) else error)
-    causes = [error for error in leaves if type(error) is not TransportError]
-    return (causes or leaves)[0]

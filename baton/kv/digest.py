@@ -8,9 +8,11 @@ reader needs no setting of its own: it verifies whatever the publisher says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import asyncio
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -23,6 +25,8 @@ from baton.types.fleet import KvLayout
 PIECES = 8
 PIECE_BYTES = 512
 SHORT = 64 << 10  # bytes; hashing them all costs as much as hashing the pieces
+
+T = TypeVar("T")
 
 Cell = tuple[int, int, bytes]
 """(logical block, first layer, digest): what the digest of a whole attempt is made of."""
@@ -85,6 +89,43 @@ def check_digests(
                 f"layers [{layer_begin}, {layer_end}) of block {block} differ from what {source} "
                 "published; the read is discarded"
             )
+
+
+async def make_digests(
+    memory: PoolMemory,
+    layout: KvLayout,
+    blocks: Sequence[int],
+    mode: Verify,
+    inline_bytes: int,
+) -> tuple[bytes, ...]:
+    """`block_digests` of whole blocks; in a thread when more than `inline_bytes` are hashed."""
+    work = functools.partial(block_digests, memory, layout, blocks, 0, layout.num_layers, mode)
+    if mode is Verify.OFF or not blocks:
+        return ()
+    nbytes = hashed_bytes(layout, len(blocks), layout.num_layers, mode)
+    return await _run(work, memory, nbytes, inline_bytes)
+
+
+async def verify_digests(
+    memory: PoolMemory,
+    layout: KvLayout,
+    blocks: Sequence[int],
+    layers: tuple[int, int],
+    expected: Sequence[bytes],
+    source: str,
+    inline_bytes: int,
+) -> None:
+    """`check_digests`; in a thread when more than `inline_bytes` may be hashed. When this is
+    cancelled meanwhile, the thread only reads, and nobody hears what came of it."""
+    work = functools.partial(check_digests, memory, layout, blocks, *layers, expected, source)
+    nbytes = len(expected) * (layers[1] - layers[0]) * layout.layer_bytes  # at most
+    await _run(work, memory, nbytes, inline_bytes)
+
+
+async def _run(work: Callable[[], T], memory: PoolMemory, nbytes: int, inline_bytes: int) -> T:
+    if nbytes == 0 or (memory.device == "cpu" and nbytes <= inline_bytes):
+        return work()
+    return await asyncio.to_thread(work)
 
 
 def combine(cells: Iterable[Cell]) -> bytes:
