@@ -155,7 +155,7 @@ async def make_parts(
     engine = EngineConfig(layout, BLOCKS, **values)
     placement = Placement((0,), 1)
     return WorkerParts(
-        identity, "demo", "cpu", placement, transport, memory, runner, engine, options
+        identity, "demo", "cpu", placement, transport, memory, runner, engine, options, "host"
     )
 
 
