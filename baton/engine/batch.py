@@ -49,8 +49,9 @@ class BatchItem(NamedTuple):
     launched just before this one samples for the same sequence.
 
     `blocks` covers at least start + length tokens; KV of [0, start) is in it when all steps before
-    this one have ended. The blocks stay allocated to the sequence until the step's result has been
-    committed.
+    this one have ended, or is written by other items of this step: a runner writes a layer's KV of
+    all items before it attends to any. The blocks stay allocated to the sequence until the step's
+    result has been committed.
     """
 
     sequence: int  # engine-wide number, stable over the sequence's life

@@ -103,3 +103,13 @@ def teacher_forced(
             sequence.done += count
             sequence.logits[sequence.done - 1] = row
     return sequences
+
+
+def sharing(tokens: Sequence[int], other: Sequence[int]) -> tuple[BatchItem, BatchItem]:
+    """`tokens` with the first 32 of them in blocks 0 and 1 of 16, and in the same step, behind
+    those blocks, `other`, which begins with the same 32."""
+    assert list(tokens[:32]) == list(other[:32])
+    return (
+        BatchItem(0, tuple(tokens), 0, (0, 1, 2, 3), request()),
+        BatchItem(1, tuple(other[32:]), 32, (0, 1, 4, 5), request()),
+    )

@@ -26,7 +26,7 @@ from tests.graph_kit import (
     prompt_item,
 )
 from tests.models import make_tiny_model
-from tests.unit.runners import open_runner, request
+from tests.unit.runners import open_runner, request, sharing
 
 KERNELS = ["reference", "triton"]
 
@@ -97,6 +97,18 @@ def test_rows_change_places_and_blocks(runner: CudaRunner, model_dir: Path) -> N
         )
         batch = Batch(step, items)
         assert runner.launch(batch).wait() == plain.launch(batch).wait()
+
+
+def test_a_prefix_can_be_read_in_the_step_that_computes_it(
+    runner: CudaRunner, model_dir: Path
+) -> None:
+    plain, _ = open_runner(model_dir)
+    prompt, other = PROMPTS[0], (*PROMPTS[0][:32], *PROMPTS[1])
+    alone = [
+        plain.launch(Batch(0, (prompt_item(0, one, (0, 1, 2, 3)),))) for one in (prompt, other)
+    ]
+    expected = tuple(step.wait().tokens[0] for step in alone)
+    assert runner.launch(Batch(0, sharing(prompt, other))).wait().tokens == expected
 
 
 def test_warm_up_leaves_the_pool_zeroed(runner: CudaRunner) -> None:

@@ -14,7 +14,7 @@ from baton.engine.batch import Batch, BatchItem
 from baton.model.spec import load_spec
 from baton.tokenizer import load_tokenizer
 from tests.models import EOS_TOKEN_ID, FAMILIES, VOCAB_SIZE, make_tiny_model
-from tests.unit.runners import PlainDecoder, open_runner, request, teacher_forced
+from tests.unit.runners import PlainDecoder, open_runner, request, sharing, teacher_forced
 
 
 def reference(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -49,6 +49,17 @@ def test_logits_match_over_a_long_context(tmp_path: Path) -> None:
         expected = reference(tmp_path)(torch.tensor([sequence.tokens])).logits[0]
     worst = max((row - expected[at]).abs().max() for at, row in sequence.logits.items())
     assert worst < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_can_be_read_in_the_step_that_computes_it(family: str, tmp_path: Path) -> None:
+    make_tiny_model(family, tmp_path)
+    prompts = [random_prompt(32, 1) + random_prompt(own, own) for own in (20, 9)]
+    rows = PlainDecoder(tmp_path, 16, 6, "float32").logits(sharing(*prompts))
+    for tokens, row in zip(prompts, rows, strict=True):
+        with torch.inference_mode():
+            expected = reference(tmp_path)(torch.tensor([tokens])).logits[0, -1]
+        assert (row - expected).abs().max() < 1e-4
 
 
 def test_logits_of_the_demo_model_match() -> None:

@@ -21,7 +21,7 @@ from baton.native import NativeBatch, NativeModel, Pool
 from baton.native.library import CModelShape, Weight
 from tests.models import FAMILIES, VOCAB_SIZE, make_tiny_model
 from tests.native_kit import needs_native
-from tests.unit.runners import PlainDecoder, request, teacher_forced
+from tests.unit.runners import PlainDecoder, request, sharing, teacher_forced
 
 pytestmark = needs_native
 
@@ -115,6 +115,15 @@ def test_a_sequence_is_computed_alike_in_any_company(family: str, tmp_path: Path
         for position, row in track.logits.items():
             assert torch.equal(seen.setdefault(position, row), row)
     assert len(seen) >= 20
+
+
+@pytest.mark.parametrize("own", [1, 9, 32])
+def test_a_prefix_can_be_read_in_the_step_that_computes_it(own: int, qwen3: Path) -> None:
+    prefix = prompt(32)
+    one, two = prefix + prompt(20, 1), prefix + prompt(own, 2)
+    rows = NativeDecoder(qwen3, 16).logits(sharing(one, two))
+    alone = BatchItem(1, tuple(two), 0, (0, 1, 2, 3), request())
+    assert torch.equal(rows[1], NativeDecoder(qwen3, 16).logits([alone])[0])
 
 
 def test_layers_are_announced_when_they_are_written(qwen3: Path) -> None:
