@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from baton.engine.batch import Batch
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
+from baton.engine.events import KvReady
 from baton.engine.publish import Publisher
 from baton.engine.scheduler import Advance, Scheduler
 from baton.engine.sequence import Ending, Sequence
@@ -28,6 +29,7 @@ class Rig:
     answers: dict[int, list[int]] = field(default_factory=dict)
     endings: dict[int, Ending] = field(default_factory=dict)
     handed: list[Sequence] = field(default_factory=list)
+    contexts: dict[AttemptId, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.config.num_blocks)
@@ -39,6 +41,7 @@ class Rig:
         self.numbers += 1
         sequence = Sequence(self.numbers, task, self.config.eos_token_ids, 0.0, hand_off)
         self.answers[sequence.number] = []
+        self.contexts[task.attempt] = (*task.prompt, *task.output)
         return sequence
 
     def submit(self, task: GenerationTask, hand_off: bool = False) -> Sequence:
@@ -59,17 +62,31 @@ class Rig:
         if batch is not None:
             assert batch.num_tokens <= self.config.max_batch_tokens
             assert len(batch.items) <= self.config.max_num_seqs
-            self.publisher.begin(self.scheduler.to_publish(batch))
+            self.begin(batch)
         self.scheduler.check_integrity()
         return batch
 
     def commit(self, batch: Batch) -> tuple[Advance, ...]:
         result = self.runner.launch(batch).wait()
-        self.publisher.end()
+        self.publish(self.publisher.end())
         advances = self.scheduler.commit(batch, result, 0.0)
         self.record(advances)
         self.scheduler.check_integrity()
         return advances
+
+    def begin(self, batch: Batch) -> None:
+        """Nothing runs before this step any more."""
+        self.publish(self.publisher.begin(self.scheduler.to_publish(batch)))
+
+    def publish(self, ready: tuple[KvReady, ...]) -> None:
+        """Every published block is full of the attempt's own tokens, but perhaps its last one."""
+        for one in ready:
+            context = self.contexts[one.attempt]
+            for index, block in enumerate(one.blocks, one.first_block):
+                positions = range(index * BLOCK, min((index + 1) * BLOCK, len(context)))
+                for slot, position in enumerate(positions):
+                    found = self.runner.memory.read(block, slot)
+                    assert found == (position, context[position]), "published before it was there"
 
     def step(self) -> Batch | None:
         batch = self.schedule()

@@ -30,12 +30,13 @@ class Publisher:
         self._layers = 0  # already published in this step
 
     def begin(self, items: Iterable[tuple[Sequence, BatchItem]]) -> tuple[KvReady, ...]:
-        """Note what the step will make final, of sequences with `hand_off`. Returns what was final
-        before: prefix cache hits."""
+        """Note what the step will make final, of sequences with `hand_off`: what it computes for
+        them, and what others compute in it that they share. Returns what was final before: prefix
+        cache hits."""
         hits = []
         self._layers = 0
         for sequence, item in items:
-            final = item.start // self._layout.block_size
+            final = sequence.computed // self._layout.block_size
             if final > sequence.leased:
                 hits.append(self._publish(sequence, sequence.leased, final, 0, self._all_layers))
             end = item.start + item.length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Collection
 
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
@@ -135,6 +136,8 @@ class Residents:
                 raise InternalError(f"{sequence.task.attempt} has more KV than blocks.")
             if sequence.remaining < 1 or sequence.unplanned < 1:
                 raise InternalError(f"{sequence.task.attempt} has nothing to compute.")
+            if sequence.computed != sequence.planned and not sequence.steps:
+                raise InternalError(f"{sequence.task.attempt} counts on KV that nobody computes.")
         for sequence in self._leaving.values():
             references.update(sequence.blocks)
             if not sequence.steps:
@@ -169,9 +172,13 @@ class Residents:
             return None
         return self._pool.allocate(reservation.num_blocks)
 
-    def _start(self, sequence: Sequence, now: float) -> bool:
-        """Give a waiting sequence blocks for its whole context, or leave it waiting."""
-        hits = self._cache.match(sequence)
+    def _start(self, sequence: Sequence, now: float, cuts: Collection[bytes]) -> bool:
+        """Give a waiting sequence blocks for its whole context, or leave it waiting: when they are
+        not there, or when the first one that it would compute is one of `cuts`, which others are
+        about to."""
+        hits, computed, next_key = self._cache.match(sequence)
+        if next_key in cuts:
+            return False
         self._pool.share(hits)
         fresh = self._config.layout.blocks_for(len(sequence.context)) - len(hits)
         if self._pool.available < fresh + self._headroom():
@@ -182,18 +189,17 @@ class Residents:
             raise InternalError("The pool refused blocks that it had said were available.")
         self._waiting.remove(sequence)
         sequence.blocks = hits + blocks
-        sequence.computed = sequence.planned = len(hits) * self._config.block_size
+        sequence.computed = computed * self._config.block_size
+        sequence.planned = len(hits) * self._config.block_size
         if sequence.started_at is None:
             sequence.started_at = now
-            sequence.cached_tokens = min(sequence.computed, len(sequence.task.prompt))
+            sequence.cached_tokens = min(sequence.planned, len(sequence.task.prompt))
         self._running.add(sequence)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the line, with the answer so far as part of the context to compute. No step may
-        be using the sequence."""
-        self._leave(sequence)
-        sequence.computed = sequence.planned = 0
+        """Back to the line, with the answer so far as part of the context to compute."""
+        self._send_back(sequence)
         sequence.preemptions += 1
         log.info(
             "%s makes way at %d tokens, for the %d. time: the KV pool is full.",
@@ -201,6 +207,17 @@ class Residents:
             len(sequence.context),
             sequence.preemptions,
         )
+
+    def _undo_start(self, sequence: Sequence) -> None:
+        """Back to the line: the KV that it was to share may never be computed."""
+        self._send_back(sequence)
+        if not sequence.preemptions:
+            sequence.started_at = None
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """No step may be using the sequence."""
+        self._leave(sequence)
+        sequence.computed = sequence.planned = 0
         self._waiting.add(sequence)
 
     def _leave(self, sequence: Sequence) -> None:

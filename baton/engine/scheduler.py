@@ -6,6 +6,14 @@ One step, within a budget of tokens:
   2. chunks of prompts that are already running, which a step that decodes may hold shorter
   3. waiting sequences and reservations, in order; the first that does not fit stops the line
 
+Prompts that arrive together compute a shared prefix once: a sequence starts behind the blocks that
+others fill in the same step, or in the one in flight, and reads them there (runners write a layer's
+KV of all items before they attend to any). If its own first block would be the one that a prompt
+which the step cuts short goes on with, it does not start yet, and the line stops. That holds up
+nobody for long: what is left of such a step is less than a block, running prompts come first
+anyway, and while the line stops none is added to them. If a step does not count, those who started
+on KV that they cannot count on any more go back to the line.
+
 A step may be scheduled while the one before it is in flight. It takes for granted that every
 sequence goes on, unless its length ends it; what a sequence computed after its end is thrown away.
 Nobody is preempted while a step is in flight: first its result is waited for.
@@ -52,6 +60,8 @@ class _Plan:
     budget: int
     items: list[BatchItem] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
+    fills: list[bytes] = field(default_factory=list)  # see _Flight
+    cuts: set[bytes] = field(default_factory=set)  # keys of what prompts go on with behind it
     spent: int = 0  # running sequences that have no part in it or any later one
     preempted: bool = False
 
@@ -62,6 +72,7 @@ class _Flight:
 
     batch: Batch
     sequences: tuple[Sequence, ...]
+    fills: list[bytes]  # keys of the blocks that the prefix cache expects of it
 
     def __iter__(self) -> Iterator[tuple[Sequence, BatchItem]]:
         return zip(self.sequences, self.batch.items, strict=True)
@@ -99,7 +110,7 @@ class Scheduler(Residents):
             return None
         self._steps += 1
         batch = Batch(self._steps, tuple(plan.items))
-        self._flights.append(_Flight(batch, tuple(plan.sequences)))
+        self._flights.append(_Flight(batch, tuple(plan.sequences), plan.fills))
         return batch
 
     @property
@@ -149,9 +160,13 @@ class Scheduler(Residents):
                 continue
             sequence.planned = item.start
             sequence.coming -= item.sample is not None
-            if sequence.ending is not None and not sequence.steps:
+            if sequence.steps:
+                continue
+            if sequence.ending is not None:
                 self._leave(sequence)
                 advances.append(Advance(sequence, ending=sequence.ending))
+            elif sequence.computed != sequence.planned:
+                self._undo_start(sequence)
         return tuple(advances)
 
     def check_integrity(self) -> None:
@@ -161,6 +176,8 @@ class Scheduler(Residents):
         users = (*self._running, *self._leaving.values())
         if sum(sequence.steps for sequence in users) != uses:
             raise InternalError("Sequences are in other steps than those in flight.")
+        if self._cache.num_expected != sum(len(flight.fills) for flight in self._flights):
+            raise InternalError("Other blocks are expected than those that steps in flight fill.")
 
     # -- scheduling -------------------------------------------------------------------------
 
@@ -194,7 +211,7 @@ class Scheduler(Residents):
             head = self._waiting.first
             if not isinstance(head, Sequence) or not self._has_place(plan.spent):
                 break
-            if not self._start(head, now):
+            if not self._start(head, now, plan.cuts):
                 break
             self._take_chunk(plan, head)
 
@@ -231,6 +248,9 @@ class Scheduler(Residents):
             )
         )
         plan.sequences.append(sequence)
+        plan.fills += self._cache.expect(sequence, start, end)
+        if not completes and (key := self._cache.key_at(sequence, end)) is not None:
+            plan.cuts.add(key)
         plan.budget -= end - start
         sequence.steps += 1
         sequence.planned = end
@@ -278,6 +298,7 @@ class Scheduler(Residents):
     def _land(self, batch: Batch) -> _Flight:
         flight = self._flight(batch)
         self._flights.remove(flight)
+        self._cache.forget(flight.fills)
         return flight
 
     def _advance(

@@ -44,6 +44,7 @@ class Sequence:
           |<- computed ->|<-- steps -->|          planned < len(context) + coming
                                        ^ planned
 
+      A part of it may be other sequences' work, where a prefix is shared while it is computed.
     - `blocks` is empty while the sequence waits and covers at least `planned` tokens.
     - blocks[:leased] are published to a handoff; without `hand_off`, leased is 0.
     """

@@ -41,8 +41,11 @@ def random_plan(dice: random.Random, index: int) -> Plan:
     )
     answer = expected_answer(prompt, params, EOS, MAX_LEN)
     resumed = tuple(answer[: min(dice.choice((0, 0, 2)), len(answer) - 1)])
-    task = GenerationTask(AttemptId(str(index)), prompt, params, resumed, dice.randint(0, 2))
-    at = dice.randint(0, 20)
+    salt = dice.choice(("", "", "", "tenant"))
+    task = GenerationTask(
+        AttemptId(str(index)), prompt, params, resumed, dice.randint(0, 2), cache_salt=salt
+    )
+    at = dice.choice((0, 5, dice.randint(0, 20)))  # many arrive together
     cancel_at = at + dice.randint(0, 30) if dice.random() < 0.25 else None
     return Plan(at, task, dice.random() < 0.25, cancel_at, dice.random() < 0.5)
 
@@ -149,7 +152,7 @@ class Ahead(Workload):
 
     def begin(self) -> None:
         """Nothing runs before the first flight any more."""
-        self.rig.publisher.begin(self.rig.scheduler.to_publish(self.flights[0].batch))
+        self.rig.begin(self.flights[0].batch)
 
     def end(self) -> None:
         """The oldest step ends; the one behind it may have been computed as well by then."""
@@ -158,7 +161,7 @@ class Ahead(Workload):
                 flight.result = self.rig.runner.launch(flight.batch).wait()
         oldest = self.flights.pop(0)
         assert oldest.result is not None
-        self.rig.publisher.end()
+        self.rig.publish(self.rig.publisher.end())
         self.rig.record(self.rig.scheduler.commit(oldest.batch, oldest.result, 0.0))
         if self.flights:
             self.begin()
