@@ -18,10 +18,11 @@ from packaging.version import Version
 import baton
 
 ROOT = Path(baton.__file__).parents[1]
-SOURCES = ("baton", "conductor", "prefill_worker", "decode_worker")
+SOURCES = ("baton", "conductor", "prefill_worker", "decode_worker", "kvstore")
 TORCH_FREE = (
     "conductor.service",
     "conductor.http",
+    "kvstore.store",
     "baton.engine.scheduler",
     "baton.engine.block_pool",
     "baton.engine.prefix_cache",
@@ -114,7 +115,14 @@ def test_imports_go_only_downward() -> None:
 
 def test_the_command_starts_processes_without_importing_them() -> None:
     loaded = modules_after_import("baton.cli.main")
-    assert not loaded & {"conductor", "prefill_worker", "decode_worker", "grpc", "starlette"}
+    assert not loaded & {
+        "conductor",
+        "prefill_worker",
+        "decode_worker",
+        "kvstore",
+        "grpc",
+        "starlette",
+    }
 
 
 def test_the_demo_model_is_package_data() -> None:

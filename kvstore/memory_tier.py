@@ -1,0 +1,262 @@
+"""The CPU tier: blocks in fixed-size slots of shared memory, found again after a restart.
+
+    FREE     holds nothing
+    FILLING  belongs to who writes it (a transport's read, a read from disk) until commit or abort
+    READY    keyed and complete; never changes until it is evicted, which no pin allows
+
+A pin says that somebody reads the slot. Who pins also unpins, except that `pin_until` ends by
+itself. Every operation is O(1), a victim O(log n). Not thread-safe: belongs to the event loop.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from baton.errors import DigestMismatch, InternalError
+from kvstore.eviction import EvictionPolicy
+from kvstore.format import NO_PARENT, BlockInfo, checksum
+from kvstore.journal import TierChanges
+from kvstore.slot_table import SlotTable, StoredSlot
+
+
+class SlotState(StrEnum):
+    FREE = "free"
+    FILLING = "filling"
+    READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    slot: int
+    depth: int
+    parent: bytes
+
+
+class MemoryTier:
+    """`payload` is the slots' area, one after the other; a transport may serve it to others."""
+
+    def __init__(
+        self,
+        payload: memoryview,
+        table: SlotTable,
+        block_bytes: int,
+        policy: EvictionPolicy,
+        changes: TierChanges,
+    ) -> None:
+        self.num_slots = payload.nbytes // block_bytes
+        if len(table) < self.num_slots:
+            raise InternalError(f"{len(table)} headers cannot describe {self.num_slots} slots.")
+        self.block_bytes = block_bytes
+        self._payload = payload
+        self._table = table
+        self._policy = policy
+        self._changes = changes
+        self._generation = 0
+        self._free = list(reversed(range(self.num_slots)))  # a stack
+        self._filling: dict[bytes, _Filling] = {}
+        self._ready: dict[bytes, int] = {}
+        self._infos: list[BlockInfo | None] = [None] * self.num_slots  # of READY slots
+        self._pins = [0] * self.num_slots
+        self._pinned = 0  # slots with a pin
+        self._expiries: list[tuple[float, bytes]] = []  # a heap
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def recover(self) -> int:
+        """Adopt what an earlier process stored and what still verifies; how many blocks that is.
+
+        Reads the whole area, at the speed of memory. Call it once, before anything else.
+        """
+        found = [
+            (stored.generation, slot, stored.info)
+            for slot in range(self.num_slots)
+            if (stored := self._table.read(slot)) is not None
+        ]
+        self._free.clear()
+        # Oldest first, as they were put: parents before children, and the policy's order.
+        for generation, slot, info in sorted(found, key=lambda one: one[:2]):
+            self._generation = max(self._generation, generation)
+            if info.key not in self._ready and checksum(self.view(slot)) == info.checksum:
+                self._adopt(slot, info)
+        for slot in reversed(range(self.num_slots)):
+            if self._infos[slot] is None:
+                self._table.clear(slot)
+                self._free.append(slot)
+        return len(self._ready)
+
+    def view(self, slot: int) -> memoryview:
+        """The slot's bytes; writable, for who fills it only."""
+        return self._payload[slot * self.block_bytes : (slot + 1) * self.block_bytes]
+
+    def begin(self, key: bytes, depth: int = 0, parent: bytes = NO_PARENT) -> int | None:
+        """A slot to fill, or None when none is FREE. The key must be neither READY nor FILLING."""
+        if key in self._ready or key in self._filling:
+            raise InternalError("A block that is stored was to be stored again.")
+        if not self._free:
+            return None
+        slot = self._free.pop()  # its header is blank since it became FREE
+        self._filling[key] = _Filling(slot, depth, parent)
+        return slot
+
+    def commit(self, key: bytes, expected: bytes | None = None) -> None:
+        """The payload is complete: FILLING becomes READY, and durable against a killed process.
+
+        `expected` is the checksum that the payload must have: then, raises DigestMismatch and frees
+        the slot when it has not.
+        """
+        filling = self._filling_of(key)
+        found = checksum(self.view(filling.slot))
+        if expected is not None and found != expected:
+            self.abort(key)
+            raise DigestMismatch("a block that was to be stored is not what was announced")
+        self.commit_verified(BlockInfo(key, filling.depth, filling.parent, found))
+
+    def commit_verified(self, info: BlockInfo) -> None:
+        """As `commit`, when the caller knows that the checksum is that of the payload."""
+        slot = self._filling_of(info.key).slot
+        del self._filling[info.key]
+        self._generation += 1
+        self._table.write(slot, StoredSlot(info, self._generation))
+        self._adopt(slot, info)
+
+    def abort(self, key: bytes) -> None:
+        """Nobody writes to the FILLING slot any more, and it is not complete."""
+        self._free.append(self._filling_of(key).slot)
+        del self._filling[key]
+
+    def hit(self, key: bytes) -> None:
+        self._policy.on_hit(key)
+
+    def slot_of(self, key: bytes) -> int | None:
+        """Of a READY block. Valid until the next call that may evict, or while it is pinned."""
+        return self._ready.get(key)
+
+    def is_filling(self, key: bytes) -> bool:
+        return key in self._filling
+
+    def info(self, key: bytes) -> BlockInfo:
+        """Of a READY block."""
+        info = self._infos[self._ready[key]]
+        if info is None:
+            raise InternalError("A ready block has no description.")
+        return info
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._ready
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Keys of READY blocks."""
+        return iter(self._ready)
+
+    def pin(self, key: bytes, count: int = 1) -> int:
+        """Add pins to a READY block; its slot."""
+        slot = self._ready[key]
+        if count and self._pins[slot] == 0:
+            self._pinned += 1
+            self._policy.hold(key)
+        self._pins[slot] += count
+        return slot
+
+    def unpin(self, key: bytes) -> None:
+        slot = self._ready.get(key)
+        if slot is None or self._pins[slot] == 0:
+            raise InternalError("A block was unpinned that has no pin.")
+        self._pins[slot] -= 1
+        if self._pins[slot] == 0:
+            self._pinned -= 1
+            self._policy.release(key)
+
+    def pin_until(self, keys: Iterable[bytes], until: float) -> int:
+        """Pin those that are READY until that time of the event loop; how many these are."""
+        count = 0
+        for key in keys:
+            if key in self._ready:
+                self.pin(key)
+                heapq.heappush(self._expiries, (until, key))
+                count += 1
+        return count
+
+    def expire_pins(self, now: float) -> None:
+        while self._expiries and self._expiries[0][0] <= now:
+            self.unpin(heapq.heappop(self._expiries)[1])
+
+    def victim(self) -> bytes | None:
+        """The block to evict next, by the policy; None when none can be."""
+        return self._policy.victim()
+
+    def evict(self, key: bytes) -> None:
+        """READY becomes FREE. The block must not be pinned."""
+        slot = self._ready[key]
+        if self._pins[slot]:
+            raise InternalError("A pinned block was to be evicted.")
+        del self._ready[key]
+        self._infos[slot] = None
+        self._policy.on_remove(key)
+        self._table.clear(slot)
+        self._free.append(slot)
+        self._changes.remove(key)
+
+    def counts(self) -> tuple[tuple[SlotState, int], ...]:
+        """Slots by state; sums to `num_slots`."""
+        return (
+            (SlotState.FREE, len(self._free)),
+            (SlotState.FILLING, len(self._filling)),
+            (SlotState.READY, len(self._ready)),
+        )
+
+    @property
+    def pinned(self) -> int:
+        """READY slots with at least one pin."""
+        return self._pinned
+
+    def pins(self) -> dict[bytes, int]:
+        """Pins by key, those that expire included."""
+        return {key: self._pins[slot] for key, slot in self._ready.items() if self._pins[slot]}
+
+    def check_integrity(self) -> None:
+        """Raise InternalError unless all accounts agree. O(slots)."""
+        filling = [one.slot for one in self._filling.values()]
+        slots = Counter([*self._free, *filling, *self._ready.values()])
+        _require(slots == Counter(range(self.num_slots)), "a slot is not in exactly one state")
+        _require(not self._filling.keys() & self._ready.keys(), "a key is both filling and ready")
+        _require(len(self._policy) == len(self._ready), "the policy knows other blocks")
+        for key, slot in self._ready.items():
+            stored = self._table.read(slot)
+            _require(self.info(key).key == key, f"slot {slot} is described as another block")
+            _require(
+                stored is not None and stored.info == self._infos[slot],
+                f"the header of ready slot {slot} differs",
+            )
+        for slot in [*self._free, *filling]:
+            _require(self._infos[slot] is None, f"slot {slot} is not ready and described")
+            _require(self._pins[slot] == 0, f"slot {slot} is not ready and pinned")
+            _require(self._table.read(slot) is None, f"slot {slot} is not ready and has a header")
+        _require(self._pinned == len(self.pins()), "pinned slots were miscounted")
+        timed = Counter(key for _, key in self._expiries)
+        _require(timed <= Counter(self.pins()), "a pin with expiry is not among the pins")
+
+    def _filling_of(self, key: bytes) -> _Filling:
+        filling = self._filling.get(key)
+        if filling is None:
+            raise InternalError("A block was to be finished that nobody has begun.")
+        return filling
+
+    def _adopt(self, slot: int, info: BlockInfo) -> None:
+        self._ready[info.key] = slot
+        self._infos[slot] = info
+        self._policy.on_insert(info.key, info.depth, info.parent)
+        self._changes.add(info.key)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InternalError(f"Slot accounting is broken: {message}.")

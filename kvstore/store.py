@@ -1,0 +1,362 @@
+"""The tier policy of one node's KV store: CPU memory in front of NVMe. No network, no torch.
+
+    put       begin_put -> the caller fills the slot -> commit_put                     CPU
+    get       READY slots at once; blocks on NVMe are read into slots (promotion)      NVMe -> CPU
+    demotion  ahead of need, the next victims of the CPU tier are written and freed    CPU -> NVMe
+
+Nobody waits for room: when no slot is free, the next victim is evicted at once, and lost if it is
+not on NVMe yet. How often that happens is counted. Blocks that are being demoted stay readable.
+
+Every slot that is handed out belongs to who got it: FILLING until commit or abort, pinned until
+unpin. Promotions and demotions are tasks of the store, so a caller may be cancelled at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from baton.errors import InternalError
+from baton.types.kv_events import KvEvents, KvSnapshot, Tier
+from kvstore.disk_options import DiskState
+from kvstore.disk_tier import DiskTier
+from kvstore.format import NO_PARENT
+from kvstore.journal import Journal
+from kvstore.memory_tier import MemoryTier
+
+log = logging.getLogger(__name__)
+
+
+class Refusal(StrEnum):
+    """Why a block that was offered is not taken."""
+
+    PRESENT = "present"  # in CPU memory already
+    BUSY = "busy"  # being put, or on its way up from NVMe
+    PRESSURE = "pressure"  # every slot is being filled or read
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    spare_slots: int = 32  # kept FREE by demoting ahead of need; at most an eighth of all
+    demotions: int = 32  # blocks that are written to NVMe at a time
+    load_ahead: int = 16  # blocks of one get that are read from NVMe at a time
+    load_timeout_s: float = 5.0  # for one block; then the get ends before it
+
+
+@dataclass(slots=True)
+class StoreStats:
+    """Blocks, counted since the start."""
+
+    stored: int = 0
+    refused: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))
+    hits: dict[Tier, int] = field(default_factory=lambda: {Tier.CPU: 0, Tier.NVME: 0})
+    promoted: int = 0
+    load_failed: int = 0  # damaged, unreadable or too slow
+    cut_short: int = 0  # gets that ended before a block on NVMe because no slot was free
+    demoted: int = 0  # written to NVMe, then evicted
+    evicted: int = 0  # on NVMe already, or there is no NVMe tier
+    lost: int = 0  # evicted under pressure, before NVMe had them
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """A block on its way from NVMe to a slot. It gets one pin for each of those who wait."""
+
+    task: asyncio.Task[None]
+    waiters: int = 0
+    stored: bool = False
+
+
+class Store:
+    """The only owner of which tier a block is in. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        memory: MemoryTier,
+        disk: DiskTier | None,
+        journal: Journal,
+        options: StoreOptions | None = None,
+    ) -> None:
+        self.stats = StoreStats()
+        self._memory = memory
+        self._disk = disk
+        self._journal = journal
+        self._options = options or StoreOptions()
+        self._spare = max(1, min(self._options.spare_slots, memory.num_slots // 8))
+        self._loads: dict[bytes, _Load] = {}
+        self._demoting: dict[bytes, asyncio.Task[None]] = {}
+
+    # Life
+
+    async def open(self) -> None:
+        """Find again what both tiers held. Raises what `DiskTier.open` does."""
+        if self._disk is not None:
+            await self._disk.open()
+        if found := self._memory.recover():
+            log.info("Found %d blocks in memory", found)
+
+    async def settle(self) -> None:
+        """Wait until no block is on its way between tiers."""
+        while tasks := [*self._demoting.values(), *(load.task for load in self._loads.values())]:
+            await asyncio.wait(tasks)
+
+    async def close(self) -> None:
+        """End what is under way. What is in memory and on disk stays there for the next start."""
+        if self._disk is not None:
+            await self._disk.close()
+        await self.settle()
+
+    # Looking
+
+    def lookup(self, keys: Iterable[bytes]) -> list[Tier]:
+        """The leading run of these keys: the fastest tier of each, up to the first miss."""
+        memory, disk = self._memory, self._disk
+        run: list[Tier] = []
+        for key in keys:
+            if key in memory:
+                run.append(Tier.CPU)
+            elif disk is not None and key in disk:
+                run.append(Tier.NVME)
+            else:
+                break
+        return run
+
+    def checksum(self, key: bytes) -> bytes:
+        """xxh3_128 of a pinned block, for who reads it from elsewhere."""
+        return self._memory.info(key).checksum
+
+    # Putting
+
+    def begin_put(self, key: bytes, depth: int, parent: bytes = NO_PARENT) -> int | None:
+        """A slot to fill with this block, or None when it is not wanted; see Refusal.
+
+        `depth` blocks come before it in its chain, the last of them is `parent`, if that is known.
+        The caller ends it by `commit_put` or `abort_put`, whatever happens.
+        """
+        refusal = self._refusal(key)
+        slot = None if refusal else self._take_slot(key, depth, parent)
+        if slot is None:
+            self.stats.refused[refusal or Refusal.PRESSURE] += 1
+        return slot
+
+    def commit_put(self, key: bytes, expected: bytes | None = None) -> None:
+        """The slot is filled. Hashes it, at the speed of memory.
+
+        Raises DigestMismatch when its xxh3_128 is not what was `expected`; the put is then aborted.
+        """
+        self._memory.commit(key, expected)
+        self.stats.stored += 1
+
+    def abort_put(self, key: bytes) -> None:
+        """Nobody writes to the slot any more, and it is not complete."""
+        self._memory.abort(key)
+
+    # Getting
+
+    async def get(self, keys: Sequence[bytes]) -> AsyncGenerator[tuple[int, int], None]:
+        """Yields (index, slot) in order, from the first key to the one before the first miss.
+
+        Each is pinned when it is yielded: the caller owes one `unpin` of its key. What is in memory
+        is held from the start, so that loading one block does not evict the next. Close the
+        generator (contextlib.aclosing) to end early.
+        """
+        run = list(keys[: len(self.lookup(keys))])
+        held: dict[int, _Load | None] = {}  # None: pinned in memory
+        try:
+            for index, key in enumerate(run):
+                if key in self._memory:
+                    self._memory.pin(key)
+                    held[index] = None
+            begun = 0
+            for index, key in enumerate(run):
+                while begun < min(len(run), index + self._options.load_ahead):
+                    if begun not in held and not self._hold(begun, run[begun], held):
+                        break  # perhaps there is a slot when it is its turn
+                    begun += 1
+                if index not in held:
+                    self.stats.cut_short += 1
+                    return
+                if not await self._arrived(held[index]):
+                    return
+                tier = Tier.CPU if held.pop(index) is None else Tier.NVME
+                self.stats.hits[tier] += 1
+                self._memory.hit(key)
+                slot = self._memory.slot_of(key)
+                if slot is None:
+                    raise InternalError("A pinned block was evicted.")
+                yield index, slot
+        finally:
+            for index, load in held.items():
+                self._let_go(keys[index], load)
+
+    def unpin(self, keys: Iterable[bytes]) -> None:
+        """Give back one pin of each."""
+        for key in keys:
+            self._memory.unpin(key)
+
+    def pin(self, keys: Iterable[bytes], until: float) -> int:
+        """Keep those that are in memory there until that time of the event loop; how many."""
+        return self._memory.pin_until(keys, until)
+
+    # Telling
+
+    def take_events(self) -> list[KvEvents]:
+        """What came and went, since the last call of this or `snapshot`."""
+        return self._journal.take_events()
+
+    def snapshot(self) -> list[KvSnapshot]:
+        """All blocks in all tiers."""
+        holdings: list[tuple[Tier, Iterable[bytes]]] = [(Tier.CPU, self._memory)]
+        if self._disk is not None:
+            holdings.append((Tier.NVME, self._disk))
+        return self._journal.snapshot(holdings)
+
+    def check_integrity(self) -> None:
+        """Raise InternalError unless all accounts agree. O(slots + blocks on disk)."""
+        self._memory.check_integrity()
+        if self._disk is not None:
+            self._disk.check_integrity()
+        _require(len(self._demoting) <= self._options.demotions, "too many demotions")
+        pins = self._memory.pins()
+        for key in self._demoting:
+            _require(pins.get(key, 0) > 0, "a block is demoted without a pin")
+        for key, load in self._loads.items():
+            _require(self._memory.is_filling(key), "a block is loaded without a slot")
+            _require(load.waiters >= 0, "more waiters left a load than joined it")
+
+    # Slots
+
+    def _refusal(self, key: bytes) -> Refusal | None:
+        if key in self._memory:
+            self._memory.hit(key)
+            return Refusal.PRESENT
+        return Refusal.BUSY if self._memory.is_filling(key) else None
+
+    def _take_slot(self, key: bytes, depth: int = 0, parent: bytes = NO_PARENT) -> int | None:
+        self._memory.expire_pins(asyncio.get_running_loop().time())
+        slot = self._memory.begin(key, depth, parent)
+        if slot is None and self._evict_now():
+            slot = self._memory.begin(key, depth, parent)
+        self._demote_ahead()
+        return slot
+
+    def _evict_now(self) -> bool:
+        victim = self._memory.victim()
+        if victim is None:
+            return False
+        self._evict(victim, written=False)
+        return True
+
+    def _evict(self, key: bytes, written: bool) -> None:
+        if written:
+            self.stats.demoted += 1
+        elif self._disk is None or key in self._disk:
+            self.stats.evicted += 1
+        else:
+            self.stats.lost += 1
+        self._memory.evict(key)
+
+    # Demotion
+
+    def _demote_ahead(self) -> None:
+        """Write the next victims to NVMe, so that slots are FREE when they are needed."""
+        if self._disk is None or self._disk.state is not DiskState.ON:
+            return
+        while self._memory.free + len(self._demoting) < self._spare:
+            if len(self._demoting) >= self._options.demotions:
+                return
+            victim = self._memory.victim()
+            if victim is None:
+                return
+            if victim in self._disk:
+                self._evict(victim, written=False)
+            else:
+                self._memory.pin(victim)
+                self._demoting[victim] = self._spawn(self._demote(self._disk, victim))
+
+    async def _demote(self, disk: DiskTier, key: bytes) -> None:
+        info = self._memory.info(key)
+        slot = self._memory.slot_of(key)
+        written = False
+        try:
+            if slot is not None:
+                written = await disk.write(info, self._memory.view(slot))
+        finally:
+            del self._demoting[key]
+            self._memory.unpin(key)
+        # Who came for it meanwhile keeps it in memory; it can go at once another time.
+        if written and self._memory.victim() == key:
+            self._evict(key, written)
+        self._demote_ahead()
+
+    # Promotion
+
+    def _hold(self, index: int, key: bytes, held: dict[int, _Load | None]) -> bool:
+        """Pin the block, or join or start its load. False when it is gone, or no slot is free."""
+        load = self._loads.get(key)
+        if key in self._memory:
+            self._memory.pin(key)
+            held[index] = None
+            return True
+        if load is None and (load := self._start_load(key)) is None:
+            return False
+        load.waiters += 1
+        held[index] = load
+        return True
+
+    def _start_load(self, key: bytes) -> _Load | None:
+        if self._disk is None or key not in self._disk or self._memory.is_filling(key):
+            return None
+        slot = self._take_slot(key)
+        if slot is None:
+            return None
+        load = _Load(self._spawn(self._load(self._disk, key, slot)))
+        self._loads[key] = load
+        return load
+
+    async def _load(self, disk: DiskTier, key: bytes, slot: int) -> None:
+        info = None
+        try:
+            info = await disk.read(key, self._memory.view(slot))
+        finally:
+            load = self._loads.pop(key)
+            if info is None:
+                self._memory.abort(key)
+                self.stats.load_failed += 1
+            else:
+                self._memory.commit_verified(info)
+                self._memory.pin(key, load.waiters)
+                load.stored = True
+                self.stats.promoted += 1
+
+    async def _arrived(self, load: _Load | None) -> bool:
+        """Whether the block is in memory, pinned. Waits for its load, not longer than the limit."""
+        if load is None:
+            return True
+        await asyncio.wait([load.task], timeout=self._options.load_timeout_s)
+        return load.stored
+
+    def _let_go(self, key: bytes, load: _Load | None) -> None:
+        if load is None or load.stored:
+            self._memory.unpin(key)
+        else:
+            load.waiters -= 1
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        task.add_done_callback(_log_failure)
+        return task
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("Moving a KV block between tiers failed.", exc_info=error)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InternalError(f"Store accounting is broken: {message}.")
