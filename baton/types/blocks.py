@@ -13,8 +13,11 @@ held. Nobody writes into the other's memory.
       Return(n)            ---->                    Returned(n)             ---->
                            <----  Returned(n)       (the store keeps what it read)
 
-`number` names a loan; the dialing side draws the numbers of both kinds from one counter. When the
-stream ends, both sides forget all loans: what was read under them is void.
+`number` names a loan; the dialing side draws the numbers of both kinds from one counter. A lease is
+renewed from the Ask or Offer on; Lend and Return may come while a source still looks for more. A
+LendEnd of nothing ends its loan. When a lease runs out its lender says LoanExpired at once, and
+what the borrower says of that loan from then on is ignored. When the stream ends, both sides forget
+all loans: what was read under them is void.
 """
 
 from __future__ import annotations
