@@ -1,0 +1,199 @@
+"""Which worker or store holds which KV block in which tier: a view, built from what holders say.
+
+    key -> KeyTable -> id of a set -> HolderSets -> (holder, tier), ...
+
+The view is soft state: a conductor that starts asks every holder for a snapshot. It may know less
+than the truth, never what a holder has taken back: so whatever finds no room here is ignored, and
+costs at most a block that is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from baton.hashing import KEY_BYTES
+from baton.types.kv_events import KvEvents, KvSnapshot, Tier
+from conductor.block_index import BlockIndex, Change
+from conductor.holder_sets import fastest, pair_bit, pairs_of
+
+_QUEUED_BYTES = 16384  # of keys: what a look-up may have to wait for, about 0.3 ms
+_CROWD = 64  # bits of so many holders, whose matches are worth keeping
+_MAX_CROWDS = 64  # kept, oldest go first
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The leading blocks of a chain that a holder has, each in `tier` or in a faster one."""
+
+    holder: str  # worker or store
+    tier: Tier  # slowest tier among those blocks
+    blocks: int  # > 0
+
+
+@dataclass(slots=True)
+class _Holder:
+    index: int
+    next_number: int
+    removing: bool = False  # some removals of it are queued
+
+
+class PrefixMap:
+    """At most `max_blocks` distinct blocks, in memory that grows with what is known.
+
+    Further holders of a known block cost nothing (blocks of a prefix share their set of holders).
+    Blocks beyond the bound are ignored until others go, and counted in `dropped`; so are changes
+    that would need more than max_blocks / 64 (or 4,096) different sets of holders, where a removal
+    forgets the block for all its holders. The holder does not learn of it; its next snapshot tries
+    again.
+
+    Messages are queued and applied together, at the latest when somebody looks.
+    """
+
+    def __init__(self, max_blocks: int) -> None:
+        self._index = BlockIndex(max_blocks)
+        self._holders: dict[str, _Holder] = {}
+        self._names: list[str] = []  # by index
+        self._free_indices: list[int] = []
+        self._added: list[Change] = []
+        self._removed: list[Change] = []
+        self._removing: list[_Holder] = []
+        self._queued_bytes = 0
+        self._crowds: dict[tuple[int, int], Sequence[Match]] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        """Distinct keys that somebody holds."""
+        self._flush()
+        return self._index.num_blocks
+
+    @property
+    def num_entries(self) -> int:
+        """(key, holder, tier) triples."""
+        self._flush()
+        return self._index.num_entries
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of all arrays and dictionaries, as far as they are in use."""
+        self._flush()
+        return self._index.memory_bytes
+
+    @property
+    def dropped(self) -> int:
+        """Changes of single blocks that found no room."""
+        self._flush()
+        return self._index.dropped
+
+    def apply(self, holder: str, message: KvEvents | KvSnapshot) -> bool:
+        """False: ask the holder for a snapshot; until its first part, it is taken to hold nothing.
+
+        That is so when a number is missing (or comes again), and when nothing is known of a holder.
+        Raises ValueError for parts of keys.
+        """
+        if isinstance(message, KvSnapshot) and message.first:
+            self.drop(holder)
+            self._holders[holder] = _Holder(self._new_index(holder), message.number)
+        known = self._holders.get(holder)
+        if known is None or message.number != known.next_number:
+            self.drop(holder)
+            return False
+        known.next_number += 1
+        if isinstance(message, KvSnapshot):
+            self._queue(known, message.tier, message.keys, b"")
+        else:
+            self._queue(known, message.tier, message.added, message.removed)
+        return True
+
+    def drop(self, holder: str) -> None:
+        """The holder is dead or starts again: none of its blocks is known any more."""
+        known = self._holders.pop(holder, None)
+        if known is not None:
+            self._flush()
+            self._index.drop(known.index)
+            self._free_indices.append(known.index)
+
+    def matches(self, keys: bytes) -> tuple[Match, ...]:
+        """Who has how much of the beginning of this chain, longest first.
+
+        A holder that has more of it when slower tiers count, too, is there once per such tier.
+        """
+        self._flush()
+        runs, blocks = self._index.reaches(keys)
+        if not runs:
+            return ()
+        ended: list[tuple[int, int]] = []
+        active = runs[0][1]
+        for start, reached in runs:
+            kept = active & reached
+            if kept != active:
+                ended.append((start, active ^ kept))
+                active = kept
+        ended.append((blocks, active))
+        matches: list[Match] = []
+        for length, reached in reversed(ended):
+            matches += self._matches_of(reached, length)
+        return tuple(matches)
+
+    def holders(self, key: bytes) -> tuple[tuple[str, Tier], ...]:
+        """Everybody who has this block, and where."""
+        self._flush()
+        return tuple(
+            (self._names[index], tier) for index, tier in pairs_of(self._index.members(key))
+        )
+
+    def _matches_of(self, reached: int, blocks: int) -> Sequence[Match]:
+        """Those who have exactly so many blocks."""
+        if reached.bit_count() < _CROWD:
+            return self._make_matches(reached, blocks)
+        # A system prompt that everybody has: the same thousand matches for every request.
+        known = self._crowds.get((reached, blocks))
+        if known is None:
+            known = self._make_matches(reached, blocks)
+            if len(self._crowds) == _MAX_CROWDS:
+                del self._crowds[next(iter(self._crowds))]
+            self._crowds[reached, blocks] = known
+        return known
+
+    def _make_matches(self, reached: int, blocks: int) -> Sequence[Match]:
+        names = self._names
+        return [Match(names[index], tier, blocks) for index, tier in pairs_of(fastest(reached))]
+
+    def _queue(self, holder: _Holder, tier: Tier, added: bytes, removed: bytes) -> None:
+        if len(added) % KEY_BYTES or len(removed) % KEY_BYTES:
+            raise ValueError(f"keys of {KEY_BYTES} bytes each, not {len(added)} and {len(removed)}")
+        bit = pair_bit(holder.index, tier)
+        if added:
+            # All additions of a queue are made before its removals.
+            if holder.removing:
+                self._flush()
+            self._added.append((bit, added))
+        if removed:
+            self._removed.append((bit, removed))
+            self._removing.append(holder)
+            holder.removing = True
+        self._queued_bytes += len(added) + len(removed)
+        if self._queued_bytes >= _QUEUED_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._queued_bytes:
+            return
+        if self._added:
+            self._index.add(self._added)
+        if self._removed:
+            self._index.remove(self._removed)
+        for holder in self._removing:
+            holder.removing = False
+        self._added, self._removed, self._removing = [], [], []
+        self._queued_bytes = 0
+        self._index.tidy()
+
+    def _new_index(self, name: str) -> int:
+        if self._free_indices:
+            self._crowds.clear()
+            index = self._free_indices.pop()
+            self._names[index] = name
+            return index
+        self._names.append(name)
+        return len(self._names) - 1
