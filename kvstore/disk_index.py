@@ -44,6 +44,9 @@ class DiskIndex:
     def __len__(self) -> int:
         return self._count
 
+    def __contains__(self, key: bytes) -> bool:
+        return self._table[self._probe(key)] != 0
+
     def __iter__(self) -> Iterator[bytes]:
         """All keys, in no order."""
         return (self.key_at(entry - 1) for entry in self._table if entry)

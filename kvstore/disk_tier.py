@@ -102,7 +102,7 @@ class DiskTier:
         return self._index.locations
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, bytes) and self._index.find(key) is not None
+        return isinstance(key, bytes) and key in self._index
 
     def __len__(self) -> int:
         return len(self._index)
