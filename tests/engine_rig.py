@@ -12,7 +12,7 @@ from typing import Any
 from baton.engine.batch import Batch
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
-from baton.engine.events import KvReady
+from baton.engine.events import KvFilled, KvReady, KvWanted
 from baton.engine.loop import Engine
 from baton.types.fleet import BlockState
 from baton.types.request import (
@@ -39,6 +39,8 @@ class Recorder:
     finishes: dict[AttemptId, Finish] = field(default_factory=dict)
     ready: dict[AttemptId, list[KvReady]] = field(default_factory=dict)
     prefilled: dict[AttemptId, tuple[SampledToken, int, int]] = field(default_factory=dict)
+    wanted: dict[AttemptId, KvWanted] = field(default_factory=dict)
+    filled: list[KvFilled] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     on_output: Callable[[AttemptOutput], None] = lambda output: None
     on_ready: Callable[[KvReady], None] = lambda ready: None
@@ -56,6 +58,15 @@ class Recorder:
         self.events.append(("prefilled", attempt))
         self.prefilled[attempt] = (first, num_blocks, cached_tokens)
         self.changed.set()
+
+    def on_kv_wanted(self, wanted: tuple[KvWanted, ...]) -> None:
+        for one in wanted:
+            self.events.append(("wanted", one.attempt))
+            self.wanted[one.attempt] = one
+        self.changed.set()
+
+    def on_kv_filled(self, filled: tuple[KvFilled, ...]) -> None:
+        self.filled += filled
 
     def on_outputs(self, outputs: tuple[AttemptOutput, ...]) -> None:
         for output in outputs:

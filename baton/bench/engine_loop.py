@@ -14,7 +14,7 @@ from baton.bench.engine_rig import Rig
 from baton.engine.batch import Batch, BatchResult, Computed, Launched, LayerCallback, Runner
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
-from baton.engine.events import KvReady
+from baton.engine.events import KvFilled, KvReady, KvWanted
 from baton.engine.loop import Engine
 from baton.types.request import (
     AttemptId,
@@ -98,6 +98,12 @@ class _Listener:
 
     def on_kv_ready(self, ready: tuple[KvReady, ...]) -> None:
         """Nothing is handed off."""
+
+    def on_kv_wanted(self, wanted: tuple[KvWanted, ...]) -> None:
+        """Nothing is fetched."""
+
+    def on_kv_filled(self, filled: tuple[KvFilled, ...]) -> None:
+        """Nothing is kept."""
 
     def on_prefilled(
         self, attempt: AttemptId, first: SampledToken, num_blocks: int, cached_tokens: int

@@ -32,6 +32,7 @@ class BlockPool:
         self._quarantined: set[int] = set()
         self._leased = 0  # blocks with a lease
         self._active = 0  # blocks with a reference and no lease
+        self._changes: dict[bytes, bool] = {}  # since `take_changes`: findable now, or not
 
     @property
     def available(self) -> int:
@@ -132,11 +133,24 @@ class BlockPool:
             return False
         self._keys[block] = key
         self._by_key[key] = block
+        self._note(key, True)
         return True
 
     def lookup(self, key: bytes) -> int | None:
         """The block with this key; `share` or `lease` it before anything else is allocated."""
         return self._by_key.get(key)
+
+    def keys(self) -> bytes:
+        """Of all blocks that can be found, concatenated."""
+        return b"".join(self._by_key)
+
+    def take_changes(self) -> tuple[bytes, bytes]:
+        """Keys that can be found, and keys that cannot any more, since the last call. What came and
+        went in between is in neither, so that there never are more than twice the blocks."""
+        added = b"".join(key for key, findable in self._changes.items() if findable)
+        removed = b"".join(key for key, findable in self._changes.items() if not findable)
+        self._changes.clear()
+        return added, removed
 
     def state(self, block: int) -> BlockState:
         if self._leases[block]:
@@ -193,7 +207,12 @@ class BlockPool:
             raise InternalError(f"Block {block} was cached without a key.")
         del self._by_key[key]
         self._keys[block] = None
+        self._note(key, False)
         return block
+
+    def _note(self, key: bytes, findable: bool) -> None:
+        if self._changes.pop(key, findable) == findable:
+            self._changes[key] = findable
 
     def _retire(self, block: int) -> None:
         """The last holder has gone."""

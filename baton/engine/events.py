@@ -20,6 +20,27 @@ class KvReady:
     layer_end: int
 
 
+@dataclass(frozen=True, slots=True)
+class KvWanted:
+    """KV that a sequence could get from elsewhere: of its logical blocks from `first_block` on,
+    which are `blocks` in the pool and have the chained `keys` (16 bytes each)."""
+
+    sequence: int  # engine-wide number; for `Engine.arrived`
+    attempt: AttemptId
+    first_block: int
+    blocks: tuple[int, ...]
+    keys: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KvFilled:
+    """Blocks that became full and can be found: logical blocks of one sequence from `first_block`
+    on, by their chained `keys`. They may have gone again when somebody looks."""
+
+    first_block: int
+    keys: bytes
+
+
 class EngineListener(Protocol):
     def on_kv_ready(self, ready: tuple[KvReady, ...]) -> None:
         """Only for sequences submitted with hand_off. Blocks are LEASED until `Engine.release`."""
@@ -29,6 +50,14 @@ class EngineListener(Protocol):
     ) -> None:
         """Only with hand_off: every block has been reported by on_kv_ready; the sequence has left
         the scheduler and holds its blocks LEASED until `Engine.release(attempt)`."""
+
+    def on_kv_wanted(self, wanted: tuple[KvWanted, ...]) -> None:
+        """Only for sequences submitted with `fetchable` blocks that the pool lacks. The listener
+        fetches, and calls `Engine.arrived` exactly once for each, whatever happens: until then the
+        sequence waits, and a transfer may write to the blocks."""
+
+    def on_kv_filled(self, filled: tuple[KvFilled, ...]) -> None:
+        """Blocks that somebody else might want to keep too."""
 
     def on_outputs(self, outputs: tuple[AttemptOutput, ...]) -> None:
         """One call per step with everything that step produced, first tokens of handed-off

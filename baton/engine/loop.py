@@ -2,7 +2,7 @@
 
 The process that owns the engine awaits `run()`; every other method belongs to the same event loop
 and returns at once, `reserve` aside. Only the runner works elsewhere, in threads of its own.
-Listener calls of one step come in this order: on_kv_ready, on_outputs, on_prefilled.
+Listener calls of one step come in this order: on_kv_ready, on_kv_filled, on_outputs, on_prefilled.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from baton.engine.batch import Runner
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
 from baton.engine.events import EngineListener, KvReady
+from baton.engine.loans import Loans
 from baton.engine.publish import Publisher
 from baton.engine.scheduler import Advance, Scheduler
 from baton.engine.sequence import Ending, Sequence, error_ending
@@ -68,7 +69,8 @@ class Engine:
         self._config = config
         self._listener = listener
         self._wall_clock = wall_clock
-        self._scheduler = Scheduler(pool, config)
+        self.loans = Loans(pool, self._state_changed)
+        self._scheduler = Scheduler(pool, config, self.loans)
         self._steps = Stepper(
             runner,
             self._scheduler,
@@ -76,6 +78,7 @@ class Engine:
             config.layer_groups > 1,
             self._announce,
             self._report,
+            self._want,
         )
         self._sequences: dict[AttemptId, Sequence] = {}  # live ones, handed-off ones included
         self._reservations: dict[AttemptId, Reservation] = {}
@@ -113,16 +116,17 @@ class Engine:
 
     # -- generating -------------------------------------------------------------------------
 
-    def submit(self, task: GenerationTask, hand_off: bool = False) -> None:
+    def submit(self, task: GenerationTask, hand_off: bool = False, fetchable: int = 0) -> None:
         """Compute the task's context and generate; with `hand_off`, only the first token, and keep
-        the KV for another worker until `release`.
+        the KV for another worker until `release`. Of the first `fetchable` blocks, those that this
+        pool lacks when the task's turn comes are asked of the listener (on_kv_wanted).
 
         Raises InvalidRequest when the context can never fit, Overloaded when too many wait or the
         engine has stopped, StaleAttempt when the attempt is known already.
         """
         self._require_new(task.attempt)
         self._config.require_fit(task)
-        sequence = self._sequence(next(self._numbers), task, hand_off)
+        sequence = self._sequence(next(self._numbers), task, hand_off, fetchable)
         ending = self._scheduler.ending_of(sequence)
         if ending is None:
             self._scheduler.enqueue(sequence)
@@ -239,6 +243,12 @@ class Engine:
         if reservation is not None:
             self._drop(reservation)
 
+    def arrived(self, sequence: int, blocks: int) -> None:
+        """What a sequence wanted (see EngineListener.on_kv_wanted) has come, as far as the first so
+        many of the wanted blocks; nothing writes to any of them any more."""
+        self._scheduler.arrived(sequence, blocks, _now())
+        self._state_changed()
+
     # -- inspection -------------------------------------------------------------------------
 
     def load(self) -> WorkerLoad:
@@ -296,6 +306,11 @@ class Engine:
         if ready:
             self._listener.on_kv_ready(ready)
 
+    def _want(self) -> None:
+        wanted = self._scheduler.take_wanted()
+        if wanted:
+            self._listener.on_kv_wanted(wanted)
+
     def _tell(self, outputs: tuple[AttemptOutput, ...]) -> None:
         """What a listener causes while it listens is told next, not in between: an attempt's
         finish never overtakes its tokens."""
@@ -322,6 +337,9 @@ class Engine:
             if advance.handed_off and token is not None:
                 self._stop_deadline(sequence.task.attempt)
                 prefilled.append((sequence, token))
+        filled = self._scheduler.take_filled()
+        if filled:
+            self._listener.on_kv_filled(filled)
         if outputs:
             self._tell(tuple(outputs))
         for sequence, token in prefilled:
@@ -333,8 +351,10 @@ class Engine:
 
     # -- books ------------------------------------------------------------------------------
 
-    def _sequence(self, number: int, task: GenerationTask, hand_off: bool) -> Sequence:
-        return Sequence(number, task, self._config.eos_token_ids, _now(), hand_off)
+    def _sequence(
+        self, number: int, task: GenerationTask, hand_off: bool, fetchable: int = 0
+    ) -> Sequence:
+        return Sequence(number, task, self._config.eos_token_ids, _now(), hand_off, fetchable)
 
     def _track(self, sequence: Sequence) -> None:
         task = sequence.task

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from baton.engine.block_pool import BlockPool
+from baton.engine.events import KvFilled
 from baton.engine.sequence import Sequence
 from baton.hashing import block_keys, root_key
 from baton.types.fleet import KvLayout
@@ -28,6 +29,7 @@ class PrefixCache:
         self._layout = layout
         self._enabled = enabled
         self._coming: dict[bytes, int] = {}  # blocks that steps in flight fill
+        self._filled: list[KvFilled] = []
 
     def match(self, sequence: Sequence) -> Prefix:
         """What the caller must share at once. The KV is there when the steps in flight have ended.
@@ -87,6 +89,13 @@ class PrefixCache:
         keys = self._keys(sequence, last)
         for index in range(first, last):
             self._pool.register(sequence.blocks[index], keys[index])
+        self._filled.append(KvFilled(first, b"".join(keys[first:last])))
+
+    def take_filled(self) -> tuple[KvFilled, ...]:
+        """What was offered since the last call."""
+        filled = tuple(self._filled)
+        self._filled.clear()
+        return filled
 
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
         """At least `count` keys; the context holds as many full blocks."""

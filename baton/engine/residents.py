@@ -6,8 +6,11 @@ import logging
 from collections import Counter
 from collections.abc import Collection
 
+from baton.engine.arrivals import Arrivals
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
+from baton.engine.events import KvFilled, KvWanted
+from baton.engine.loans import Loans
 from baton.engine.prefix_cache import PrefixCache
 from baton.engine.sequence import Ending, Sequence
 from baton.engine.waiting import Line, Reservation, WaitingLine
@@ -22,7 +25,7 @@ class Residents:
     """Synchronous and torch-free; belongs to the event loop. Every block in the pool is held by a
     running or leaving sequence, a granted reservation or a handed-off sequence, or by nobody."""
 
-    def __init__(self, pool: BlockPool, config: EngineConfig) -> None:
+    def __init__(self, pool: BlockPool, config: EngineConfig, loans: Loans | None = None) -> None:
         self._pool = pool
         self._config = config
         self._cache = PrefixCache(pool, config.layout, config.prefix_caching)
@@ -31,6 +34,8 @@ class Residents:
         self._leaving: dict[int, Sequence] = {}  # by number: ended, but a step in flight uses them
         self._granted: set[Reservation] = set()  # quarantined ones included
         self._handed_off: dict[AttemptId, Sequence] = {}
+        self._arrivals = Arrivals(pool)  # they hold blocks, but have no part in steps yet
+        self._loans = loans or Loans(pool)
         # Every context ends at this length: the model's, or what the whole pool can hold.
         self._longest = min(config.max_model_len, config.num_blocks * config.block_size + 1)
 
@@ -66,11 +71,43 @@ class Residents:
             return False
         if self._handed_off.pop(sequence.task.attempt, None) is not None:
             self._pool.end_lease(sequence.blocks)
+        elif sequence in self._arrivals:
+            self._arrivals.strand(sequence)
         elif sequence.blocks:
             self._leave(sequence)
         else:
             self._waiting.remove(sequence)
         return True
+
+    def arrived(self, number: int, blocks: int, now: float) -> None:
+        """The transfer for a sequence has ended and brought the KV of so many of its blocks."""
+        arrival = self._arrivals.end(number, blocks)
+        if arrival is None:
+            return
+        sequence, filled = arrival
+        before = sequence.computed
+        sequence.arrived_at = now
+        sequence.computed = sequence.planned = filled * self._config.block_size
+        sequence.cached_tokens = min(sequence.computed, len(sequence.task.prompt))
+        self._cache.register(sequence, before)
+        self._running.add(sequence)
+
+    def take_wanted(self) -> tuple[KvWanted, ...]:
+        """What sequences that have entered since the last call want from elsewhere."""
+        return tuple(
+            KvWanted(
+                sequence.number,
+                sequence.task.attempt,
+                first,
+                sequence.blocks[first:last],
+                b"".join(sequence.keys[first:last]),
+            )
+            for sequence, first, last in self._arrivals.take_news()
+        )
+
+    def take_filled(self) -> tuple[KvFilled, ...]:
+        """Blocks that have become full and findable since the last call."""
+        return self._cache.take_filled()
 
     def drop_reservation(self, reservation: Reservation) -> None:
         """Free its blocks: nothing writes to them. It need not have been granted."""
@@ -106,8 +143,10 @@ class Residents:
 
     def load(self) -> WorkerLoad:
         prefilling = sum(s.remaining for s in self._running if s.remaining > 1)
+        prefilling += sum(sequence.remaining for sequence in self._arrivals)
+        entered = len(self._running) + len(self._arrivals)
         return WorkerLoad(
-            running=len(self._running) + len(self._granted) + len(self._handed_off),
+            running=entered + len(self._granted) + len(self._handed_off),
             waiting=len(self._waiting),
             waiting_tokens=self._waiting.tokens + prefilling,
             blocks=self._pool.counts(),
@@ -118,7 +157,7 @@ class Residents:
 
     def attempts(self) -> Counter[AttemptId]:
         """Every live attempt that is here, once per place (so never more than once)."""
-        sequences = (*self._running, *self._handed_off.values())
+        sequences = (*self._running, *self._arrivals, *self._handed_off.values())
         entries = (*self._granted, *self._waiting)
         return Counter(
             [s.task.attempt for s in sequences]
@@ -145,8 +184,11 @@ class Residents:
         for reservation in self._granted:
             if not reservation.quarantined:
                 references.update(reservation.blocks)
+        for sequence in self._arrivals:
+            references.update(sequence.blocks)
         for sequence in self._handed_off.values():
             leases.update(sequence.blocks)
+        leases.update(self._loans.leases)
         self._pool.check_integrity(references, leases)
         waiting = sum(e.remaining for e in self._waiting if isinstance(e, Sequence))
         if waiting != self._waiting.tokens:
@@ -156,7 +198,8 @@ class Residents:
 
     def _has_place(self, spent: int = 0) -> bool:
         """`spent` running sequences will need their places no more."""
-        return len(self._running) - spent + self._reserved() < self._config.max_num_seqs
+        entered = len(self._running) + len(self._arrivals) - spent
+        return entered + self._reserved() < self._config.max_num_seqs
 
     def _reserved(self) -> int:
         """Reservations that will become running sequences."""
@@ -165,7 +208,8 @@ class Residents:
     def _headroom(self) -> int:
         """Blocks that a newcomer leaves to the others: one for each that will grow, so that nobody
         is preempted as soon as it came."""
-        return self._reserved() + sum(not sequence.hand_off for sequence in self._running)
+        growing = sum(not sequence.hand_off for sequence in self._running)
+        return self._reserved() + growing + self._arrivals.num_growing
 
     def _allocate_for(self, reservation: Reservation) -> tuple[int, ...] | None:
         if self._pool.available < reservation.num_blocks + self._headroom():
@@ -194,7 +238,12 @@ class Residents:
         if sequence.started_at is None:
             sequence.started_at = now
             sequence.cached_tokens = min(sequence.planned, len(sequence.task.prompt))
-        self._running.add(sequence)
+        last = min(sequence.fetchable, (len(sequence.context) - 1) // self._config.block_size)
+        if last > len(hits) == computed:  # what is being computed need not be fetched
+            sequence.fetchable = 0  # once: if it is preempted, the pool may still have it
+            self._arrivals.begin(sequence, len(hits), last)
+        else:
+            self._running.add(sequence)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

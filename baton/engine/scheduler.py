@@ -35,6 +35,7 @@ from typing import NamedTuple
 from baton.engine.batch import Batch, BatchItem, BatchResult
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
+from baton.engine.loans import Loans
 from baton.engine.residents import Residents
 from baton.engine.sequence import Ending, Sequence
 from baton.errors import InternalError, Overloaded
@@ -82,8 +83,8 @@ class Scheduler(Residents):
     """Steps are committed, discarded or withdrawn in the order in which they were scheduled, except
     that the last one may be withdrawn at any time."""
 
-    def __init__(self, pool: BlockPool, config: EngineConfig) -> None:
-        super().__init__(pool, config)
+    def __init__(self, pool: BlockPool, config: EngineConfig, loans: Loans | None = None) -> None:
+        super().__init__(pool, config, loans)
         self._flights: deque[_Flight] = deque()
         self._steps = 0
 
@@ -213,7 +214,8 @@ class Scheduler(Residents):
                 break
             if not self._start(head, now, plan.cuts):
                 break
-            self._take_chunk(plan, head)
+            if head not in self._arrivals:
+                self._take_chunk(plan, head)
 
     def _take_decode(self, plan: _Plan, sequence: Sequence) -> None:
         """Put the sequence's last token into the step, known or not."""

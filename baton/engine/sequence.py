@@ -50,12 +50,14 @@ class Sequence:
     """
 
     __slots__ = (
+        "arrived_at",
         "blocks",
         "cached_tokens",
         "coming",
         "computed",
         "context",
         "ending",
+        "fetchable",
         "first_token_at",
         "hand_off",
         "keys",
@@ -80,11 +82,13 @@ class Sequence:
         eos_token_ids: tuple[int, ...],
         now: float,
         hand_off: bool = False,
+        fetchable: int = 0,
     ) -> None:
         params = task.sampling
         self.number = number  # engine-wide; also the order of arrival
         self.task = task
         self.hand_off = hand_off
+        self.fetchable = fetchable  # leading blocks whose KV others may have
         self.order = (task.priority, number)
         self.context = [*task.prompt, *task.output]
         self.blocks: tuple[int, ...] = ()
@@ -107,6 +111,7 @@ class Sequence:
         )
         self.submitted_at = now
         self.started_at: float | None = None
+        self.arrived_at: float | None = None  # of KV that was fetched for it
         self.first_token_at: float | None = None
 
     @property
@@ -167,6 +172,8 @@ class Sequence:
         marks = [("queue", self.submitted_at)]
         if self.started_at is not None:
             marks.append(("prefill", self.started_at))
+            if self.arrived_at is not None:
+                marks[-1:] = [("fetch", self.started_at), ("prefill", self.arrived_at)]
         if self.first_token_at is not None:
             marks.append(("handoff" if self.hand_off else "decode", self.first_token_at))
         ends = [start for _, start in marks[1:]] + [now]

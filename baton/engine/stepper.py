@@ -28,8 +28,8 @@ MAX_FAILURES = 3
 
 
 class Stepper:
-    """Belongs to the event loop. `announce` and `report` are called with what a step did; they may
-    call `news`, `take_back` and `stop`."""
+    """Belongs to the event loop. `announce` and `report` are called with what a step did, `want`
+    after sequences may have entered; they may call `news`, `take_back` and `stop`."""
 
     def __init__(
         self,
@@ -39,12 +39,14 @@ class Stepper:
         by_layers: bool,
         announce: Callable[[tuple[KvReady, ...]], None],
         report: Callable[[tuple[Advance, ...]], None],
+        want: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
         self._publisher = publisher
         self._by_layers = by_layers
         self._announce = announce
         self._report = report
+        self._want = want
         self._wake = asyncio.Event()
         self._threads = StepThreads(runner, self._wake.set)
         self._changed = False  # there is news that the step behind the running one lacks
@@ -103,6 +105,7 @@ class Stepper:
             if publishes and not self._threads.in_flight:
                 self._begin(batch)
             self._threads.put(batch, publishes and self._by_layers)
+        self._want()
 
     def _handle_events(self) -> None:
         for event in self._threads.events():
