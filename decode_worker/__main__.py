@@ -24,14 +24,15 @@ def main() -> None:
         watch_parent()
     placement.apply()
     # torch takes seconds to import: after the cheap ways to fail, and under the parent's watch.
-    from baton.rpc.grpc_client import GrpcHandoffDialer
+    from baton.rpc.grpc_client import GrpcBlocksDialer, GrpcHandoffDialer
     from baton.worker.build import WorkerParts
     from baton.worker.process import cluster_token
     from baton.worker.process import main as run
     from decode_worker.service import DecodeService
 
     def make(parts: WorkerParts) -> DecodeService:
-        return DecodeService(parts, GrpcHandoffDialer(cluster_token()))
+        token = cluster_token()
+        return DecodeService(parts, GrpcHandoffDialer(token), GrpcBlocksDialer(token))
 
     run(config, Role.DECODE, make)
 

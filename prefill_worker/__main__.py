@@ -24,10 +24,16 @@ def main() -> None:
         watch_parent()
     placement.apply()
     # torch takes seconds to import: after the cheap ways to fail, and under the parent's watch.
+    from baton.rpc.grpc_client import GrpcBlocksDialer
+    from baton.worker.build import WorkerParts
+    from baton.worker.process import cluster_token
     from baton.worker.process import main as run
     from prefill_worker.service import PrefillService
 
-    run(config, Role.PREFILL, PrefillService)
+    def make(parts: WorkerParts) -> PrefillService:
+        return PrefillService(parts, GrpcBlocksDialer(cluster_token()))
+
+    run(config, Role.PREFILL, make)
 
 
 if __name__ == "__main__":

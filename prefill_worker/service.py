@@ -8,32 +8,34 @@ from __future__ import annotations
 
 import asyncio
 
-from baton.engine.events import KvReady
+from baton.engine.events import KvFilled, KvReady, KvWanted
 from baton.errors import BatonError, InvalidRequest
 from baton.kv.handoff.publisher import HandoffPublisher
 from baton.rpc.errors import to_wire
 from baton.rpc.grpc_server import RpcServer
-from baton.rpc.services import Duplex
+from baton.rpc.services import BlocksDialer, Duplex
 from baton.types.fleet import WorkerLoad
 from baton.types.handoff import DecodeMessage, PrefillMessage
 from baton.types.link import StartDecode, StartPrefill
 from baton.types.request import AttemptId, AttemptOutput, SampledToken
 from baton.worker.build import WorkerParts
 from baton.worker.links import LinkServer
+from baton.worker.sharing import Sharing
 from prefill_worker.publish import Endings
 
 
 class PrefillService:
     """Implements Duty, EngineListener and HandoffService."""
 
-    def __init__(self, parts: WorkerParts) -> None:
+    def __init__(self, parts: WorkerParts, blocks: BlocksDialer) -> None:
         self._engine = parts.make_engine(self)
-        self.links = LinkServer(self, self._engine.load)
+        self.sharing = Sharing(parts, self._engine, blocks)
+        self.links = LinkServer(self, self._engine.load, self.sharing.news)
         self._pairs: set[Duplex[PrefillMessage, DecodeMessage]] = set()
         self._endings = Endings(self._engine, self.links.report)
         self._publisher = HandoffPublisher(
             parts.identity,
-            parts.transport,
+            parts.shared.view(),
             parts.memory,
             self._endings.release,
             self._endings.on_end,
@@ -45,20 +47,29 @@ class PrefillService:
     def serve_on(self, server: RpcServer) -> None:
         server.add_worker(self.links)
         server.add_handoff(self)
+        self.sharing.serve_on(server)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             leases = group.create_task(self._publisher.run(), name="leases")
+            sharing = group.create_task(self.sharing.run(), name="sharing")
             await self._engine.run()
+            sharing.cancel()
             leases.cancel()
 
     async def aclose(self) -> None:
         await self.links.aclose()
         await asyncio.gather(*(pair.aclose() for pair in tuple(self._pairs)))
+        await self.sharing.aclose()
         self._engine.stop()
 
     def load(self) -> WorkerLoad:
         return self._engine.load()
+
+    @property
+    def lent_blocks(self) -> int:
+        """That others read now, handoffs aside."""
+        return len(self._engine.loans.leases)
 
     def check_integrity(self) -> None:
         """Raises InternalError when blocks, attempts or leases are not accounted for."""
@@ -82,8 +93,10 @@ class PrefillService:
         attempt = message.task.attempt
         self._endings.begin(attempt)
         try:
-            self._engine.submit(message.task, hand_off=True)
+            fetchable = self.sharing.plan(attempt, message.fetch)
+            self._engine.submit(message.task, hand_off=True, fetchable=fetchable)
         except BatonError as error:
+            self.sharing.forget(attempt)
             self._endings.forget(attempt)
             self._publisher.finish_without_handoff(attempt, to_wire(error))
             raise
@@ -91,6 +104,7 @@ class PrefillService:
 
     def cancel(self, attempt: AttemptId, reason: str) -> None:
         self._engine.cancel(attempt)
+        self.sharing.forget(attempt)
 
     # -- EngineListener ------------------------------------------------------------------------
 
@@ -105,5 +119,12 @@ class PrefillService:
     ) -> None:
         self._publisher.prefilled(attempt, first, num_blocks, cached_tokens)
 
+    def on_kv_wanted(self, wanted: tuple[KvWanted, ...]) -> None:
+        self.sharing.on_kv_wanted(wanted)
+
+    def on_kv_filled(self, filled: tuple[KvFilled, ...]) -> None:
+        self.sharing.on_kv_filled(filled)
+
     def on_outputs(self, outputs: tuple[AttemptOutput, ...]) -> None:
+        self.sharing.on_outputs(outputs)
         self._endings.on_outputs(outputs, self._publisher)

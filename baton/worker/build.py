@@ -24,6 +24,7 @@ from baton.kv.handoff.options import HandoffOptions
 from baton.kv.identity import Identity, life
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.kv.transport.registry import make_transport
+from baton.kv.transport.shared import SharedTransport
 from baton.model.hub import resolve_model
 from baton.model.spec import ModelSpec, choose_dtype, kv_layout, load_spec
 from baton.types.fleet import KvLayout, Role, WorkerInfo
@@ -54,6 +55,8 @@ class WorkerParts:
     engine: EngineConfig
     handoff: HandoffOptions
     node: str
+    shared: SharedTransport  # of `transport`
+    store: str = ""  # host:port of the node's store
 
     def make_engine(self, listener: EngineListener) -> Engine:
         """The worker's one engine, over an empty pool."""
@@ -134,6 +137,8 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
         engine=_engine_config(config, spec, layout, num_blocks, max_model_len),
         handoff=HandoffOptions(lease_ttl_s=config.lease_ttl, verify=Verify(config.verify)),
         node=config.node or socket.gethostname(),
+        shared=SharedTransport(transport),
+        store=config.store,
     )
 
 

@@ -20,6 +20,7 @@ class WorkerConfig:
 
     name: str = option("", "name in the fleet and in logs; empty: role, host and process id")
     node: str = option("", "host that this process is on, for its store; empty: the host's name")
+    store: str = option("", "host:port of this node's store; empty: none")
     conductor: str = option("", "host:port of the conductor's gRPC server (required)")
     model: str = option("", "model directory or hub id; empty: the built-in demo model")
     model_name: str = option("", "served name; empty: the model's last part")
@@ -65,7 +66,8 @@ class WorkerConfig:
         _require(_is_address(self.listen), "listen", "host:port")
         if self.cpus:
             parse_cpus(self.cpus)
-        _require(not self.conductor or _is_address(self.conductor), "conductor", "host:port")
+        for name in ("conductor", "store"):
+            _require(not getattr(self, name) or _is_address(getattr(self, name)), name, "host:port")
 
 
 def reachable_address(advertise: str, bound: str) -> str:

@@ -23,12 +23,14 @@ from baton.types.link import (
     Cancel,
     ConductorMessage,
     Drain,
+    Resync,
     StartDecode,
     StartPrefill,
     StepReport,
     WorkerMessage,
 )
 from baton.types.request import AttemptId, AttemptOutput, Finish, FinishReason
+from baton.worker.kv_news import KvNews, Subscription
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +55,19 @@ class _Link:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
     said: WorkerLoad | None = None  # the load in the last report
+    news: Subscription | None = None
 
 
 class LinkServer:
-    """Implements WorkerService. `load` is asked once per report."""
+    """Implements WorkerService. `load` is asked once per report; `news` is what is to be told of KV
+    blocks."""
 
-    def __init__(self, duty: Duty, load: Callable[[], WorkerLoad]) -> None:
+    def __init__(
+        self, duty: Duty, load: Callable[[], WorkerLoad], news: KvNews | None = None
+    ) -> None:
         self._duty = duty
         self._load = load
+        self._news = news
         self._links: set[_Link] = set()
         self._owners: dict[AttemptId, _Link] = {}
         self._current: dict[str, AttemptId] = {}  # request id -> its live attempt
@@ -118,6 +125,7 @@ class LinkServer:
 
     async def link(self, stream: Duplex[WorkerMessage, ConductorMessage]) -> None:
         link = _Link(stream)
+        link.news = self._news.subscribe() if self._news is not None else None
         self._links.add(link)
         link.wake.set()  # the first report tells the load
         writer = asyncio.create_task(self._write(link), name="link-writer")
@@ -128,6 +136,8 @@ class LinkServer:
             log.info("a conductor's link ended: %s", error.message)
         finally:
             self._links.discard(link)
+            if link.news is not None:
+                link.news.close()
             for attempt in tuple(link.attempts):
                 self._disown(attempt)
                 self._duty.cancel(attempt, "the link to the conductor ended")
@@ -144,6 +154,10 @@ class LinkServer:
                     self._duty.cancel(attempt, reason)
             case Drain():
                 self.drain()
+            case Resync():
+                if link.news is not None:
+                    link.news.resync()
+                    link.wake.set()
 
     def _start(self, link: _Link, message: StartPrefill | StartDecode) -> None:
         attempt = message.task.attempt
@@ -198,11 +212,13 @@ class LinkServer:
     async def _send_pending(self, link: _Link) -> None:
         async with link.sending:  # at the end there are two senders: none overtakes the other
             load = self._load()
-            if not link.pending and load == link.said:
-                return
-            outputs, link.pending = tuple(link.pending), []
-            link.said = load
-            await link.stream.send(StepReport(outputs, load))
+            if link.pending or load != link.said:
+                outputs, link.pending = tuple(link.pending), []
+                link.said = load
+                await link.stream.send(StepReport(outputs, load))
+            if link.news is not None:  # after the tokens, for which somebody waits
+                for message in link.news.take():
+                    await link.stream.send(message)
 
     async def _close(self, link: _Link) -> None:
         try:

@@ -23,10 +23,12 @@ from baton.kv.handoff.options import HandoffOptions
 from baton.kv.identity import Identity
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.loopback import FaultPlan, LoopbackFabric, LoopbackTransport
+from baton.kv.transport.shared import SharedTransport
 from baton.rpc.memory import MemoryNetwork
 from baton.rpc.services import Duplex
 from baton.types.fleet import BlockState, KvLayout, Peer, WorkerLoad
-from baton.types.link import ConductorMessage, WorkerMessage
+from baton.types.kv_events import KvEvents, KvSnapshot
+from baton.types.link import ConductorMessage, StepReport, WorkerMessage
 from baton.types.request import AttemptId, Finish
 from baton.worker.build import WorkerParts
 from decode_worker.service import DecodeService
@@ -66,12 +68,17 @@ class Conductor:
     tokens: dict[AttemptId, dict[int, int]] = field(default_factory=dict)
     finishes: dict[AttemptId, Finish] = field(default_factory=dict)
     loads: list[WorkerLoad] = field(default_factory=list)
+    news: list[KvEvents | KvSnapshot] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def listen(self) -> None:
         try:
             while True:
                 report = await self.stream.receive()
+                if not isinstance(report, StepReport):
+                    self.news.append(report)
+                    self.changed.set()
+                    continue
                 self.loads.append(report.load)
                 for output in report.outputs:
                     assert output.attempt not in self.finishes, "output after the finish"
@@ -117,6 +124,7 @@ class Pair:
     peer: Peer
     to_prefill: Conductor
     to_decode: Conductor
+    prefill_runner: FakeRunner
 
     def answer(self, attempt: AttemptId) -> list[int]:
         both = self.to_prefill.tokens.get(attempt, {}) | self.to_decode.tokens.get(attempt, {})
@@ -155,7 +163,17 @@ async def make_parts(
     engine = EngineConfig(layout, BLOCKS, **values)
     placement = Placement((0,), 1)
     return WorkerParts(
-        identity, "demo", "cpu", placement, transport, memory, runner, engine, options, "host"
+        identity,
+        "demo",
+        "cpu",
+        placement,
+        transport,
+        memory,
+        runner,
+        engine,
+        options,
+        "host",
+        SharedTransport(transport),
     )
 
 
@@ -172,10 +190,14 @@ async def running_pair(
     ours = await make_parts("p", fabric, before_prefill, options, **settings)
     theirs = await make_parts("d", fabric, before_decode, options, **settings)
     async with MemoryNetwork() as network:
-        prefill = PrefillService(ours)
-        decode = DecodeService(theirs, network.handoff_dialer(DECODE))
+        prefill = PrefillService(ours, network.blocks_dialer(PREFILL))
+        decode = DecodeService(
+            theirs, network.handoff_dialer(DECODE), network.blocks_dialer(DECODE)
+        )
         network.add_worker(PREFILL, prefill.links)
         network.add_handoff(PREFILL, prefill)
+        network.add_blocks(PREFILL, prefill.sharing.server)
+        network.add_blocks(DECODE, decode.sharing.server)
         network.add_worker(DECODE, decode.links)
         peer = Peer("p", ours.identity.incarnation, PREFILL)
         async with asyncio.TaskGroup() as group:
@@ -185,7 +207,8 @@ async def running_pair(
             links = [Conductor(await dialer.link(at, 1.0)) for at in (PREFILL, DECODE)]
             for link in links:
                 group.create_task(link.listen())
-            pair = Pair(network, prefill, decode, peer, links[0], links[1])
+            assert isinstance(ours.runner, FakeRunner)
+            pair = Pair(network, prefill, decode, peer, links[0], links[1], ours.runner)
             yield pair
             await pair.until_idle()
             await prefill.aclose()

@@ -1,0 +1,118 @@
+"""Gets the KV that sequences want from where the conductor said it is.
+
+    StartPrefill(task, fetch) -> plan -> engine: fetchable
+    engine: wanted -> borrow from one source after the other -> engine: arrived
+
+A source that has less than it was said to, or fails, ends the fetch: the rest is computed. Nothing
+here can fail an attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+from baton.engine.events import KvWanted
+from baton.errors import BatonError, InternalError
+from baton.hashing import KEY_BYTES
+from baton.types.fleet import Peer
+from baton.types.link import FetchPart
+from baton.types.request import AttemptId
+
+FETCH_TIMEOUT_S = 30.0  # of one source; by then computing would have been faster
+
+log = logging.getLogger(__name__)
+
+
+class Borrower(Protocol):
+    """See `baton.kv.blocks.borrower`."""
+
+    async def borrow(
+        self, peer: Peer, keys: bytes, place: Sequence[int], *, timeout_s: float
+    ) -> int: ...
+
+
+class Fetcher:
+    """Owns one task per fetch; `run` must be running. `arrived` is `Engine.arrived`."""
+
+    def __init__(self, borrower: Borrower, arrived: Callable[[int, int], None]) -> None:
+        self._borrower = borrower
+        self._arrived = arrived
+        self._plans: dict[AttemptId, tuple[FetchPart, ...]] = {}
+        self._tasks: dict[AttemptId, asyncio.Task[int]] = {}
+        self._group: asyncio.TaskGroup | None = None
+
+    async def run(self) -> None:
+        """Own the tasks until cancelled; then end them all."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                self._group = None
+
+    def plan(self, attempt: AttemptId, parts: tuple[FetchPart, ...]) -> int:
+        """Note where the attempt's KV may be had; leading blocks that this covers, for
+        `Engine.submit`. `forget` must follow when the attempt has ended."""
+        end = 0
+        for part in sorted(parts, key=lambda part: part.first_block):
+            if part.first_block <= end:
+                end = max(end, part.first_block + part.num_blocks)
+        if end:
+            self._plans[attempt] = parts
+        return end
+
+    def forget(self, attempt: AttemptId) -> None:
+        """The attempt has ended: its fetch stops, when it is under way."""
+        self._plans.pop(attempt, None)
+        task = self._tasks.pop(attempt, None)
+        if task is not None:
+            task.cancel()
+
+    def want(self, wanted: KvWanted) -> None:
+        """Begin to fetch; `arrived` is called once, whatever happens."""
+        if self._group is None:
+            raise InternalError("the worker is not running: nothing can be fetched")
+        task = self._group.create_task(self._fetch(wanted), name=f"fetch {wanted.attempt}")
+        self._tasks[wanted.attempt] = task
+        # Not by the task itself: one that is cancelled before its turn never runs.
+        task.add_done_callback(partial(self._end, wanted))
+
+    def _end(self, wanted: KvWanted, task: asyncio.Task[int]) -> None:
+        if self._tasks.get(wanted.attempt) is task:
+            del self._tasks[wanted.attempt]
+        self._arrived(wanted.sequence, 0 if task.cancelled() else task.result())
+
+    async def _fetch(self, wanted: KvWanted) -> int:
+        try:
+            return await self._from_sources(wanted)
+        except Exception:
+            log.exception("the KV of %s could not be fetched", wanted.attempt)
+            return 0
+
+    async def _from_sources(self, wanted: KvWanted) -> int:
+        """Leading wanted blocks whose KV is there now."""
+        came = 0
+        parts = sorted(self._plans.pop(wanted.attempt, ()), key=lambda part: part.first_block)
+        for part in parts:
+            at = wanted.first_block + came
+            last = min(part.first_block + part.num_blocks - wanted.first_block, len(wanted.blocks))
+            if not part.first_block <= at or last <= came:
+                continue
+            count = await self._borrow(wanted, part, came, last)
+            came += count
+            if came < last:
+                break
+        return came
+
+    async def _borrow(self, wanted: KvWanted, part: FetchPart, first: int, last: int) -> int:
+        keys = wanted.keys[first * KEY_BYTES : last * KEY_BYTES]
+        place = wanted.blocks[first:last]
+        try:
+            return await self._borrower.borrow(part.source, keys, place, timeout_s=FETCH_TIMEOUT_S)
+        except BatonError as error:
+            log.info("%s computes what %s has: %s", wanted.attempt, part.source.name, error.message)
+            return 0
