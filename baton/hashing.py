@@ -11,6 +11,8 @@ whole prefix up to and including its block, and a tenant with a salt of its own 
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -40,15 +42,21 @@ def root_key(
 def block_keys(parent: bytes, tokens: Sequence[int], block_size: int) -> list[bytes]:
     """Keys of the full blocks in `tokens`, which follow the block of `parent`.
 
-    Tokens after the last full block are ignored. Token ids are unsigned 32 bit.
+    Tokens after the last full block are ignored. Token ids are unsigned 32 bit (OverflowError where
+    one is not). Fastest from an `array("I")`.
     """
-    full = len(tokens) // block_size
-    data = struct.pack(f"<{full * block_size}I", *tokens[: full * block_size])
     width = 4 * block_size
-    keys = []
-    for at in range(0, full * width, width):
-        parent = blake2b(
-            data[at : at + width], digest_size=KEY_BYTES, key=parent, person=_BLOCK_PERSON
-        ).digest()
-        keys.append(parent)
-    return keys
+    blocks = len(tokens) // block_size
+    data = _packed(tokens[: blocks * block_size])
+    return [
+        parent := blake2b(block, digest_size=KEY_BYTES, key=parent, person=_BLOCK_PERSON).digest()
+        for (block,) in struct.iter_unpack(f"{width}s", data)
+    ]
+
+
+def _packed(tokens: Sequence[int]) -> bytes:
+    """Little-endian, 4 bytes each. An array does it at more than twice the speed of `struct`."""
+    packed = array("I", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
