@@ -62,6 +62,7 @@ class Pool:
     run: int = BLOCKS  # blocks that are yielded at a time
     pause_s: float = 0.0  # before each run but the first
     reuse: bool = False
+    fails: Exception | None = None  # after the first run
     wants: Callable[[int], bool] = lambda number: True
     reserve_s: float = 0.0
     held: dict[int, int] = field(default_factory=dict)  # number of a key -> block
@@ -94,6 +95,8 @@ class Pool:
         for at in range(0, len(blocks), self.run):
             if at:
                 await asyncio.sleep(self.pause_s)
+                if self.fails is not None:
+                    raise self.fails
             run = blocks[at : at + self.run]
             held += run
             self.leases.update(run)
@@ -170,7 +173,8 @@ class Side:
             **more,  # type: ignore[arg-type]
         )
         for number, block in zip(wanted[:count], place, strict=False):
-            assert np.array_equal(self.pool.block(block), contents(number)), number
+            expected = contents(number, self.identity.layout)
+            assert np.array_equal(self.pool.block(block), expected), number
         return count
 
 
