@@ -121,9 +121,26 @@ async def test_an_offer_whose_lease_ends_is_not_kept() -> None:
         worker.pool.reuse = True
         offers = w.offers(worker, store.peer)
         offers.offer(key(1), 0)
+        await asyncio.sleep(1)
+        (slot,) = store.pool.reserved
         await asyncio.sleep(10 * TTL)
         assert (store.pool.committed, store.pool.aborted) == ([], [1])
+        assert (store.pool.block(slot.block) == 0xEE).all()  # not written after the abort
         assert offers.counts.failed == 1
+
+
+@virtual_time
+async def test_the_death_of_an_offering_worker_gives_the_slots_back_at_once() -> None:
+    async with world(Plan(hang=True)) as w:
+        store, worker = await w.side("s", takes=True), await w.side("w")
+        worker.pool.put(1)
+        offers = w.offers(worker, store.peer)
+        offers.offer(key(1), 0)
+        await asyncio.sleep(1)
+        assert store.pool.reserved
+        w.network.kill("w")
+        await settle()
+        assert store.pool.aborted == [1]
 
 
 # -- streams ---------------------------------------------------------------------------------------
@@ -354,7 +371,9 @@ async def test_a_failed_read_ends_the_loan_and_not_the_stream() -> None:
         assert worker.borrower.streams() == 1
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), Overloaded("no room"), TimeoutError("a slow disk")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), Overloaded("no room"), TimeoutError("a slow disk")]
+)
 def test_an_error_of_the_source_is_told_and_costs_nothing_else(error: Exception) -> None:
     @virtual_time
     async def run() -> None:
