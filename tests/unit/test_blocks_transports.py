@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from baton.errors import PeerGone
 from baton.kv.digest import Verify
 from baton.kv.transport.registry import available
+from baton.rpc.grpc_client import GrpcBlocksDialer
+from baton.rpc.grpc_server import RpcServer
 from baton.types.fleet import KvLayout
 from tests.fake_worker import wait_for
 from tests.unit.blocks_kit import OPTIONS, keys, world
@@ -58,3 +61,20 @@ async def test_borrows_that_are_cancelled_leave_the_rest_alone(kind: str) -> Non
             await asyncio.wait(tasks)
         assert tasks[3].result() == 16
         await wait_for(lambda: not store.pool.loans)
+
+
+async def test_over_grpc_between_pools_in_shared_memory() -> None:
+    async with world(options=FULL, kind="shm", layout=LAYOUT) as w:
+        store, worker = await w.side("s", takes=True), await w.side("w")
+        server = RpcServer("127.0.0.1:0", "secret")
+        server.add_blocks(store.server)
+        address = await server.start()
+        store.peer = replace(store.peer, address=address)
+        worker.borrower._dialer = GrpcBlocksDialer("secret")
+        store.pool.put(*range(8))
+        async with asyncio.timeout(20):
+            assert await worker.borrow(store, range(8)) == 8
+        await store.server.aclose()
+        await server.stop(0.1)
+        with pytest.raises(PeerGone):
+            await worker.borrow(store, range(8))
