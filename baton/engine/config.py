@@ -23,6 +23,7 @@ class EngineConfig:
     max_waiting: int = 1024  # sequences and reservations that wait for blocks
     prefix_caching: bool = True
     layer_groups: int = 1  # 1: the KV of a chunk is published at the chunk's end, not on the way
+    by_layers_bytes: int = 0  # and so is that of a chunk with less KV than this
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "max_model_len", "max_num_seqs", "max_waiting", "layer_groups"):

@@ -74,7 +74,7 @@ class Engine:
         self._steps = Stepper(
             runner,
             self._scheduler,
-            Publisher(pool, config.layout),
+            Publisher(pool, config.layout, config.by_layers_bytes),
             config.layer_groups > 1,
             self._announce,
             self._report,

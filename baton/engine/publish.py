@@ -5,12 +5,14 @@
         |....|..xx|xxxx|x---|        first = 1 (block 1 was partial before this chunk)
           0    1    2    3           last  = 4 (the prompt ends: its partial block is final too)
 
-While the step runs, layer groups of blocks [first, last) become final one after the other.
+While the step runs, layer groups of blocks [first, last) become final one after the other. They are
+published one by one where there is enough in them to be worth a message each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from baton.engine.batch import BatchItem
 from baton.engine.block_pool import BlockPool
@@ -19,15 +21,31 @@ from baton.engine.sequence import Sequence
 from baton.types.fleet import KvLayout
 
 
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Blocks [first, last) of the sequence become final in this step."""
+
+    sequence: Sequence
+    first: int
+    last: int
+    by_layers: bool
+
+
 class Publisher:
     """One step at a time, the one that runs: `begin`, any number of `layers_ready`, then `end` or
     `abandon`. The step after it begins here when this one has been committed."""
 
-    def __init__(self, pool: BlockPool, layout: KvLayout) -> None:
+    def __init__(self, pool: BlockPool, layout: KvLayout, by_layers_bytes: int = 0) -> None:
+        """Chunks with less KV than `by_layers_bytes` are published in one piece, at their end."""
         self._pool = pool
         self._layout = layout
-        self._chunks: list[tuple[Sequence, int, int]] = []  # (sequence, first, last)
-        self._layers = 0  # already published in this step
+        self._by_layers_tokens = by_layers_bytes * layout.block_size / layout.block_bytes
+        self._chunks: list[_Chunk] = []
+        self._layers = 0  # of those that go by layers: already published in this step
+
+    def goes_by_layers(self, item: BatchItem) -> bool:
+        """Whether the item's KV is published layer group by layer group."""
+        return item.length >= self._by_layers_tokens
 
     def begin(self, items: Iterable[tuple[Sequence, BatchItem]]) -> tuple[KvReady, ...]:
         """Note what the step will make final, of sequences with `hand_off`: what it computes for
@@ -43,7 +61,8 @@ class Publisher:
             complete = end == len(sequence.context)
             last = self._layout.blocks_for(end) if complete else end // self._layout.block_size
             if last > sequence.leased:
-                self._chunks.append((sequence, sequence.leased, last))
+                by_layers = self.goes_by_layers(item)
+                self._chunks.append(_Chunk(sequence, sequence.leased, last, by_layers))
         return tuple(hits)
 
     def layers_ready(self, layer_end: int) -> tuple[KvReady, ...]:
@@ -52,16 +71,21 @@ class Publisher:
         if begin == self._layers:
             return ()
         return tuple(
-            self._publish(sequence, first, last, begin, self._layers)
-            for sequence, first, last in self._chunks
-            if sequence.ending is None
+            self._publish(chunk.sequence, chunk.first, chunk.last, begin, self._layers)
+            for chunk in self._chunks
+            if chunk.by_layers and chunk.sequence.ending is None
         )
 
     def end(self) -> tuple[KvReady, ...]:
         """The step has been executed: publish what no callback has announced."""
-        ready = self.layers_ready(self._all_layers)
+        rest = self.layers_ready(self._all_layers)
+        whole = tuple(
+            self._publish(chunk.sequence, chunk.first, chunk.last, 0, self._all_layers)
+            for chunk in self._chunks
+            if not chunk.by_layers and chunk.sequence.ending is None
+        )
         self._chunks.clear()
-        return ready
+        return (*rest, *whole)
 
     def abandon(self) -> None:
         """The step failed, or was not run."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from baton.engine.batch import Batch, BatchResult, Runner
+from baton.engine.batch import Batch, BatchItem, BatchResult, Runner
 from baton.engine.events import KvReady
 from baton.engine.publish import Publisher
 from baton.engine.scheduler import MAX_IN_FLIGHT, Advance, Scheduler
-from baton.engine.sequence import Ending, error_ending
+from baton.engine.sequence import Ending, Sequence, error_ending
 from baton.engine.step import LayersReady, StepThreads
 from baton.errors import InternalError
 
@@ -101,10 +101,10 @@ class Stepper:
             or self._threads.in_flight == MAX_IN_FLIGHT
             or (batch := self._scheduler.schedule(asyncio.get_running_loop().time())) is None
         ):
-            publishes = bool(self._scheduler.to_publish(batch))
-            if publishes and not self._threads.in_flight:
+            published = self._scheduler.to_publish(batch)
+            if published and not self._threads.in_flight:
                 self._begin(batch)
-            self._threads.put(batch, publishes and self._by_layers)
+            self._threads.put(batch, self._goes_by_layers(published))
         self._want()
 
     def _handle_events(self) -> None:
@@ -121,6 +121,11 @@ class Stepper:
             running = self._threads.running
             if running is not None and not self._threads.recovering:
                 self._begin(running)
+
+    def _goes_by_layers(self, published: Iterable[tuple[Sequence, BatchItem]]) -> bool:
+        return self._by_layers and any(
+            self._publisher.goes_by_layers(item) for _, item in published
+        )
 
     def _begin(self, batch: Batch) -> None:
         """Nothing runs before this step any more."""

@@ -191,4 +191,5 @@ def _engine_config(
         max_waiting=config.max_waiting,
         prefix_caching=config.prefix_caching,
         layer_groups=config.layer_groups,
+        by_layers_bytes=config.by_layers_kib << 10,
     )

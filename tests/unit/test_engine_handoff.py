@@ -26,7 +26,7 @@ from baton.types.request import (
     SampledToken,
 )
 from tests.engine_rig import BLOCK, LAYERS, Faulty, Gate, Rig, covered, make_rig, make_task, running
-from tests.fake_runner import FakeRunner, QueueRunner, expected_for
+from tests.fake_runner import FakeRunner, QueueRunner, expected_for, fake_layout
 
 X = AttemptId("x")
 
@@ -82,6 +82,36 @@ async def test_layer_groups_are_published_while_the_step_runs() -> None:
         await rig.heard.until(lambda: X in rig.heard.prefilled)
         assert (rig.heard.ready[X][1].layer_begin, rig.heard.ready[X][1].layer_end) == (2, 4)
         rig.engine.release(X)
+
+
+async def test_a_chunk_with_little_kv_is_published_in_one_piece() -> None:
+    rig = make_rig(layer_groups=2, by_layers_bytes=2 * fake_layout(BLOCK, LAYERS).block_bytes)
+    async with running(rig):
+        await prefill(rig, make_task("x", 2 * BLOCK - 1))
+        (whole,) = rig.heard.ready[X]
+        assert (whole.layer_begin, whole.layer_end) == (0, LAYERS)
+        rig.engine.release(X)
+        long = make_task("y", 2 * BLOCK)
+        await prefill(rig, long)
+        ready = rig.heard.ready[long.attempt]
+        assert [(kv.layer_begin, kv.layer_end) for kv in ready] == [(0, 2), (2, LAYERS)]
+        rig.engine.release(long.attempt)
+
+
+async def test_short_and_long_chunks_of_one_step_are_both_published_whole() -> None:
+    rig = make_rig(layer_groups=2, by_layers_bytes=2 * fake_layout(BLOCK, LAYERS).block_bytes)
+    y = make_task("y", 3 * BLOCK)
+    async with running(rig):
+        rig.engine.submit(make_task("x", 3), hand_off=True)
+        rig.engine.submit(y, hand_off=True)
+        await rig.heard.until(lambda: {X, y.attempt} <= rig.heard.prefilled.keys())
+        assert len(rig.heard.ready[X]) == 1
+        assert len(rig.heard.ready[y.attempt]) == 2
+        for task_blocks, attempt in ((1, X), (3, y.attempt)):
+            cells = covered(rig.heard.ready[attempt])
+            assert set(cells) == {(b, k) for b in range(task_blocks) for k in range(LAYERS)}
+        for attempt in tuple(rig.heard.prefilled):
+            rig.engine.release(attempt)
 
 
 def assert_acquired(semaphore: threading.Semaphore) -> None:
