@@ -102,5 +102,5 @@ def share_cpus(cpus: Sequence[int], workers: int) -> list[tuple[int, ...]]:
     than workers, one CPU each, which several share."""
     if workers > len(cpus):
         return [(cpus[worker % len(cpus)],) for worker in range(workers)]
-    cuts = [len(cpus) * worker // workers for worker in range(workers + 1)]
+    cuts = [len(cpus) * worker // max(1, workers) for worker in range(workers + 1)]
     return [tuple(cpus[begin:end]) for begin, end in itertools.pairwise(cuts)]
