@@ -23,6 +23,7 @@ class ConductorConfig:
     default_deadline: float = option(600.0, "seconds that a request may take at most")
     max_body_bytes: int = option(16 << 20, "largest request body")
     api_key: tuple[str, ...] = option((), "keys that clients must send one of; none = open")
+    cpus: str = option("", "CPUs of this process, as 0-3,8; empty: all that it may run on")
     log_level: str = option("info", "least severe log records to write", choices=LEVELS)
     drain_timeout: float = option(30.0, "seconds that running requests get at shutdown")
     announce: bool = option(False, "print one JSON line with the addresses on stdout")

@@ -188,6 +188,7 @@ def _say_ready(options: ServeOptions, reporter: Reporter, addresses: Addresses) 
 def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> ClusterPlan:
     """The command lines of every process. Raises ConfigError."""
     placed = place_workers(options, available_cpus())
+    conductor_cpus = place_conductor(placed)
     common = ("--model", str(model), "--model-name", options.served_name, "--exit-with-parent")
 
     def conductor(listening: Addresses | None) -> ChildSpec:
@@ -198,6 +199,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
             _python(
                 *("conductor", "--host", options.host, "--port", str(http_port)),
                 *("--grpc-port", str(grpc_port), "--announce", *common),
+                *(("--cpus", conductor_cpus) if conductor_cpus else ()),
                 *("--drain-timeout", str(options.drain_timeout)),
             ),
             environ,
@@ -239,6 +241,17 @@ def place_workers(options: ServeOptions, cpus: Sequence[int]) -> list[tuple[str,
         for number, part in enumerate(parts):
             placed.append((role, f"{role}-{number}", format_cpus(part)))
     return placed
+
+
+def place_conductor(placed: Sequence[tuple[str, str, str]]) -> str:
+    """CPUs of the conductor: those where only prefill workers compute. They wait between prompts,
+    while what the conductor takes from a decode worker delays every stream. Empty: there are none,
+    so all of them."""
+    used = {
+        role: {cpu for owner, _, cpus in placed if owner == role for cpu in parse_cpus(cpus)}
+        for role in ("prefill", "decode")
+    }
+    return format_cpus(sorted(used["prefill"] - used["decode"]))
 
 
 def _worker_flags(options: ServeOptions, workers: int) -> Iterator[str]:

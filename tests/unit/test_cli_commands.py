@@ -20,7 +20,7 @@ from baton.cli.bench import BenchServeOptions
 from baton.cli.bench_handoff import BenchHandoffOptions, bench_handoff
 from baton.cli.doctor import Check, Verdict
 from baton.cli.report import Reporter
-from baton.cli.serve import ServeOptions, make_plan, new_environ, place_workers
+from baton.cli.serve import ServeOptions, make_plan, new_environ, place_conductor, place_workers
 from baton.cli.status import fleet_table
 from baton.cli.supervisor import Addresses
 from baton.cli.top import view
@@ -156,12 +156,28 @@ def test_colocated_has_no_prefill_workers() -> None:
         ({"prefill": 1, "decode": 3}, {"prefill-0": "0-1", "decode-2": "6-7"}),
         ({"prefill_cpus": "2"}, {"prefill-0": "2", "decode-0": "0-1,3-7"}),
         ({"prefill": 2, "prefill_cpus": "0-7"}, {"prefill-1": "4-7", "decode-0": "0-7"}),
+        ({"prefill_cpus": "0", "decode_cpus": "1-7"}, {"prefill-0": "0", "decode-0": "1-7"}),
         ({"prefill": 8, "decode": 8}, {"prefill-7": "7", "decode-0": "0"}),
     ],
 )
 def test_workers_divide_the_cpus(flags: dict[str, Any], expected: dict[str, str]) -> None:
     placed = {name: cpus for _, name, cpus in place_workers(ServeOptions(**flags), range(8))}
     assert {name: placed[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"colocated": True}, ""),
+        ({}, "0-3"),
+        ({"prefill": 2, "decode": 2}, "0-3"),
+        ({"prefill_cpus": "0-7", "decode_cpus": "2-5"}, "0-1,6-7"),
+        ({"prefill": 8, "decode": 8}, ""),
+    ],
+)
+def test_the_conductor_stays_off_the_cpus_that_decode(flags: dict[str, Any], expected: str) -> None:
+    placed = place_workers(ServeOptions(**flags), range(8))
+    assert place_conductor(placed) == expected
 
 
 def test_cpus_that_are_not_there() -> None:
