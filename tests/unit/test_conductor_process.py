@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,12 +12,14 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from baton.config import parse_config
 from baton.errors import ConfigError
 from conductor.config import ConductorConfig
+from conductor.server import listen
 
 ENVIRON = {**os.environ, "BATON_CLUSTER_TOKEN": "secret"}
 COMMAND = [sys.executable, "-m", "conductor", "--port", "0", "--grpc-port", "0", "--announce"]
@@ -48,6 +51,28 @@ def test_it_announces_its_addresses_and_ends_on_sigterm() -> None:
             assert json.load(reply)["data"][0]["id"] == "demo"
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_it_stays_on_its_cpus() -> None:
+    cpu = min(os.sched_getaffinity(0))
+    with conductor("--cpus", str(cpu)) as (process, _):
+        for thread in Path(f"/proc/{process.pid}/task").iterdir():
+            assert os.sched_getaffinity(int(thread.name)) == {cpu}
+
+
+async def test_http_connections_send_at_once() -> None:
+    accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def on_connect(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    with listen("127.0.0.1", 0) as listener:
+        async with await asyncio.start_server(on_connect, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            assert await asyncio.wait_for(accepted, 10)
+            writer.close()
 
 
 def test_it_ends_with_its_parent() -> None:
