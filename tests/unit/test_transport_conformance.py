@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from baton.errors import ConfigError, TransportError
 from baton.kv.transport.base import Copy
+from baton.kv.transport.loopback import LoopbackFabric
 from baton.kv.transport.registry import NAMES, available, make_transport
-from tests.unit.transport_kit import POOL, TransportPair, transport_pair
+from tests.unit.transport_kit import POOL, TransportPair, pattern, transport_pair, view
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
@@ -145,6 +147,58 @@ async def test_pools_are_zeroed_and_made_once(name: str) -> None:
         assert not pair.local.any()
         with pytest.raises(Exception, match="one pool"):
             pair.reader.allocate(POOL)
+
+
+async def test_a_pool_in_a_file_keeps_its_contents(name: str, tmp_path: Path) -> None:
+    backing = tmp_path / "pool"
+    for start in range(2):
+        source = make_transport(name, f"source{start}", fabric=LoopbackFabric())
+        await source.start()
+        try:
+            pool = view(source.allocate(POOL, backing=backing))
+            assert pool.any() == bool(start)
+            assert not start or np.array_equal(pool, pattern(POOL, 1))
+            pool[:] = pattern(POOL, 1)
+            other = make_transport("shm", "other")
+            with pytest.raises(ConfigError, match="in use"):
+                other.allocate(POOL, backing=backing)
+            del pool
+        finally:
+            await source.close()
+    assert backing.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_pool_in_a_file_is_refused_where_there_is_no_room(
+    name: str, tmp_path: Path
+) -> None:
+    transport = make_transport(name, "source", fabric=LoopbackFabric())
+    await transport.start()
+    try:
+        with pytest.raises(ConfigError, match="cannot be used"):
+            transport.allocate(POOL, backing=tmp_path / "none" / "pool")
+        with pytest.raises(ConfigError, match="cannot be used"):
+            transport.allocate(1 << 60, backing=tmp_path / "pool")
+    finally:
+        await transport.close()
+
+
+async def test_a_backed_pool_serves_others(name: str, tmp_path: Path) -> None:
+    fabric = LoopbackFabric()
+    reader, source = (make_transport(name, worker, fabric=fabric) for worker in ("r", "s"))
+    for transport in (reader, source):
+        await transport.start()
+    try:
+        local = view(reader.allocate(POOL))
+        view(source.allocate(POOL, backing=tmp_path / "pool"))[:] = pattern(POOL, 2)
+        await source.connect("r/1", reader.endpoint())
+        with source.serving("r/1"):
+            await reader.connect("s/1", source.endpoint())
+            async with asyncio.timeout(20):
+                await reader.read("s/1", [Copy(0, 0, POOL)]).wait()
+        assert np.array_equal(local, pattern(POOL, 2))
+    finally:
+        await reader.close()
+        await source.close()
 
 
 async def test_it_is_announced_by_name(name: str) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 
@@ -54,8 +55,13 @@ class Transport(Protocol):
 
     async def start(self) -> None: ...
 
-    def allocate(self, nbytes: int, device: str = "cpu") -> PoolMemory:
-        """Make and register the pool, zeroed. Once per transport, after `start`."""
+    def allocate(self, nbytes: int, device: str = "cpu", backing: Path | None = None) -> PoolMemory:
+        """Make and register the pool, zeroed. Once per transport, after `start`.
+
+        With `backing`, a CPU pool in that file (of shared memory, for one process at a time), which
+        is made or resized, and whose contents are those that an earlier pool of the same transport
+        and size left there. Raises ConfigError when the file cannot be had or is in use, and for
+        transports that cannot do that."""
 
     def endpoint(self) -> bytes:
         """Opaque description of this side for a peer's `connect`. Only sent to peers that hold the

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from baton.errors import InternalError, TransportError
 from baton.kv.transport.base import Copy, PoolMemory
-from baton.kv.transport.memory import Bytes, pool_of, require_cpu
+from baton.kv.transport.memory import Bytes, make_pool, require_cpu
 from baton.kv.transport.transfer import (
     PendingTransfer,
     check_copies,
@@ -65,12 +66,13 @@ class LoopbackTransport:
     async def start(self) -> None:
         self._fabric.members[self._key] = self
 
-    def allocate(self, nbytes: int, device: str = "cpu") -> PoolMemory:
+    def allocate(self, nbytes: int, device: str = "cpu", backing: Path | None = None) -> PoolMemory:
         require_cpu(self.name, device)
         if self._pool is not None:
             raise InternalError("a transport has one pool, and this one has it already")
-        self._pool = np.zeros(nbytes, dtype=np.uint8)
-        return pool_of(self._pool)
+        memory = make_pool(nbytes, device, backing)
+        self._pool = np.frombuffer(memory.buffer, dtype=np.uint8)  # type: ignore[call-overload]
+        return memory
 
     def endpoint(self) -> bytes:
         return self._key

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
+import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +39,7 @@ def commit(area: mmap.mmap) -> None:
             area.madvise(_MADV_POPULATE_WRITE, start, length)
         except OSError:
             part = np.frombuffer(area, dtype=np.uint8, count=length, offset=start)
-            part[:: mmap.PAGESIZE] = 0  # older kernels
+            part[:: mmap.PAGESIZE] |= 0  # older kernels
         if length > (time.monotonic() - began) * _SLOW_BYTES_PER_S:
             continue
         with contextlib.suppress(OSError, AttributeError, ValueError):
@@ -55,6 +58,35 @@ def cpu_pool(nbytes: int) -> PoolMemory:
     return pool_of(np.frombuffer(area, dtype=np.uint8))
 
 
+def open_backing(path: Path, nbytes: int) -> int:
+    """The file, of that size and locked against other processes. Raises ConfigError."""
+    fd = -1
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, nbytes)
+        os.posix_fallocate(fd, 0, nbytes)  # or a write to a full file system would be a signal
+    except BlockingIOError:
+        os.close(fd)
+        raise ConfigError(f"{path} is in use by another process") from None
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise ConfigError(f"{path} cannot be used for {nbytes} bytes: {error.strerror}") from error
+    return fd
+
+
+def backed_pool(nbytes: int, backing: Path) -> PoolMemory:
+    """Shared memory in a file, locked as long as something refers to `buffer`. ConfigError."""
+    fd = open_backing(backing, nbytes)
+    try:
+        area = mmap.mmap(fd, nbytes)  # has a descriptor of its own, and with it the lock
+        commit(area)
+    finally:
+        os.close(fd)
+    return pool_of(np.frombuffer(area, dtype=np.uint8))
+
+
 def pool_of(array: Bytes) -> PoolMemory:
     return PoolMemory(array.ctypes.data, array.nbytes, "cpu", array)
 
@@ -67,10 +99,11 @@ def cuda_pool(nbytes: int, device: str) -> PoolMemory:
     return PoolMemory(tensor.data_ptr(), nbytes, str(tensor.device), tensor)
 
 
-def make_pool(nbytes: int, device: str) -> PoolMemory:
-    """A pool on `device`. Raises ConfigError for a device that no transport knows."""
+def make_pool(nbytes: int, device: str, backing: Path | None = None) -> PoolMemory:
+    """A pool on `device`. Raises ConfigError for a device that no transport knows, and when
+    `backing` cannot be had."""
     if device == "cpu":
-        return cpu_pool(nbytes)
+        return cpu_pool(nbytes) if backing is None else backed_pool(nbytes, backing)
     if device.startswith("cuda"):
         return cuda_pool(nbytes, device)
     raise ConfigError(f"KV pools can be on cpu or cuda:N, not on {device!r}")

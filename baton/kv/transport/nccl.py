@@ -21,6 +21,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,10 +68,10 @@ class NcclTransport:
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._accept, self._host, 0, limit=LINE)
 
-    def allocate(self, nbytes: int, device: str = "cpu") -> PoolMemory:
+    def allocate(self, nbytes: int, device: str = "cpu", backing: Path | None = None) -> PoolMemory:
         if self._memory is not None:
             raise InternalError("a transport has one pool, and this one has it already")
-        self._memory = make_pool(nbytes, device)
+        self._memory = make_pool(nbytes, device, backing)
         self._pool = pool_tensor(self._memory.buffer, self._memory.device)
         return self._memory
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -99,10 +100,10 @@ class NixlTransport:
             ) from error
         self._started = True
 
-    def allocate(self, nbytes: int, device: str = "cpu") -> PoolMemory:
+    def allocate(self, nbytes: int, device: str = "cpu", backing: Path | None = None) -> PoolMemory:
         if self._memory is not None:
             raise InternalError("a transport has one pool, and this one has it already")
-        memory, scratch = make_pool(nbytes, device), cpu_pool(SCRATCH * 2)
+        memory, scratch = make_pool(nbytes, device, backing), cpu_pool(SCRATCH * 2)
         pool_region, scratch_region = _region(memory), _region(scratch)
         self._thread.call(lambda: self._register(pool_region, scratch_region)).result(CLOSE_S * 12)
         self._memory, self._scratch_memory = memory, scratch

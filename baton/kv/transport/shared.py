@@ -16,6 +16,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from baton.errors import InternalError, TransportError
 from baton.kv.transport.base import Copy, PoolMemory, Transfer, Transport
@@ -104,7 +105,7 @@ class TransportView:
     async def start(self) -> None:
         """The owner of the transport has started it."""
 
-    def allocate(self, nbytes: int, device: str = "cpu") -> PoolMemory:
+    def allocate(self, nbytes: int, device: str = "cpu", backing: Path | None = None) -> PoolMemory:
         raise InternalError("the pool of a shared transport is allocated by its owner")
 
     def endpoint(self) -> bytes:

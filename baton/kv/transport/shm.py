@@ -25,7 +25,7 @@ import numpy as np
 
 from baton.errors import InternalError, TransportError
 from baton.kv.transport.base import Copy, PoolMemory
-from baton.kv.transport.memory import Bytes, commit, pool_of, require_cpu
+from baton.kv.transport.memory import Bytes, commit, open_backing, pool_of, require_cpu
 from baton.kv.transport.transfer import (
     PendingTransfer,
     check_copies,
@@ -70,14 +70,17 @@ class ShmTransport:
         threads = max(1, min(4, (os.cpu_count() or 1) // 4))
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=f"shm {self._worker}")
 
-    def allocate(self, nbytes: int, device: str = "cpu") -> PoolMemory:
+    def allocate(self, nbytes: int, device: str = "cpu", backing: Path | None = None) -> PoolMemory:
         require_cpu(self.name, device)
         if self._pool is not None:
             raise InternalError("a transport has one pool, and this one has it already")
-        self._fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._fd, HEADER + nbytes)
-        # A reader's mapping can never be cut short under it.
-        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        if backing is None:
+            self._fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self._fd, HEADER + nbytes)
+            # A reader's mapping can never be cut short under it.
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        else:
+            self._fd = open_backing(backing, HEADER + nbytes)
         area = mmap.mmap(self._fd, HEADER + nbytes)
         commit(area)
         area[:COOKIE] = self._cookie
