@@ -89,6 +89,11 @@ def from_wire(error: WireError) -> BatonError:
     return rebuilt
 
 
+def copy_of(error: BatonError) -> BatonError:
+    """The same error to raise again: raised many times, one would grow a traceback without end."""
+    return from_wire(to_wire(error))
+
+
 def status_of(error: BaseException) -> grpc.StatusCode:
     """The gRPC status that stands for `error`."""
     for cls, status in _STATUS:

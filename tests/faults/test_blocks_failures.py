@@ -551,3 +551,18 @@ async def test_a_late_word_about_a_loan_that_has_ended_is_ignored() -> None:
         await stream.send(Return(2))
         assert await stream.receive() == Returned(2)
         await stream.aclose()
+
+
+@virtual_time
+async def test_a_caller_that_takes_no_answers_is_not_listened_to_for_ever() -> None:
+    async with world() as w:
+        store, worker = await w.side("s"), await w.side("w")
+        stream, _ = await greet(w, store, worker)
+
+        async def ask_for_ever() -> None:
+            for number in range(10**6):
+                await stream.send(Ask(number, key(1)))
+
+        with pytest.raises(TimeoutError):
+            await within(TTL, ask_for_ever())
+        await stream.aclose()

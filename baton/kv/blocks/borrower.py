@@ -33,7 +33,7 @@ from baton.kv.identity import Identity
 from baton.kv.settle import uninterrupted, verdict
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.shared import SharedTransport
-from baton.rpc.errors import from_wire
+from baton.rpc.errors import copy_of, from_wire
 from baton.rpc.services import BlocksDialer
 from baton.types.blocks import (
     Ask,
@@ -164,7 +164,7 @@ class Borrower:
         if pair is None:
             backoff = self._backoffs.get(peer)
             if backoff is not None and asyncio.get_running_loop().time() < backoff.until:
-                raise backoff.error
+                raise copy_of(backoff.error)
             pair = self._pairs[peer] = Pair(peer)
             self._tasks.create_task(self._keep(pair), name=f"blocks stream to {peer.name}")
         return pair

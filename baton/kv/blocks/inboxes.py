@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from baton.errors import BatonError, InvalidRequest
 from baton.kv.blocks.session import Session
+from baton.rpc.errors import copy_of
 from baton.types.blocks import BlocksMessage, RenewLoans
 
 Inbox = asyncio.Queue[BlocksMessage | BatonError]
@@ -29,7 +30,7 @@ class Inboxes:
         """From here on the loan is renewed and its messages are kept. Raises why the stream has
         ended, and InvalidRequest for a number that is in use."""
         if self._failure is not None:
-            raise self._failure
+            raise copy_of(self._failure)
         if number in self._open:
             raise InvalidRequest(f"loan {number} is open already")
         inbox = self._open[number] = Inbox()
@@ -48,7 +49,7 @@ class Inboxes:
         """The stream has ended: everybody hears why, also whoever comes later."""
         self._failure = error
         for inbox in self._open.values():
-            inbox.put_nowait(error)
+            inbox.put_nowait(copy_of(error))
 
     async def renew(self, session: Session) -> None:
         """Until cancelled."""

@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """Who has blocks to lend: a worker's pool, or a store's tiers."""
+    """Who has blocks to lend: a worker's pool, or a store's tiers.
+
+    How many may be lent at a time is up to it: it may yield less than it has.
+    """
 
     def lend(self, loan: LoanId, keys: bytes) -> AsyncGenerator[tuple[int, ...], None]:
         """Yield the blocks of the leading run of `keys` that is there: what can be read at once

@@ -12,7 +12,7 @@ from baton.kv.blocks.options import BlocksOptions
 from baton.kv.blocks.session import Session, dialled
 from baton.kv.identity import Identity
 from baton.kv.transport.shared import SharedTransport
-from baton.rpc.errors import from_wire
+from baton.rpc.errors import copy_of, from_wire
 from baton.rpc.services import BlocksDialer
 from baton.types.blocks import (
     Ask,
@@ -47,7 +47,7 @@ class Pair:
         """When both sides have greeted. Raises what prevented it, or why the stream has ended."""
         await self._ready.wait()
         if self._failure is not None:
-            raise self._failure
+            raise copy_of(self._failure)
         if self._session is None:
             raise InternalError("a stream is ready without a session")
         return self._session

@@ -101,6 +101,7 @@ class _Service:
     async def listen(self) -> None:
         """Until the stream ends: PeerGone. Raises InvalidRequest for what makes no sense."""
         while True:
+            await self._session.room()
             self._handle(await self._session.receive())
             await asyncio.sleep(0)  # a loan has begun before the next message, which may end it
 

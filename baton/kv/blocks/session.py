@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 BlocksStream = Duplex[BlocksMessage, BlocksMessage]
 
-OUTBOX = 1024  # messages; a peer that takes none of them is not listened to either
+OUTBOX = 1024  # messages; a caller that takes none of them is not listened to either
 REFUSE_S = 2.0
 
 
@@ -45,8 +45,12 @@ class Session:
 
     async def receive(self) -> BlocksMessage:
         """Raises PeerGone at the stream's end."""
-        await self._room.wait()
         return await self._stream.receive()
+
+    async def room(self) -> None:
+        """Return when the peer has taken enough of what was said. Only for the serving side, which
+        others make work for: were both sides to wait for it, they might wait for each other."""
+        await self._room.wait()
 
     async def send_all(self) -> None:
         """What was said, until the stream ends or this is cancelled. Owned by `session`."""
@@ -164,7 +168,7 @@ def _check_answer(
     who = peer.name or peer.address
     if isinstance(hello, BlocksRefused):
         raise from_wire(hello.error)
-    if not isinstance(hello, BlocksHello) or hello.lease_ttl_s <= 0:
+    if not isinstance(hello, BlocksHello) or not hello.lease_ttl_s > 0:
         raise TransportError(f"{who} answered a greeting with {hello!r}")
     found = life(hello.name, hello.incarnation)
     if peer.incarnation and found != life(peer.name, peer.incarnation):
@@ -178,7 +182,7 @@ def _check_answer(
 
 def _check_call(hello: BlocksMessage, identity: Identity, transport: Transport) -> BlocksHello:
     """Raises why the dialing side is refused."""
-    if not isinstance(hello, BlocksHello) or hello.lease_ttl_s <= 0:
+    if not isinstance(hello, BlocksHello) or not hello.lease_ttl_s > 0:
         raise InvalidRequest(f"a blocks stream begins with a greeting, not {hello!r}")
     if hello.expected_incarnation not in ("", identity.incarnation):
         raise PeerGone(  # that life has: others may have the blocks
