@@ -39,10 +39,15 @@ def fastest(reached: int) -> int:
     return reached & ~((reached & _every(reached, 0b011)) << 1)
 
 
-def pairs_of(members: int) -> list[tuple[int, Tier]]:
-    """(holder, tier) of each member, in the order of their bits."""
-    bits = _few_bits(members) if members.bit_count() <= _FEW else _many_bits(members)
-    return [(bit // _NUM_TIERS, TIERS[bit % _NUM_TIERS]) for bit in bits]
+def bits_of(members: int) -> list[int]:
+    """Numbers of the bits that are set, ascending."""
+    return _few_bits(members) if members.bit_count() <= _FEW else _many_bits(members)
+
+
+def pair_of(bit: int) -> tuple[int, Tier]:
+    """(holder, tier) that the bit with this number stands for."""
+    holder, tier = divmod(bit, _NUM_TIERS)
+    return holder, TIERS[tier]
 
 
 def _few_bits(members: int) -> list[int]:

@@ -9,17 +9,16 @@ costs at most a block that is computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.hashing import KEY_BYTES
 from baton.types.kv_events import KvEvents, KvSnapshot, Tier
 from conductor.block_index import BlockIndex, Change
-from conductor.holder_sets import fastest, pair_bit, pairs_of
+from conductor.holder_sets import bits_of, fastest, pair_bit, pair_of
 
 _QUEUED_BYTES = 16384  # of keys: what a look-up may have to wait for, about 0.3 ms
-_CROWD = 64  # bits of so many holders, whose matches are worth keeping
-_MAX_CROWDS = 64  # kept, oldest go first
+_CROWD = 64  # so many holders of one prefix: their matches are worth keeping
+_MAX_CROWDS = 64  # prefixes; the oldest goes first
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class PrefixMap:
         self._removed: list[Change] = []
         self._removing: list[_Holder] = []
         self._queued_bytes = 0
-        self._crowds: dict[tuple[int, int], Sequence[Match]] = {}
+        self._crowds: dict[int, dict[int, Match]] = {}  # by blocks, then by bit
 
     @property
     def num_blocks(self) -> int:
@@ -138,26 +137,28 @@ class PrefixMap:
     def holders(self, key: bytes) -> tuple[tuple[str, Tier], ...]:
         """Everybody who has this block, and where."""
         self._flush()
-        return tuple(
-            (self._names[index], tier) for index, tier in pairs_of(self._index.members(key))
-        )
+        pairs = map(pair_of, bits_of(self._index.members(key)))
+        return tuple((self._names[index], tier) for index, tier in pairs)
 
-    def _matches_of(self, reached: int, blocks: int) -> Sequence[Match]:
+    def _matches_of(self, reached: int, blocks: int) -> list[Match]:
         """Those who have exactly so many blocks."""
-        if reached.bit_count() < _CROWD:
-            return self._make_matches(reached, blocks)
-        # A system prompt that everybody has: the same thousand matches for every request.
-        known = self._crowds.get((reached, blocks))
-        if known is None:
-            known = self._make_matches(reached, blocks)
+        bits = bits_of(fastest(reached))
+        if len(bits) < _CROWD:
+            return [self._match(bit, blocks) for bit in bits]
+        # A system prompt that all have: the same thousand matches for every request.
+        made = self._crowds.get(blocks)
+        if made is None:
             if len(self._crowds) == _MAX_CROWDS:
                 del self._crowds[next(iter(self._crowds))]
-            self._crowds[reached, blocks] = known
-        return known
+            made = self._crowds[blocks] = {}
+        for bit in bits:
+            if bit not in made:
+                made[bit] = self._match(bit, blocks)
+        return [made[bit] for bit in bits]
 
-    def _make_matches(self, reached: int, blocks: int) -> Sequence[Match]:
-        names = self._names
-        return [Match(names[index], tier, blocks) for index, tier in pairs_of(fastest(reached))]
+    def _match(self, bit: int, blocks: int) -> Match:
+        index, tier = pair_of(bit)
+        return Match(self._names[index], tier, blocks)
 
     def _queue(self, holder: _Holder, tier: Tier, added: bytes, removed: bytes) -> None:
         if len(added) % KEY_BYTES or len(removed) % KEY_BYTES:

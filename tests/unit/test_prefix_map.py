@@ -315,6 +315,6 @@ def test_too_many_different_sets_of_holders(monkeypatch: pytest.MonkeyPatch) -> 
 @given(st.sets(st.integers(0, 50)))
 def test_sets_of_holders_are_numbers(bits: set[int]) -> None:
     members = sum(1 << bit for bit in bits)
-    assert holder_sets.pairs_of(members) == [
-        (bit // 3, holder_sets.TIERS[bit % 3]) for bit in sorted(bits)
-    ]
+    assert holder_sets.bits_of(members) == sorted(bits)
+    for bit in bits:
+        assert holder_sets.pair_bit(*holder_sets.pair_of(bit)) == 1 << bit

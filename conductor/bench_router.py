@@ -1,0 +1,93 @@
+"""What routing costs, part by part: `python -m conductor.bench_router --json FILE`.
+
+A part is a function from the plan to figures; add one to PARTS.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from baton import __version__
+from baton.cli.bench import JsonFile, write_json
+from conductor import bench_keys, bench_map
+from conductor.bench_figures import Figure, Plan
+
+PARTS: Mapping[str, Callable[[Plan], Iterator[Figure]]] = {
+    "map": bench_map.measure,
+    "ring": bench_keys.measure_ring,
+    "hashing": bench_keys.measure_hashing,
+}
+
+
+def bench_router(
+    workers: Annotated[int, typer.Option(min=1, help="In the pretended cluster.")] = 1000,
+    blocks: Annotated[int, typer.Option(min=1000, help="KV blocks that they hold.")] = 10_000_000,
+    prompt_tokens: Annotated[int, typer.Option(min=2048, help="Of a long prompt.")] = 131_072,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens.")] = 32,
+    seed: Annotated[int, typer.Option(help="Keys and prompts follow from it.")] = 0,
+    parts: Annotated[str, typer.Option(help=f"Some of {','.join(PARTS)}.")] = ",".join(PARTS),
+    json: JsonFile = None,
+) -> None:
+    """Measure the prefix map, the ring and block keys on one core."""
+    plan = Plan(workers, blocks, prompt_tokens, block_size, seed)
+    figures: list[Figure] = []
+    with Console(stderr=True).status("measuring") as status:
+        for part in _chosen(parts):
+            status.update(part)
+            figures += PARTS[part](plan)
+    if json is not None:
+        write_json(_as_json(plan, figures), json)
+    if json != "-":
+        Console().print(_table(plan, figures))
+
+
+def _chosen(parts: str) -> list[str]:
+    names = [name.strip() for name in parts.split(",")]
+    for name in names:
+        if name not in PARTS:
+            raise typer.BadParameter(f"--parts takes some of {', '.join(PARTS)}, not {name!r}")
+    return names
+
+
+def _as_json(plan: Plan, figures: list[Figure]) -> dict[str, Any]:
+    """The figures with what is needed to repeat them."""
+    return {
+        "benchmark": "router",
+        "command": sys.argv[1:],
+        "baton": __version__,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"cpus": os.cpu_count(), "arch": platform.machine(), "os": platform.system()},
+        "plan": asdict(plan),
+        "results": [asdict(figure) for figure in figures],
+    }
+
+
+def _table(plan: Plan, figures: list[Figure]) -> Table:
+    drawn = Table(title=f"Routing, {plan.workers:,} workers, {plan.blocks:,} blocks, one core")
+    drawn.add_column("part")
+    drawn.add_column("what")
+    drawn.add_column("measured", justify="right")
+    drawn.add_column("target or peer")
+    part = ""
+    for figure in figures:
+        if part and figure.part != part:
+            drawn.add_section()
+        shown = figure.part if figure.part != part else ""
+        part = figure.part
+        value = f"{figure.value:,.0f}" if abs(figure.value) >= 100 else f"{figure.value:.3g}"
+        drawn.add_row(shown, figure.name, f"{value} {figure.unit}".strip(), figure.target)
+    return drawn
+
+
+if __name__ == "__main__":
+    typer.run(bench_router)

@@ -1,0 +1,51 @@
+"""`python -m conductor.bench_router` measures a small cluster, to a table and to JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import orjson
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from conductor import bench_keys, bench_map
+from conductor.bench_router import PARTS, bench_router
+
+app = typer.Typer()
+app.command()(bench_router)
+SMALL = ("--workers", "20", "--blocks", "20000", "--prompt-tokens", "4096")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_map, "SINGLE_EVENTS", 10)
+    monkeypatch.setattr(bench_map, "STEADY_EVENTS", 20)
+    monkeypatch.setattr(bench_keys, "GROUPS", 200)
+    monkeypatch.setattr(bench_keys, "ROUNDS", 3)
+
+
+def test_every_part_has_figures(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    result = CliRunner().invoke(app, [*SMALL, "--json", str(target)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "memory per block" in result.stdout
+    report = orjson.loads(target.read_bytes())
+    assert report["plan"]["blocks"] == 20_000
+    figures = {figure["name"]: figure["value"] for figure in report["results"]}
+    assert len({figure["part"] for figure in report["results"]}) == len(PARTS)
+    assert all(value >= 0 for value in figures.values())
+    assert figures["holders in its answer"] == 20
+    assert figures["blocks that found no room"] == 0
+
+
+def test_one_part_alone_to_standard_output() -> None:
+    result = CliRunner().invoke(app, [*SMALL, "--parts", "ring", "--json", "-"])
+    assert result.exit_code == 0, result.output
+    assert {figure["part"] for figure in orjson.loads(result.stdout)["results"]} == {"ring"}
+
+
+def test_an_unknown_part_is_refused() -> None:
+    result = CliRunner().invoke(app, ["--parts", "map,engine"])
+    assert result.exit_code == 2
+    assert "engine" in result.output
