@@ -11,12 +11,11 @@ from enum import IntEnum
 import pytest
 import torch
 
-from baton.native import unavailable
 from baton.native.library import library
 
-needs_native = pytest.mark.skipif(
-    unavailable() is not None, reason=f"no native operations: {unavailable()}"
-)
+needs_native = pytest.mark.usefixtures("native_variant")
+"""Runs a test with each library that this machine can use."""
+
 _GUARD = 64
 
 

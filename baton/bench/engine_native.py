@@ -1,4 +1,4 @@
-"""The ceilings of a CPU by baton's own code, where it can run: AMX products, reading memory."""
+"""The ceilings of a CPU by baton's own code, where it can run: products, reading memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from baton.bench.engine_rate import Rate
 from baton.kv.transport.memory import cpu_pool
-from baton.native import unavailable
+from baton.native import unavailable, variant
 from baton.native.ceilings import matrix_peak, product_rate, read_bandwidth
 
 _MIB = 1 << 20
@@ -15,15 +15,16 @@ _LEAST = 3  # measurements
 
 
 def native_products(threads: int, budget_s: float, quick: bool) -> Iterator[Rate]:
-    """Packed products, and for information what the tile unit does without any memory."""
-    if unavailable():
+    """Packed products, and for information what the units do without any memory."""
+    used = variant()
+    if used is None:
         return
     sizes = ((512, 4096, 4096), (2048, 2048, 2048), (2048, 1024, 1024), (1024, 2048, 8192))
     for rows, out, depth in sizes[2:3] if quick else sizes:
         best = _best(lambda: product_rate(threads, rows, out, depth, 3), budget_s)  # noqa: B023
         yield Rate(f"packed product {rows}x{out}x{depth}", best)
     peak = _best(lambda: matrix_peak(threads), budget_s)
-    yield Rate("AMX from the first-level cache", peak, counts=False)
+    yield Rate(f"{used.title} without memory", peak, counts=False)
 
 
 def native_reads(threads: int, sizes: list[int], budget_s: float) -> Iterator[Rate]:

@@ -91,12 +91,12 @@ def _cpus() -> Finding:
 
 
 def _native() -> Finding:
-    from baton.native import unavailable
+    from baton.native import unavailable, variant
 
-    reason = unavailable()
-    if reason is None:
-        return Verdict.OK, "AMX, C++ (bfloat16 models; others compute through torch)"
-    return Verdict.WARN, f"not used: {reason}; models compute through torch"
+    used = variant()
+    if used is not None:
+        return Verdict.OK, f"{used.title}, C++ (bfloat16 models; others compute through torch)"
+    return Verdict.WARN, f"not used: {unavailable()}; models compute through torch"
 
 
 def _torch() -> Finding:

@@ -33,8 +33,8 @@ def make_runner(
     kernels: str = "auto",
 ) -> NativeRunner | CudaRunner | TorchRunner:
     """A loaded runner; see `TorchRunner` for the arguments. `kernels` is "native" (C++ for CPUs
-    with AMX), a name for `kernels_for`, or "auto": the fastest that can run the model on the
-    device.
+    with AMX or AVX-512 BF16), a name for `kernels_for`, or "auto": the fastest that can run the
+    model on the device.
 
     Raises ModelLoadError, and ConfigError for kernels that cannot run it.
     """

@@ -1,15 +1,18 @@
-"""The shared library behind ctypes: whether it can be used here, and its C interface.
+"""The shared libraries behind ctypes: which can be used here, and their C interface.
 
-Structures and numbers mirror `src/model.h`; `_INTERFACE` is compared with the library's own.
+There are two from the same sources: for AMX, and for AVX-512 BF16 without it. Structures and
+numbers mirror `src/model.h`; `_INTERFACE` is compared with a library's own.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import sys
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
 from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -17,7 +20,26 @@ from pathlib import Path
 from baton.errors import InternalError
 
 _INTERFACE = 2
-_CPU_FLAGS = ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
+VARIABLE = "BATON_NATIVE"
+"""Environment: the name of the only variant to be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One of the libraries: what it computes products with, and the CPU flags that this takes."""
+
+    name: str
+    title: str
+    file: str  # without suffix
+    cpu_flags: tuple[str, ...]
+
+
+VARIANTS = (
+    Variant("amx", "AMX", "_core", ("amx_tile", "amx_bf16", *_AVX512)),
+    Variant("avx512", "AVX-512 BF16", "_core_avx512", _AVX512),
+)
+"""The fastest first."""
 
 
 class Weight(IntEnum):
@@ -120,14 +142,30 @@ _SIGNATURES = {
 
 
 @functools.cache
+def variant() -> Variant | None:
+    """The library that is used here: the first that can be, unless VARIABLE names one."""
+    return next((each for each in _wanted() if why_not(each) is None), None)
+
+
 def unavailable() -> str | None:
     """Why this machine or this installation cannot run the native operations; None if it can."""
+    if variant() is not None:
+        return None
+    wanted = _wanted()
+    if not wanted:
+        names = " or ".join(each.name for each in VARIANTS)
+        return f"{VARIABLE} is {os.environ[VARIABLE]!r}, not {names}"
+    return why_not(wanted[-1])  # the one that takes least
+
+
+def why_not(variant: Variant) -> str | None:
+    """Why a library cannot be used here; None if it can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"only made for Linux on x86-64, and this is {sys.platform} on {platform.machine()}"
-    missing = [flag for flag in _CPU_FLAGS if flag not in _cpu_flags()]
+    missing = [flag for flag in variant.cpu_flags if flag not in _cpu_flags()]
     if missing:
         return f"this CPU lacks {', '.join(missing)}"
-    path = library_path()
+    path = library_path(variant)
     if path is None:
         return "it was not built at installation (that takes a C++20 compiler)"
     try:
@@ -138,22 +176,24 @@ def unavailable() -> str | None:
     if interface != _INTERFACE:
         return f"{path.name} was built from another version: install baton again"
     if not loaded.baton_ready():
-        return "the kernel does not let processes use AMX"
+        return f"the kernel does not let processes use {variant.title}"
     return None
 
 
-def library_path() -> Path | None:
-    """Where the built library lies, if there is one."""
-    paths = (Path(__file__).with_name(f"_core{suffix}") for suffix in EXTENSION_SUFFIXES)
+def library_path(variant: Variant) -> Path | None:
+    """Where a built library lies, if there is one."""
+    here = Path(__file__)
+    paths = (here.with_name(variant.file + suffix) for suffix in EXTENSION_SUFFIXES)
     return next((path for path in paths if path.is_file()), None)
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library. Raises InternalError where it is `unavailable()`."""
-    reason, path = unavailable(), library_path()
-    if reason is not None or path is None:
-        raise InternalError(f"the native operations cannot be used: {reason}")
+    chosen = variant()
+    path = None if chosen is None else library_path(chosen)
+    if path is None:
+        raise InternalError(f"the native operations cannot be used: {unavailable()}")
     loaded = ctypes.CDLL(str(path))
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
@@ -165,6 +205,11 @@ def check(code: int) -> None:
     """Raises InternalError with the library's message when `code` says that a call failed."""
     if code:
         raise InternalError(f"native operation failed: {library().baton_error().decode()}")
+
+
+def _wanted() -> list[Variant]:
+    name = os.environ.get(VARIABLE)
+    return [each for each in VARIANTS if not name or each.name == name]
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from baton.kv.transport.memory import cpu_pool
-from baton.native import unavailable
 from baton.native.ceilings import matrix_peak, product_rate, read_bandwidth
+from tests.native_kit import needs_native
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+pytestmark = needs_native
 
 ANY_CPU = 1e14  # FLOP/s and bytes/s that no two threads reach
 

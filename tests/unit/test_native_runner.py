@@ -18,7 +18,7 @@ from baton.errors import ConfigError, InternalError
 from baton.kernels import dispatch
 from baton.kv.transport.base import PoolMemory
 from baton.model.spec import kv_layout, load_spec
-from baton.native import library, unavailable
+from baton.native import library
 from baton.types.request import SamplingParams
 from baton.worker.config import KERNELS
 from tests.models import make_tiny_model
@@ -162,26 +162,60 @@ def test_the_workers_option_offers_what_there_is() -> None:
     assert ("auto", "native", *dispatch.NAMES) == KERNELS
 
 
-def test_why_the_library_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    flags = frozenset(library._CPU_FLAGS)
-    fresh = unavailable.__wrapped__
+def test_why_a_library_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    amx = library.VARIANTS[0]
+    flags = frozenset(amx.cpu_flags)
     with monkeypatch.context() as patch:
         patch.setattr(library.platform, "machine", lambda: "aarch64")
-        assert "aarch64" in (fresh() or "")
+        assert "aarch64" in (library.why_not(amx) or "")
     if library.sys.platform != "linux" or library.platform.machine() != "x86_64":
         return
     monkeypatch.setattr(library, "_cpu_flags", lambda: flags - {"amx_bf16"})
-    assert fresh() == "this CPU lacks amx_bf16"
+    assert library.why_not(amx) == "this CPU lacks amx_bf16"
     monkeypatch.setattr(library, "_cpu_flags", lambda: flags)
-    monkeypatch.setattr(library, "library_path", lambda: None)
-    assert "C++20 compiler" in (fresh() or "")
+    monkeypatch.setattr(library, "library_path", lambda _: None)
+    assert "C++20 compiler" in (library.why_not(amx) or "")
     broken = tmp_path / "_core.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(library, "library_path", lambda: broken)
-    assert "cannot be loaded" in (fresh() or "")
+    monkeypatch.setattr(library, "library_path", lambda _: broken)
+    assert "cannot be loaded" in (library.why_not(amx) or "")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "named", "used"),
+    [
+        ((), "", "amx"),
+        (("amx",), "", "avx512"),
+        ((), "avx512", "avx512"),
+        (("amx",), "amx", None),
+        (("amx", "avx512"), "", None),
+        ((), "sse", None),
+    ],
+)
+def test_which_library_is_used(
+    lacking: tuple[str, ...], named: str, used: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def why_not(variant: library.Variant) -> str | None:
+        return f"no {variant.name}" if variant.name in lacking else None
+
+    monkeypatch.setattr(library, "why_not", why_not)
+    monkeypatch.setattr(library, "variant", library.variant.__wrapped__)
+    monkeypatch.setenv(library.VARIABLE, named)
+    chosen = library.variant()
+    assert (None if chosen is None else chosen.name) == used
+    if used is None:
+        reason = library.unavailable() or ""
+        assert reason == (
+            f"no {lacking[-1]}" if lacking else "BATON_NATIVE is 'sse', not amx or avx512"
+        )
+    else:
+        assert library.unavailable() is None
 
 
 @needs_native
-def test_a_library_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_another_version_is_not_called(
+    native_variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(library, "_INTERFACE", -1)
-    assert "install baton again" in (unavailable.__wrapped__() or "")
+    (used,) = (each for each in library.VARIANTS if each.name == native_variant)
+    assert "install baton again" in (library.why_not(used) or "")

@@ -22,22 +22,17 @@
 #include "ops.h"
 #include "tile.h"
 
+#ifdef BATON_AVX512
+#include "few_avx512.h"
+#else
+#include "few_amx.h"
+#endif
+
 namespace baton::attend {
 
-constexpr int64_t kFew = 4;
 constexpr int64_t kFewDims = 64;  // dimensions whose sums stay in tiles for a whole part
 // Scores and weights of a part lie where `Part` has the scores of a tile of keys.
 static_assert(kPart * kFew * 3 / 2 <= 2 * kKeys * kLanes);
-
-// Tiles 0 to 3: scores; 4 and 5: K; 6: queries.
-constexpr TileConfig few_scores() {
-  TileConfig config = tile_config({16, 16, 16, 16, 16, 16, 16, 16});
-  for (int tile : {0, 1, 2, 3, 6}) config.row_bytes[tile] = kFew * 4;
-  return config;
-}
-constexpr TileConfig kFewScores = few_scores();
-// Tiles 0 to 3: sums of 16 dimensions each; 4 and 5: V; 6: weights.
-constexpr TileConfig kFewValues = tile_config({kFew, kFew, kFew, kFew, 16, 16, kFew, 16});
 
 // Lanes that are 4 apart, which belong to one column, combined by `combine` and in all of them.
 template <typename Combine>
@@ -80,23 +75,10 @@ class FewPart {
     const auto begin = [&]<int Slot>(int64_t step) {
       const bf16* halves[2];
       find_rows(0, origin_ + step * kStep, halves);
-      clear_pair<Slot>();
-      for (int64_t d = 0; d < dim_; d += 32) {
-        multiply_pair<Slot>(halves[0] + d, halves[1] + d, dim_ * 2,
-                            columns_.queries + d * kLanes, 64);
-      }
+      begin_few<Slot>(halves, dim_, columns_.queries, scores_of(step));
       work_.ahead->fetch();
     };
-    const auto end = [&]<int Slot>(int64_t step) {
-      float* to = scores_of(step);
-      if constexpr (Slot == 0) {
-        _tile_stored(0, to, kFew * 4);
-        _tile_stored(1, to + 16 * kFew, kFew * 4);
-      } else {
-        _tile_stored(2, to, kFew * 4);
-        _tile_stored(3, to + 16 * kFew, kFew * 4);
-      }
-    };
+    const auto end = [&]<int Slot>(int64_t step) { end_few<Slot>(scores_of(step)); };
     alternate(steps_, begin, end);
   }
 
@@ -220,67 +202,44 @@ class FewPart {
     }
   }
 
+  // Room for the interleaved values of this step and the next.
   template <int N>
-  void store_sums(float* to) const {
-    _tile_stored(0, to, 64);
-    _tile_stored(1, to + kFew * 16, 64);
-    if constexpr (N == 4) {
-      _tile_stored(2, to + 2 * kFew * 16, 64);
-      _tile_stored(3, to + 3 * kFew * 16, 64);
-    }
+  bf16* values(int64_t step) const {
+    return work_.values + step % 2 * N * kTile;
   }
 
+  // Adds a step's product.
   template <int N>
-  void scale_sums(const float* factors) const {
-    float* sums = staging();
-    store_sums<N>(sums);
-    for (int i = 0; i < N * kFew; ++i) {
-      float* row = sums + i * 16;
-      const __m512 factor = _mm512_set1_ps(factors[i % kFew]);
-      _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), factor));
+  void add_step(int64_t step, int64_t d, FewSums<N>& sums) const {
+    const bf16* weights = weights_ + step * kFew * kStep;
+    if constexpr (FewSums<N>::kDirect) {
+      const int64_t at = origin_ + step * kStep;
+      if (at >= range_.begin && at + kStep <= range_.end) {
+        const bf16* rows[2];
+        find_rows(1, at, rows);
+        const bf16* const halves[2] = {rows[0] + d, rows[1] + d};
+        return sums.add_rows(weights, halves, dim_);
+      }
+      interleave<N>(step, d, values<N>(step));
+    } else {
+      if (step + 1 < steps_) interleave<N>(step + 1, d, values<N>(step + 1));
     }
-    settle();
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + kFew * 16, 64);
-    if constexpr (N == 4) {
-      _tile_loadd(2, sums + 2 * kFew * 16, 64);
-      _tile_loadd(3, sums + 3 * kFew * 16, 64);
-    }
-  }
-
-  template <int N>
-  void multiply(int64_t step, const bf16* values) const {
-    settle();
-    _tile_loadd(6, weights_ + step * kFew * kStep, 64);
-    _tile_loadd(4, values, 64);
-    _tile_dpbf16ps(0, 6, 4);
-    _tile_loadd(5, values + kTile, 64);
-    _tile_dpbf16ps(1, 6, 5);
-    if constexpr (N == 4) {
-      _tile_loadd(4, values + 2 * kTile, 64);
-      _tile_dpbf16ps(2, 6, 4);
-      _tile_loadd(5, values + 3 * kTile, 64);
-      _tile_dpbf16ps(3, 6, 5);
-    }
+    sums.add(weights, values<N>(step));
   }
 
   // The product of the weights and V's dimensions [d, d + 16 * N), into the state.
   template <int N>
   void add_values(int64_t d) const {
-    clear_pair<0>();
-    clear_pair<1>();
-    // A step ahead of the products: they would wait for what was just stored.
-    const auto values = [&](int64_t step) { return work_.values + step % 2 * N * kTile; };
-    interleave<N>(0, d, values(0));
+    FewSums<N> products;
+    if constexpr (!FewSums<N>::kDirect) interleave<N>(0, d, values<N>(0));
     for (int64_t first = 0, tile = 0; first < steps_; first = tile_end(first), ++tile) {
-      if (raised_[tile]) scale_sums<N>(factors_[tile]);
+      if (raised_[tile]) products.scale(factors_[tile], staging());
       for (int64_t step = first; step < tile_end(first); ++step) {
         work_.ahead->fetch();
-        if (step + 1 < steps_) interleave<N>(step + 1, d, values(step + 1));
-        multiply<N>(step, values(step));
+        add_step<N>(step, d, products);
       }
     }
-    store_sums<N>(staging());
+    products.store(staging());
     for (int n = 0; n < N; ++n) {
       const float* sums = staging() + n * kFew * 16;
       float* out = state_.out + (d + n / 2 * 32 + n % 2 * 4) * kLanes;

@@ -198,7 +198,7 @@ class Part {
     const auto begin = [&]<int Slot>(int64_t i) { multiply_keys<Slot>(i % Groups, i / Groups); };
     const auto end = [&]<int Slot>(int64_t i) {
       const int64_t group = i % Groups, step = i / Groups;
-      store_pair<Slot>(scores_of(group, step));
+      end_pair<Slot>(scores_of(group, step));
       find_maximum(group, step);
     };
     alternate(steps_ * Groups, begin, end);
@@ -212,10 +212,8 @@ class Part {
     const bf16* upper = source_.row(0, at + 16 > range_.begin ? at : at + 16);
     const bf16* lower = source_.row(0, at + 16 < range_.end ? at + 16 : at);
     const bf16* queries = columns_[group].queries;
-    clear_pair<Slot>();
-    for (int64_t d = 0; d < dim_; d += 32) {
-      multiply_pair<Slot>(upper + d, lower + d, dim_ * 2, queries + d * kLanes, 64);
-    }
+    begin_pair<Slot>({upper, lower, dim_ * 2, 32, queries, dim_ / 32}, true,
+                     scores_of(group, step));
   }
 
   void find_maximum(int64_t group, int64_t step) {
@@ -265,15 +263,11 @@ class Part {
     const auto begin = [&]<int Slot>(int64_t i) {
       const bf16* upper = values + i / Groups * 32 * kPart;
       const bf16* lower = upper + 16 * kPart;
-      const float* weights = scores_of(i % Groups, 0);
-      fresh_ ? clear_pair<Slot>() : load_pair<Slot>(out_of(i));
-      for (int64_t step = 0; step < steps_; ++step) {
-        multiply_pair<Slot>(upper + step * kTile, lower + step * kTile, 64,
-                            weights + step * kTile / 2, 64);
-      }
+      const auto* weights = reinterpret_cast<const bf16*>(scores_of(i % Groups, 0));
+      begin_pair<Slot>({upper, lower, 64, kTile, weights, steps_}, fresh_, out_of(i));
     };
     alternate(dim_ / 32 * Groups, begin,
-              [&]<int Slot>(int64_t i) { store_pair<Slot>(out_of(i)); });
+              [&]<int Slot>(int64_t i) { end_pair<Slot>(out_of(i)); });
   }
 
   const Head& source_;

@@ -14,6 +14,7 @@ constexpr int64_t kPart = 512;  // keys of a part; a multiple of kKeys
 constexpr int64_t kKeys = 128;  // keys of a tile: what is scored, then weighed, then multiplied
 constexpr int64_t kStep = 32;   // keys of a step: the depth of one product with V
 constexpr int64_t kLanes = 16;  // columns of a group
+constexpr int64_t kFew = 4;     // columns that attention_few.h is for
 constexpr int64_t kTile = 512;  // bfloat16 values of a tile
 
 // K and V of one KV head of one sequence.

@@ -55,59 +55,6 @@ inline void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Products come in pairs of tiles, in one of two slots (tiles 0, 1 and 2, 3). While the tiles of
-// one slot fill, those of the other are stored: a store waits for its product, and nothing behind
-// it would start.
-template <int Slot>
-inline void clear_pair() {
-  if constexpr (Slot == 0) {
-    _tile_zero(0);
-    _tile_zero(1);
-  } else {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-}
-
-// [32, 16] float32.
-template <int Slot>
-inline void load_pair(const float* from) {
-  if constexpr (Slot == 0) {
-    _tile_loadd(0, from, 64);
-    _tile_loadd(1, from + 256, 64);
-  } else {
-    _tile_loadd(2, from, 64);
-    _tile_loadd(3, from + 256, 64);
-  }
-}
-
-template <int Slot>
-inline void multiply_pair(const bf16* upper, const bf16* lower, int64_t stride, const void* right,
-                          int64_t right_stride) {
-  _tile_loadd(6, right, right_stride);
-  _tile_loadd(4, upper, stride);
-  _tile_loadd(5, lower, stride);
-  if constexpr (Slot == 0) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-  } else {
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_dpbf16ps(3, 5, 6);
-  }
-}
-
-// [32, 16] float32.
-template <int Slot>
-inline void store_pair(float* to) {
-  if constexpr (Slot == 0) {
-    _tile_stored(0, to, 64);
-    _tile_stored(1, to + 256, 64);
-  } else {
-    _tile_stored(2, to, 64);
-    _tile_stored(3, to + 256, 64);
-  }
-}
-
 // Calls begin<slot>(i) and, after the next has begun, end<slot>(i) for i in [0, count).
 template <typename Begin, typename End>
 inline void alternate(int64_t count, Begin&& begin, End&& end) {

@@ -25,23 +25,6 @@ double time_together(Member& member, Work&& work) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// Four tile products per step on operands of 8 KiB, two tiles of each side as in gemm.cpp.
-void multiply_tiles(const bf16* left, const bf16* right, int64_t steps) {
-  constexpr int64_t kTile = kTileRows * kTileDepth;
-  constexpr int64_t kLine = 64;
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t at = step % 2 * 2 * kTile;
-    _tile_loadd(4, left + at, kLine);
-    _tile_loadd(6, right + at, kLine);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + at + kTile, kLine);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, left + at + kTile, kLine);
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_dpbf16ps(2, 5, 6);
-  }
-}
-
 // Reads all of [data, data + bytes), bytes a multiple of 256; the result depends on all of it.
 __m512i read_all(const uint8_t* data, int64_t bytes) {
   constexpr int64_t kLead = 1024;
@@ -61,7 +44,7 @@ double matrix_peak(Member& member, int64_t steps) {
   static constexpr TileConfig kFull = tile_config({16, 16, 16, 16, 16, 16, 16, 16});
   alignas(64) static constexpr bf16 kZeros[4 * kTileRows * kTileDepth] = {};
   const Tiles tiles(kFull);
-  const double seconds = time_together(member, [&] { multiply_tiles(kZeros, kZeros, steps); });
+  const double seconds = time_together(member, [&] { multiply_repeatedly(kZeros, kZeros, steps); });
   constexpr double kStepFlop = 2.0 * 2 * kTileRows * 2 * kTileRows * kTileDepth;
   return kStepFlop * static_cast<double>(steps) * member.size() / seconds;
 }

@@ -17,11 +17,16 @@
 // Sums of a row are taken in order of depth whatever the blocks: AMX adds in one order, and storing
 // and loading float32 sums does not change them.
 #include <algorithm>
-#include <array>
 
 #include "finish.h"
 #include "ops.h"
 #include "tile.h"
+
+#ifdef BATON_AVX512
+#include "gemm_avx512.h"
+#else
+#include "gemm_amx.h"
+#endif
 
 namespace baton {
 namespace {
@@ -34,27 +39,9 @@ constexpr int64_t kStepBytes = 2 * kTile * sizeof(bf16);  // of weights in one s
 constexpr int64_t kStepLines = kStepBytes / kLine;
 constexpr int64_t kTurns = 4;  // of fetching weights, per step
 
-// Found by measuring, with 48 KiB of first-level and 2 MiB of second-level cache per core.
-constexpr int64_t kSlabSteps = 16;           // 32 KiB of weights
-constexpr int64_t kMaxStrip = 16;            // blocks
-constexpr int64_t kStripBytes = 1100 << 10;  // of left operand in a strip
-constexpr int64_t kLead = kStepBytes / 2;    // from what is read to what is fetched, few blocks
 constexpr int64_t kFewBlocks = 4;
-constexpr int64_t kFarBytes = 2 << 20;       // a larger result is stored past the caches
-constexpr int64_t kJobBytes = 64 << 10;      // of weights taken at once
-
-// Tiles: 0 1 / 2 3 the sums, 4 and 5 the left operand, 6 and 7 the weights.
-constexpr TileConfig short_tiles(int64_t rows) {
-  const auto upper = static_cast<uint8_t>(std::min<int64_t>(rows, 16));
-  const auto lower = static_cast<uint8_t>(std::clamp<int64_t>(rows - 16, 1, 16));
-  return tile_config({upper, upper, lower, lower, upper, lower, 16, 16});
-}
-
-constexpr auto kConfigs = [] {
-  std::array<TileConfig, kBlockRows> configs;
-  for (int64_t rows = 1; rows <= kBlockRows; ++rows) configs[rows - 1] = short_tiles(rows);
-  return configs;
-}();
+constexpr int64_t kFarBytes = 2 << 20;  // a larger result is stored past the caches
+constexpr int64_t kJobBytes = 64 << 10;  // of weights taken at once
 
 // How a product is divided: into jobs of some panels of one strip.
 struct Plan {
@@ -122,24 +109,6 @@ class Ahead {
   int64_t lines_ = 0, per_turn_ = 0;
 };
 
-template <bool kStream>
-void load_upper(const bf16* tile) {
-  if constexpr (kStream) {
-    _tile_stream_loadd(4, tile, kLine);
-  } else {
-    _tile_loadd(4, tile, kLine);
-  }
-}
-
-template <bool kStream>
-void load_lower(const bf16* tile) {
-  if constexpr (kStream) {
-    _tile_stream_loadd(5, tile, kLine);
-  } else {
-    _tile_loadd(5, tile, kLine);
-  }
-}
-
 // One member's part of a product.
 template <typename Finish>
 class Worker {
@@ -152,7 +121,7 @@ class Worker {
     const bool alone = plan_.strip == 1;
     ahead_.begin(panel(plan_.first_panel(job)), panel(plan_.end_panel(job)),
                  after < plan_.jobs ? panel(plan_.first_panel(after)) : nullptr,
-                 plan_.strip <= kFewBlocks ? kLead : kSlabSteps * kStepBytes);
+                 plan_.strip <= kFewBlocks ? kLeadBytes : kSlabSteps * kStepBytes);
     for (int64_t p = plan_.first_panel(job); p < plan_.end_panel(job); ++p) {
       alone ? stream(p) : strip(p, plan_.first_block(job), plan_.end_block(job));
     }
@@ -201,67 +170,19 @@ class Worker {
   void block(int64_t p, int64_t b, int64_t k, int64_t end, float* sums) {
     const int64_t first_row = b * kBlockRows;
     const Waiting block{sums, p, first_row, std::min(kBlockRows, plan_.rows - first_row), 0};
-    block.rows > kTileRows ? add<2, kStreamLeft>(p, b, k, end, sums)
-                           : add<1, kStreamLeft>(p, b, k, end, sums);
+    block.rows > kTileRows ? add<2, kStreamLeft>(p, b, k, end, block.rows, sums)
+                           : add<1, kStreamLeft>(p, b, k, end, block.rows, sums);
     if (end == plan_.depth) waiting_ = block;
   }
 
   template <int kTiles, bool kStreamLeft>
-  void add(int64_t p, int64_t b, int64_t k, int64_t end, float* sums) {
+  void add(int64_t p, int64_t b, int64_t k, int64_t end, int64_t rows, float* sums) {
     const bf16* upper = a_ + (2 * b * plan_.depth + k) * kTile;
     const bf16* lower = upper + plan_.depth * kTile;
     const bf16* weights = panel(p) + k * 2 * kTile;
-    const int64_t rows_each = (kBlockRows + end - k - 1) / (end - k);
-    begin<kTiles>(k == 0, sums);
-    for (; k < end; ++k, upper += kTile, lower += kTile, weights += 2 * kTile) {
-      ahead_.turn();
-      load_upper<kStreamLeft>(upper);
-      _tile_loadd(6, weights, kLine);
-      _tile_dpbf16ps(0, 4, 6);
-      ahead_.turn();
-      _tile_loadd(7, weights + kTile, kLine);
-      _tile_dpbf16ps(1, 4, 7);
-      ahead_.turn();
-      if constexpr (kTiles == 2) {
-        load_lower<kStreamLeft>(lower);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_dpbf16ps(2, 5, 6);
-      }
-      ahead_.turn();
-      finish_rows(rows_each);
-    }
-    store<kTiles>(sums);
-  }
-
-  template <int kTiles>
-  static void begin(bool zero, const float* sums) {
-    constexpr int64_t kStride = kPanelColumns * sizeof(float);
-    if (zero) {
-      _tile_zero(0);
-      _tile_zero(1);
-      if constexpr (kTiles == 2) {
-        _tile_zero(2);
-        _tile_zero(3);
-      }
-    } else {
-      _tile_stream_loadd(0, sums, kStride);
-      _tile_stream_loadd(1, sums + 16, kStride);
-      if constexpr (kTiles == 2) {
-        _tile_stream_loadd(2, sums + kBlock / 2, kStride);
-        _tile_stream_loadd(3, sums + kBlock / 2 + 16, kStride);
-      }
-    }
-  }
-
-  template <int kTiles>
-  static void store(float* sums) {
-    constexpr int64_t kStride = kPanelColumns * sizeof(float);
-    _tile_stored(0, sums, kStride);
-    _tile_stored(1, sums + 16, kStride);
-    if constexpr (kTiles == 2) {
-      _tile_stored(2, sums + kBlock / 2, kStride);
-      _tile_stored(3, sums + kBlock / 2 + 16, kStride);
-    }
+    add_to_block<kTiles, kStreamLeft>(
+        upper, lower, weights, end - k, rows, k == 0, sums, [&] { ahead_.turn(); },
+        [&](int64_t count) { finish_rows(count); });
   }
 
   const Plan& plan_;
@@ -276,7 +197,7 @@ class Worker {
 template <typename Finish>
 void product(Member& member, const bf16* a, int64_t rows, const Packed& w, const Finish& finish) {
   const Plan plan(member.size(), rows, w);
-  const Tiles tiles(kConfigs[std::min(rows, kBlockRows) - 1]);
+  const Tiles tiles(kBlockTiles[std::min(rows, kBlockRows) - 1]);
   Worker<Finish> worker(plan, a, w, finish);
   member.for_each_ahead(plan.jobs, [&](int64_t job, int64_t after) { worker.run(job, after); });
 }
