@@ -33,7 +33,8 @@ _LEAST_SPLITS = 64
 _SPLIT_ROWS = 1024  # at once at most: temporary arrays stay in the cache
 _FIRST_ROWS = 16
 _MAX_ROUNDS = 40  # of an insertion; 5 keys per row on average are hardly ever 20 in one
-_OVERFLOW_SHARE = 4  # one overflow row for so many rows; random keys need one for ten
+_OVERFLOW_SHARE = 4  # overflow rows, one for so many others
+_OVERFLOW_RARE = 8  # random keys, just inserted, need an overflow row for about 14
 _ROW_BYTES = SLOTS * (KEY_BYTES + 4) + 4
 _ONE = np.uint64(1)
 
@@ -70,6 +71,7 @@ class KeyTable:
         self._split = 0  # rows of this round that have been split
         self._overflow_end = rows
         self._overflow_free: list[int] = []
+        self._compacted = 0  # rows, of this turn over the table
         self.used = 0  # keys
 
     @property
@@ -105,6 +107,7 @@ class KeyTable:
         (which takes chance or chosen keys: a row and its overflow hold a few hundred at most).
         """
         self._grow(low.size)
+        self._compact(low.size)
         went_in = self._insert(low, high, values, _MAX_ROUNDS)
         self.used += int(np.count_nonzero(went_in))
         return went_in
@@ -220,10 +223,26 @@ class KeyTable:
         np.copyto(low, 0, where=moves)
         overflowed = begin + np.flatnonzero(self._next[old])
         self._split += count
-        if overflowed.size:
-            low, high, moved = self._take_overflow(overflowed)
+        self._insert_overflow_again(overflowed)
+
+    def _compact(self, keys: int) -> None:
+        """Give back overflow rows that are no longer needed, a few for so many insertions.
+
+        Rows keep their overflow when it empties; in the long run every row has been full once.
+        """
+        in_use = self._overflow_end - self._max_rows - len(self._overflow_free)
+        rows = self._level + self._split
+        if in_use * _OVERFLOW_RARE > rows:
+            begin = self._compacted if self._compacted < rows else 0
+            self._compacted = begin + keys // 2 + 1
+            heads = begin + np.flatnonzero(self._next[begin : min(self._compacted, rows)])
+            self._insert_overflow_again(heads)
+
+    def _insert_overflow_again(self, heads: Positions) -> None:
+        if heads.size:
+            low, high, values = self._take_overflow(heads)
             # All find room: the rows that were freed are enough.
-            self._insert(low, high, moved, rounds=1 << 62)
+            self._insert(low, high, values, rounds=1 << 62)
 
     def _take_overflow(self, heads: Positions) -> tuple[U64, U64, U32]:
         """Free the overflow rows of these rows; returns the keys that were in them."""

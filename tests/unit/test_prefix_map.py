@@ -265,6 +265,26 @@ def test_it_grows_and_still_knows_everything() -> None:
     assert view.num_blocks == 1
 
 
+def test_a_map_whose_blocks_change_for_long_stays_as_it_is() -> None:
+    view = one_holder(2500)
+    number = 0
+    sizes = []
+    for begin in range(0, 100_000, 500):
+        number += 1
+        view.apply("a", KvEvents(number, Tier.GPU, keys(range(begin, begin + 500))))
+        assert view.dropped == 0
+        number += 1
+        view.apply(
+            "a",
+            KvEvents(
+                number, Tier.GPU, b"", keys(range(max(begin - 2000, 0), max(begin - 1500, 0)))
+            ),
+        )
+        sizes.append(view.memory_bytes)
+    assert view.num_blocks == view.num_entries == 2000
+    assert max(sizes) < 2 * sizes[5]
+
+
 def test_keys_that_all_want_the_same_place_are_bounded_not_lost_track_of() -> None:
     """Who can choose keys can fill a row; that row's overflow ends somewhere."""
     view = one_holder(4000)
