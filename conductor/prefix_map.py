@@ -46,7 +46,9 @@ class PrefixMap:
     forgets the block for all its holders. The holder does not learn of it; its next snapshot tries
     again.
 
-    Messages are queued and applied together, at the latest when somebody looks.
+    Messages are queued and applied together, at the latest when somebody looks. Additions go first,
+    so that removals of the same batch make no room yet: let `max_blocks` be a tenth more than all
+    holders have room for.
     """
 
     def __init__(self, max_blocks: int) -> None:
