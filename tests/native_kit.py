@@ -37,6 +37,7 @@ class CSpan(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("first_row", "queries", "start")),
         ("blocks", c_void_p),
+        ("shared", c_int64),  # set by the library
     )
 
 

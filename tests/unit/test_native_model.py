@@ -126,6 +126,19 @@ def test_a_prefix_can_be_read_in_the_step_that_computes_it(own: int, qwen3: Path
     assert torch.equal(rows[1], NativeDecoder(qwen3, 16).logits([alone])[0])
 
 
+def test_sequences_that_share_blocks_keep_their_rows_and_bits(qwen3: Path) -> None:
+    """Decodes behind one prefix, with a stranger between them."""
+    decoder = NativeDecoder(qwen3, 16)
+    shared = tuple(range(34))
+    decoder.logits([BatchItem(0, tuple(prompt(544)), 0, shared, request())])
+    items = [BatchItem(n, (10 + n,), 544, (*shared, 40 + n), request()) for n in range(6)]
+    items.insert(2, BatchItem(6, (16,), 0, (50,), request()))
+    together = decoder.logits(items)
+    alone = torch.cat([decoder.logits([item]) for item in items])
+    assert bool(alone.isfinite().all())
+    assert torch.equal(together, alone)
+
+
 def test_layers_are_announced_when_they_are_written(qwen3: Path) -> None:
     decoder = NativeDecoder(qwen3, 16)
     chunk = BatchItem(0, tuple(prompt(20)), 0, (5, 2), None)

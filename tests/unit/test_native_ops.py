@@ -209,3 +209,42 @@ def test_a_query_attends_alike_in_every_chunk_and_batch(window: int, length: int
     for first, last in ((0, 1), (length - 1, length), (5, 38), (17, 33), (length - 20, length)):
         assert torch.equal(attend(first, last), whole[first:last])
         assert torch.equal(attend(first, last, (1, 69, other), (9, 3, other)), whole[first:last])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group", "block_size"),
+    [(128, 2, 32), (64, 4, 16), (32, 8, 48), (256, 1, 16), (64, 7, 32)],
+)
+@pytest.mark.parametrize("window", [0, 600])
+def test_spans_that_share_blocks_attend_as_they_do_alone(
+    head_dim: int, group: int, block_size: int, window: int
+) -> None:
+    """A prefix in full and partial parts, a longer one that begins with it, and strangers between
+    them, with one query or more."""
+    generator = torch.Generator().manual_seed(head_dim)
+    kv_heads, num_blocks = 2, 400
+    shape = (num_blocks, 1, 2, kv_heads, block_size, head_dim)
+    kv = torch.randn(shape, generator=generator).bfloat16()
+
+    def blocks(tokens: int) -> torch.Tensor:
+        count = -(-tokens // block_size)
+        return torch.randint(num_blocks, (count,), generator=generator, dtype=torch.int32)
+
+    common = blocks(1100)
+    longer = torch.cat([common, blocks(1300)])
+    spans = []
+    for index in range(14):
+        prefix = (common, longer, blocks(16), longer[: 520 // block_size])[index % 4]
+        own = (1, 90, 700)[index % 3]
+        queries = (1, 1, 2, 1, 1, 30)[index % 6]
+        start = len(prefix) * block_size + own - queries
+        spans.append((queries, max(start, 0), torch.cat([prefix, blocks(own + queries)])))
+    first = [sum(queries for queries, _, _ in spans[:index]) for index in range(len(spans))]
+    rows = first[-1] + spans[-1][0]
+    q = torch.randn(rows, kv_heads * group, head_dim, generator=generator).bfloat16()
+    together = [native.attention(q, kv, 0, spans, 0.2, window, threads) for threads in (1, 2, 3)]
+    for at, span in zip(first, spans, strict=True):
+        own_rows = slice(at, at + span[0])
+        alone = native.attention(q[own_rows].contiguous(), kv, 0, [span], 0.2, window)
+        assert bool(alone.isfinite().all())
+        assert all(torch.equal(result[own_rows], alone) for result in together)

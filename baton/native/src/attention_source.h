@@ -35,6 +35,8 @@ struct Head {
 struct Range {
   int64_t begin, end;
 
+  int64_t length() const { return end - begin; }
+
   // The positions that are in the same part, or tile, as `position`.
   Range within(int64_t position, int64_t size) const {
     const int64_t first = position / size * size;

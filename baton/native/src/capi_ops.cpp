@@ -109,11 +109,12 @@ void baton_op_rope_and_write(int32_t threads, bf16* qkv, int64_t rows, int64_t s
   });
 }
 
-// q and result [rows, heads * head_dim].
+// q and result [rows, heads * head_dim]. Orders the spans.
 void baton_op_attention(int32_t threads, const Pool* pool, int64_t layer,
-                        const AttentionShape* shape, const Span* spans, int64_t num_spans,
+                        const AttentionShape* shape, Span* spans, int64_t num_spans,
                         const bf16* q, int64_t rows, bf16* result) {
   Team team(threads, {});
+  order_spans(spans, num_spans, pool->block_size);
   const int64_t width = shape->heads * pool->head_dim;
   const Panels out(rows, width);
   Memory scratch(attention_scratch(pool->kv_heads, pool->head_dim, threads) + 64);

@@ -165,6 +165,7 @@ void Model::plan(const Batch& batch, const PoolView& pool) {
     refuse("the sequences have " + std::to_string(rows_) + " tokens, not " +
            std::to_string(batch.rows));
   }
+  order_spans(spans_.data(), static_cast<int64_t>(spans_.size()), pool.block_size);
 }
 
 void Model::add_span(const Span& span, int64_t table_size, const PoolView& pool) {

@@ -86,7 +86,12 @@ struct Pool {
 struct Span {
   int64_t first_row, queries, start;
   const int32_t* blocks;
+  int64_t shared = 0;  // leading positions in the same blocks as those of the span before
 };
+
+// Puts spans of as many queries whose tables begin alike next to each other, and sets `shared`.
+// Other spans keep their order. Every span has a block.
+void order_spans(Span* spans, int64_t num_spans, int64_t block_size);
 
 struct AttentionShape {
   int64_t heads;
@@ -94,7 +99,7 @@ struct AttentionShape {
   int64_t window;  // a query sees itself and the window - 1 tokens before it; 0: all before it
 };
 
-// Causal attention of every span. `q` is row-major [rows, heads * head_dim] with `stride` values
+// Causal attention of every span; spans are as `order_spans` leaves them. `q` is row-major [rows, heads * head_dim] with `stride` values
 // per row; `out_panels` has depth heads * head_dim (a multiple of 32). head_dim is a multiple of
 // 32, at most 256; block_size a multiple of 16; `scale` is positive. Of a span's blocks only those
 // with a visible position are read. `scratch` is one memory for the whole team, of
