@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -60,7 +61,8 @@ class InlineThreads:
         try:
             await asyncio.sleep(self.delay)
         except asyncio.CancelledError:
-            call(*args, **kwargs)  # a thread is not stopped
+            with contextlib.suppress(OSError):
+                call(*args, **kwargs)  # a thread is not stopped
             raise
         return call(*args, **kwargs)
 
