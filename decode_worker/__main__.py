@@ -26,8 +26,8 @@ def main() -> None:
     # torch takes seconds to import: after the cheap ways to fail, and under the parent's watch.
     from baton.rpc.grpc_client import GrpcBlocksDialer, GrpcHandoffDialer
     from baton.worker.build import WorkerParts
-    from baton.worker.process import cluster_token
     from baton.worker.process import main as run
+    from baton.worker.serving import cluster_token
     from decode_worker.service import DecodeService
 
     def make(parts: WorkerParts) -> DecodeService:

@@ -28,7 +28,8 @@ from baton.kv.transport.shared import SharedTransport
 from baton.model.hub import resolve_model
 from baton.model.spec import ModelSpec, choose_dtype, kv_layout, load_spec
 from baton.types.fleet import KvLayout, Role, WorkerInfo
-from baton.worker.config import WorkerConfig, reachable_address
+from baton.worker.address import reachable_address
+from baton.worker.config import WorkerConfig
 from baton.worker.memory import (
     GPU_WORKSPACE_BYTES,
     Room,

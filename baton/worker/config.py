@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 
 from baton.config import option
 from baton.cpus import parse_cpus
 from baton.errors import ConfigError
 from baton.telemetry import LEVELS
+from baton.worker.address import is_address
 
 KERNELS = ("auto", "native", "reference", "triton", "flash")
 """See `baton.engine.make_runner`."""
@@ -65,27 +65,11 @@ class WorkerConfig:
             _require(getattr(self, name) >= 0, name, "at least 0")
         _require(0 < self.memory_share <= 1, "memory_share", "more than 0 and at most 1")
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
-        _require(_is_address(self.listen), "listen", "host:port")
+        _require(is_address(self.listen), "listen", "host:port")
         if self.cpus:
             parse_cpus(self.cpus)
         for name in ("conductor", "store"):
-            _require(not getattr(self, name) or _is_address(getattr(self, name)), name, "host:port")
-
-
-def reachable_address(advertise: str, bound: str) -> str:
-    """What others dial: `advertise` (with the bound port if it has none), else what was bound,
-    with this host's name in place of "every interface"."""
-    host, _, port = bound.rpartition(":")
-    if advertise:
-        return advertise if _is_address(advertise) else f"{advertise}:{port}"
-    if host in ("0.0.0.0", "[::]"):
-        return f"{socket.getfqdn()}:{port}"
-    return bound
-
-
-def _is_address(text: str) -> bool:
-    host, colon, port = text.rpartition(":")
-    return bool(host and colon) and port.isdecimal() and int(port) < 65536
+            _require(not getattr(self, name) or is_address(getattr(self, name)), name, "host:port")
 
 
 def _require(holds: bool, name: str, what: str) -> None:

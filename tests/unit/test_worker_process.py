@@ -15,11 +15,12 @@ import torch
 from baton.config import parse_config
 from baton.errors import ConfigError
 from baton.types.fleet import KvLayout, Role
+from baton.worker.address import reachable_address
 from baton.worker.build import (
     choose_device,
     worker_name,
 )
-from baton.worker.config import WorkerConfig, reachable_address
+from baton.worker.config import WorkerConfig
 from baton.worker.lifecycle import StopSignals
 
 LAYOUT = KvLayout("ab", "float32", 2, 2, 16, 32)  # 16 KiB a block

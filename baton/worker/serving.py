@@ -1,0 +1,155 @@
+"""A registered process from its first to its last moment: workers and stores alike. No torch.
+
+    listen -> register -> serve      SIGTERM -> stop accepting -> drain -> cancel -> close
+
+Every phase after the signal has a deadline; a second signal skips the draining.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from baton.errors import BatonError, ConfigError, WorkerLost
+from baton.rpc.grpc_client import GrpcFleetClient
+from baton.rpc.grpc_server import RpcServer
+from baton.rpc.membership import Membership
+from baton.telemetry import setup_logging
+from baton.types.fleet import WorkerInfo, WorkerLoad
+from baton.worker.address import reachable_address
+from baton.worker.lifecycle import StopSignals, exit_now
+from baton.worker.links import LinkServer
+
+log = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "BATON_CLUSTER_TOKEN"
+SERVER_GRACE_S = 3.0
+CLOSE_TIMEOUT_S = 10.0
+
+
+class Service(Protocol):
+    """What the process is for: prefill, decode, or keeping blocks."""
+
+    links: LinkServer
+
+    def serve_on(self, server: RpcServer) -> None:
+        """Add the gRPC services. Before the server starts."""
+
+    async def run(self) -> None:
+        """Until `aclose`. Raises when it cannot go on."""
+
+    async def aclose(self) -> None:
+        """Send what is left, end all streams, and let `run` return."""
+
+    def load(self) -> WorkerLoad: ...
+
+
+def cluster_token() -> str:
+    """Raises ConfigError when there is none."""
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if not token:
+        raise ConfigError(f"set {TOKEN_VARIABLE} to the same secret in every process")
+    return token
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process serves, and whom."""
+
+    conductor: str  # host:port
+    listen: str
+    advertise: str
+    drain_timeout_s: float
+
+
+def run_process(name: str, log_level: str, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` and end the process: 0 when it returns, 1 when it fails, 2 when the configuration
+    is wrong."""
+    setup_logging(log_level, name)
+    try:
+        asyncio.run(work)
+    except ConfigError as error:
+        log.error("%s", error.message)
+        exit_now(2)
+    except BatonError as error:
+        log.error("%s: %s", error.code, error.message)
+        exit_now(1)
+    except Exception:
+        log.exception("%s failed", name)
+        exit_now(1)
+    exit_now(0)
+
+
+async def serve(
+    place: Place, info: Callable[[str], WorkerInfo], service: Service, signals: StopSignals
+) -> None:
+    """Until the stop signal. `info` makes the registration from the address that was bound."""
+    try:
+        await _serve(place, info, service, signals)
+    except BaseExceptionGroup as group:
+        raise _first_leaf(group) from group
+
+
+async def _serve(
+    place: Place, info: Callable[[str], WorkerInfo], service: Service, signals: StopSignals
+) -> None:
+    token = cluster_token()
+    server = RpcServer(place.listen, token)
+    service.serve_on(server)
+    registration = info(reachable_address(place.advertise, await server.start()))
+    fleet = GrpcFleetClient(place.conductor, token)
+    membership = Membership(fleet, registration, service.load)
+    log.info(
+        "listening address=%s role=%s pid=%d", registration.address, registration.role, os.getpid()
+    )
+    try:
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(service.run(), name="service")
+            member = group.create_task(membership.run(), name="membership")
+            ready = group.create_task(_mark_ready(membership, server), name="readiness")
+            await signals.stop.wait()
+            log.info("stopping: accepting no more requests")
+            service.links.drain()
+            await server.set_ready(False)
+            ready.cancel()
+            if not membership.registered.is_set():
+                member.cancel()
+            await membership.leave()
+            await _drain(service.links, place.drain_timeout_s, signals)
+            member.cancel()
+            log.info("stopping: closing")
+            await service.aclose()
+            await asyncio.wait([serving], timeout=CLOSE_TIMEOUT_S)
+            serving.cancel()
+    finally:
+        await server.stop(SERVER_GRACE_S)
+        await fleet.aclose()
+
+
+async def _mark_ready(membership: Membership, server: RpcServer) -> None:
+    await membership.registered.wait()
+    await server.set_ready(True)
+
+
+async def _drain(links: LinkServer, timeout_s: float, signals: StopSignals) -> None:
+    """Let running attempts end; then end them with an error that lets conductors retry."""
+    log.info("stopping: draining for at most %g s", timeout_s)
+    idle = asyncio.create_task(links.wait_idle(), name="idle")
+    hurry = asyncio.create_task(signals.hurry.wait(), name="hurry")
+    await asyncio.wait({idle, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    if not idle.done():
+        log.warning("stopping: cancelling what is still running")
+    links.abandon(WorkerLost("the worker was shut down before the answer was complete"))
+    for task in (idle, hurry):
+        task.cancel()
+    await asyncio.wait({idle, hurry})
+
+
+def _first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure that ended a task group; the others followed from it."""
+    first = group.exceptions[0]
+    return _first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
