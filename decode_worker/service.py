@@ -23,7 +23,7 @@ class DecodeService:
 
     def __init__(self, parts: WorkerParts, dialer: HandoffDialer, blocks: BlocksDialer) -> None:
         self._engine = parts.make_engine(self)
-        self.sharing = Sharing(parts, self._engine, blocks)
+        self.sharing = Sharing(parts, self._engine, blocks, self._load_changed)
         self.links = LinkServer(self, self._engine.load, self.sharing.news)
         self._reader = HandoffReader(
             parts.identity,
@@ -60,6 +60,9 @@ class DecodeService:
 
     def load(self) -> WorkerLoad:
         return self._engine.load()
+
+    def _load_changed(self) -> None:
+        self.links.load_changed()
 
     def check_integrity(self) -> None:
         """Raises InternalError when blocks or attempts are not accounted for."""

@@ -28,6 +28,7 @@ from baton.model.hub import resolve_model
 from baton.model.spec import load_spec
 
 _ENGINE = "Engine (default: chosen by the workers)"
+_STORE = "KV cache and store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,29 @@ class ServeOptions:
         str | None,
         typer.Option(help="Digests of handed-over KV: off, sample, full.", rich_help_panel=_ENGINE),
     ] = None
+    prefix_caching: Annotated[
+        bool,
+        typer.Option(help="Reuse the KV of common prefixes.", rich_help_panel=_STORE),
+    ] = True
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Routing: cache-aware, consistent-hash, least-loaded, round-robin, random.",
+            rich_help_panel=_STORE,
+        ),
+    ] = None
+    store_memory_mib: Annotated[
+        int,
+        typer.Option(min=0, help="KV store in shared memory; 0: no store.", rich_help_panel=_STORE),
+    ] = 0
+    store_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The store's NVMe tier.", rich_help_panel=_STORE),
+    ] = None
+    store_gib: Annotated[
+        float | None,
+        typer.Option(help="Space that the NVMe tier may take.", rich_help_panel=_STORE),
+    ] = None
 
     @property
     def prefill_workers(self) -> int:
@@ -145,6 +169,8 @@ async def _serve(options: ServeOptions) -> None:
         )
     for port, flag in ((options.port, "--port"), (options.grpc_port, "--grpc-port")):
         _check_free(options.host, port, flag)
+    if not options.store_memory_mib and (options.store_dir or options.store_gib):
+        raise ConfigError("--store-dir is for a store: give it --store-memory-mib too")
     with Reporter(options.json, options.verbose) as reporter:
         model = await find_model(options, reporter)
         plan = make_plan(options, model, new_environ())
@@ -200,14 +226,30 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
                 *("conductor", "--host", options.host, "--port", str(http_port)),
                 *("--grpc-port", str(grpc_port), "--announce", *common),
                 *(("--cpus", conductor_cpus) if conductor_cpus else ()),
+                *_flag(options, "policy"),
                 *("--drain-timeout", str(options.drain_timeout)),
+            ),
+            environ,
+        )
+
+    # Fixed, so that workers find the store again when it was started anew.
+    store_at = f"127.0.0.1:{_free_port()}" if options.store_memory_mib else ""
+
+    def store(addresses: Addresses) -> ChildSpec:
+        return ChildSpec(
+            "store-0",
+            _python(
+                *("kvstore", "--name", "store-0", "--conductor", addresses.grpc),
+                *("--listen", store_at, "--no-keep-memory", *common, *_store_flags(options)),
             ),
             environ,
         )
 
     def workers(addresses: Addresses) -> Sequence[ChildSpec]:
         flags = tuple(_worker_flags(options, len(placed)))
-        return [
+        if store_at:
+            flags = (*flags, "--store", store_at)
+        return [store(addresses)] * bool(store_at) + [
             ChildSpec(
                 name,
                 _python(
@@ -261,6 +303,18 @@ def _worker_flags(options: ServeOptions, workers: int) -> Iterator[str]:
         yield from _flag(options, name)
     for name in ("max_model_len", "kernels", "threads", "verify"):
         yield from _flag(options, name)
+    if not options.prefix_caching:
+        yield "--no-prefix-caching"
+
+
+def _store_flags(options: ServeOptions) -> Iterator[str]:
+    yield from ("--memory-mib", str(options.store_memory_mib), "--dtype", options.dtype)
+    yield from ("--transport", options.transport)
+    for name, flag in (("store_dir", "--disk-dir"), ("store_gib", "--disk-gib")):
+        if getattr(options, name) is not None:
+            yield from (flag, str(getattr(options, name)))
+    for name in ("block_size", "verify"):
+        yield from _flag(options, name)
 
 
 def _flag(options: ServeOptions, name: str) -> Iterator[str]:
@@ -286,6 +340,12 @@ def _python(module: str, *flags: str) -> tuple[str, ...]:
 
 def _port(address: str) -> int:
     return int(address.rpartition(":")[2])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _check_free(host: str, port: int, flag: str) -> None:

@@ -133,7 +133,7 @@ class Supervisor:
         names = []
         for spec in self.plan.workers(addresses):
             self._spawn(group, lambda spec=spec: spec)  # type: ignore[misc]
-            self.reporter.step(spec.name, "loading the model")
+            self.reporter.step(spec.name, "starting")
             names.append(spec.name)
         try:
             async with asyncio.timeout(self.plan.start_timeout_s):
@@ -165,7 +165,8 @@ class Supervisor:
 
     async def _workers(self, client: Client) -> list[dict[str, Any]]:
         try:
-            return list((await client.cluster()).get("workers") or ())
+            cluster = await client.cluster()
+            return [*(cluster.get("workers") or ()), *(cluster.get("stores") or ())]
         except BatonError:  # the conductor is busy or restarting; the deadline is our caller's
             return []
 

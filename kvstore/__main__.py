@@ -1,0 +1,44 @@
+"""`python -m kvstore --conductor host:port [...]`: the KV store of one node."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+from baton.config import parse_config
+from baton.errors import ConfigError
+from baton.worker.lifecycle import StopSignals, watch_parent
+from baton.worker.serving import CLOSE_TIMEOUT_S, Place, cluster_token, run_process, serve
+from kvstore.build import build, store_name
+from kvstore.config import StoreConfig
+
+
+def main() -> None:
+    try:
+        config = parse_config(StoreConfig, sys.argv[1:], os.environ, "python -m kvstore")
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        sys.exit(2)
+    if config.exit_with_parent:
+        watch_parent()
+    run_process(store_name(config), config.log_level, _run(config))
+
+
+async def _run(config: StoreConfig) -> None:
+    if not config.conductor:
+        raise ConfigError("--conductor host:port is missing: a store serves a cluster")
+    cluster_token()
+    signals = StopSignals()
+    signals.install()
+    parts = await build(config)
+    place = Place(config.conductor, config.listen, config.advertise, config.drain_timeout)
+    try:
+        await serve(place, parts.info, parts.make_service(), signals)
+    finally:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await parts.close()
+
+
+if __name__ == "__main__":
+    main()

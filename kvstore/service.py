@@ -1,0 +1,170 @@
+"""The store as the cluster sees it: lends its blocks, takes what workers offer, tells conductors.
+
+worker  --Ask-->   StoreSource.lend -> Store.get -> slots that the worker reads
+worker  --Offer--> StoreSink.reserve -> slots that the store reads into -> commit
+conductor <------- KvNews, load
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+
+from baton.errors import InvalidRequest
+from baton.hashing import KEY_BYTES
+from baton.kv.blocks.loans import LoanId
+from baton.kv.blocks.options import BlocksOptions
+from baton.kv.blocks.server import BlocksServer
+from baton.kv.blocks.taker import Slot
+from baton.kv.identity import Identity
+from baton.kv.transport.base import PoolMemory
+from baton.kv.transport.shared import SharedTransport
+from baton.rpc.grpc_server import RpcServer
+from baton.types.fleet import BlockState, WorkerLoad
+from baton.types.kv_events import KvEvents, KvSnapshot, Tier
+from baton.types.link import StartDecode, StartPrefill
+from baton.types.request import AttemptId
+from baton.worker.kv_news import Change, KvNews
+from baton.worker.links import LinkServer
+from kvstore.format import NO_PARENT
+from kvstore.memory_tier import MemoryTier, SlotState
+from kvstore.store import Store
+
+TELL_S = 0.1  # how old the news may be that conductors have
+LEND_AT_ONCE = {Tier.CPU: 256, Tier.NVME: 8}  # blocks of one message, at most
+
+
+def split(keys: bytes) -> list[bytes]:
+    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+
+
+class StoreSource:
+    """Implements `baton.kv.blocks.lender.Source`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._pinned: dict[LoanId, list[bytes]] = {}
+
+    async def lend(self, loan: LoanId, keys: bytes) -> AsyncGenerator[tuple[int, ...], None]:
+        """Blocks of the CPU tier many at a time; those from NVMe as they come."""
+        wanted = split(keys)
+        tiers = self._store.lookup(wanted)
+        pinned = self._pinned.setdefault(loan, [])
+        group: list[int] = []
+        async with aclosing(self._store.get(wanted)) as found:
+            async for index, slot in found:
+                pinned.append(wanted[index])
+                group.append(slot)
+                last = index + 1 >= len(tiers) or tiers[index + 1] is not tiers[index]
+                if last or len(group) >= LEND_AT_ONCE[tiers[index]]:
+                    yield tuple(group)
+                    group.clear()
+        if group:
+            yield tuple(group)
+
+    def end(self, loan: LoanId) -> None:
+        self._store.unpin(self._pinned.pop(loan, ()))
+
+
+class StoreSink:
+    """Implements `baton.kv.blocks.taker.Sink`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def reserve(self, keys: bytes, depth: int) -> Sequence[Slot]:
+        slots = []
+        parent = NO_PARENT
+        for index, key in enumerate(split(keys)):
+            block = self._store.begin_put(key, depth + index, parent)
+            if block is not None:
+                slots.append(Slot(key, index, block, depth + index))
+            parent = key
+        return slots
+
+    def commit(self, slot: Slot) -> None:
+        self._store.commit_put(slot.key)
+
+    def abort(self, slot: Slot) -> None:
+        self._store.abort_put(slot.key)
+
+
+class StoreBook:
+    """Implements `baton.worker.kv_news.KvBook`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def holdings(self) -> Iterable[tuple[Tier, bytes]]:
+        messages: list[KvSnapshot] = self._store.snapshot()
+        return [(message.tier, message.keys) for message in messages if message.keys]
+
+    def take_changes(self) -> Iterable[Change]:
+        messages: list[KvEvents] = self._store.take_events()
+        return [Change(message.tier, message.added, message.removed) for message in messages]
+
+
+class NoDuty:
+    """Implements Duty: a store computes nothing."""
+
+    def start(self, message: StartPrefill | StartDecode) -> None:
+        raise InvalidRequest("a store computes nothing: send the attempt to a worker")
+
+    def cancel(self, attempt: AttemptId, reason: str) -> None:
+        """There is none."""
+
+
+class StoreService:
+    """Implements `baton.worker.serving.Service`."""
+
+    def __init__(
+        self,
+        store: Store,
+        memory_tier: MemoryTier,
+        identity: Identity,
+        shared: SharedTransport,
+        memory: PoolMemory,
+        options: BlocksOptions,
+    ) -> None:
+        self._store = store
+        self._memory_tier = memory_tier
+        source, sink = StoreSource(store), StoreSink(store)
+        self.blocks = BlocksServer(identity, shared, memory, source, sink, options)
+        self.links = LinkServer(NoDuty(), self.load, KvNews(StoreBook(store)))
+        self._closed = asyncio.Event()
+
+    def serve_on(self, server: RpcServer) -> None:
+        server.add_worker(self.links)
+        server.add_blocks(self.blocks)
+
+    async def run(self) -> None:
+        while not self._closed.is_set():
+            self.links.load_changed()
+            try:
+                async with asyncio.timeout(TELL_S):
+                    await self._closed.wait()
+            except TimeoutError:
+                continue
+
+    async def aclose(self) -> None:
+        await self.links.aclose()
+        await self.blocks.aclose()
+        self._closed.set()
+
+    def load(self) -> WorkerLoad:
+        """Slots of the CPU tier as blocks: filling ones are ACTIVE, pinned ones LEASED."""
+        slots = dict(self._memory_tier.counts())
+        pinned = self._memory_tier.pinned
+        return WorkerLoad(
+            blocks=(
+                (BlockState.FREE, slots[SlotState.FREE]),
+                (BlockState.ACTIVE, slots[SlotState.FILLING]),
+                (BlockState.CACHED, slots[SlotState.READY] - pinned),
+                (BlockState.LEASED, pinned),
+            )
+        )
+
+    def check_integrity(self) -> None:
+        """Raises InternalError unless all accounts agree."""
+        self._store.check_integrity()
