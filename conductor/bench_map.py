@@ -51,7 +51,7 @@ class _Cluster:
 
 def measure(plan: Plan) -> Iterator[Figure]:
     # Room for the events that come with look-ups.
-    view = PrefixMap(plan.blocks + 6 * PROMPTS * EVENT_BLOCKS)
+    view = PrefixMap(plan.blocks + 6 * PROMPTS * EVENT_BLOCKS + plan.prompt_blocks)
     names = [f"worker-{number}" for number in range(plan.workers)]
     cluster = _Cluster(view, names, np.random.default_rng(plan.seed))
     cluster.join()
@@ -61,6 +61,7 @@ def measure(plan: Plan) -> Iterator[Figure]:
     yield from _replace(cluster, oldest)
     yield Figure(PART, "memory per block", view.memory_bytes / view.num_blocks, "bytes", "<= 100")
     yield from _match(cluster, plan, prompts)
+    yield from _match_uneven(cluster, plan)
     (seconds,) = timed([partial(view.drop, names[0])])
     yield Figure(PART, "drop of a worker", seconds * 1e6, "µs")
     yield Figure(PART, "blocks that found no room", view.dropped, "", "0")
@@ -134,3 +135,13 @@ def _match(cluster: _Cluster, plan: Plan, prompts: list[bytes]) -> Iterator[Figu
     yield from latencies(PART, "the same prompt again and again", samples, "")
     found = cluster.view.matches(prompts[0])
     yield Figure(PART, "holders in its answer", len(found), "")
+
+
+def _match_uneven(cluster: _Cluster, plan: Plan) -> Iterator[Figure]:
+    """The worst that chains bring: one that each worker has another part of."""
+    chain = cluster.keys(plan.prompt_blocks)
+    lengths = cluster.random.integers(1, plan.prompt_blocks + 1, plan.workers)
+    for worker, length in enumerate(lengths.tolist()):
+        cluster.send(worker, chain[: length * KEY_BYTES])
+    samples = timed([partial(cluster.view.matches, chain)] * PROMPTS)
+    yield from latencies(PART, "a prompt that each worker has another part of", samples, "")

@@ -5,7 +5,7 @@ A batch may come from many holders: numpy's cost per call is then shared by all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -79,22 +79,18 @@ class BlockIndex:
         _, values = self._table.find(*split_keys(key))
         return self._sets.members[int(values[0])]
 
-    def reaches(self, keys: bytes) -> tuple[list[tuple[int, int]], int]:
+    def reaches(self, keys: bytes) -> tuple[Iterator[tuple[int, int]], int]:
         """The chain's blocks before the first that nobody has, by who has them.
 
         Gives (first block, `reach` of its set) for each run of blocks with the same set, and the
         number of blocks.
         """
         ids = self._leading_ids(keys)
-        if not ids.size:
-            return [], 0
-        starts = np.flatnonzero(ids[1:] != ids[:-1]) + 1
-        reach = self._sets.reach
-        runs = [(0, reach[ids[0]])]
-        runs += [
-            (at, reach[i]) for at, i in zip(starts.tolist(), ids[starts].tolist(), strict=True)
-        ]
-        return runs, ids.size
+        changes = np.ones(ids.size, np.bool_)
+        changes[1:] = ids[1:] != ids[:-1]
+        starts = np.flatnonzero(changes)
+        sets = map(self._sets.reach.__getitem__, ids[starts].tolist())
+        return zip(starts.tolist(), sets, strict=True), ids.size
 
     def _leading_ids(self, keys: bytes) -> U32:
         low, high = split_keys(keys)

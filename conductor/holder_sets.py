@@ -34,9 +34,14 @@ def reach(members: int) -> int:
     return members | (members & slower) << 1 | (members & gpu) << 2
 
 
-def fastest(reached: int) -> int:
-    """Of every holder only its fastest tier."""
-    return reached & ~((reached & _every(reached, 0b011)) << 1)
+def fastest_bits(reached: int) -> list[int]:
+    """Numbers of the bits that stand for the fastest tier of each holder, of some `reach`."""
+    if not reached:
+        return []
+    first = (reached & -reached).bit_length() - 1
+    if first // _NUM_TIERS == (reached.bit_length() - 1) // _NUM_TIERS:
+        return [first]  # one holder: what is most often asked for
+    return bits_of(reached & ~((reached & _every(reached, 0b011)) << 1))
 
 
 def bits_of(members: int) -> list[int]:

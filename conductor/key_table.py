@@ -47,7 +47,7 @@ def split_keys(keys: bytes) -> tuple[U64, U64]:
 
 
 def _byte_index(words: U64) -> Positions:
-    """Which byte is 1, of words in which one byte is 1 and the others are 0."""
+    """Which byte is 1, of words in which one byte is 1 and the others are 0 (little-endian)."""
     # 256**j times this number has j in its highest byte.
     return ((words * np.uint64(0x0001020304050607)) >> np.uint64(56)).view(np.int64)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from baton.hashing import KEY_BYTES
 from baton.types.kv_events import KvEvents, KvSnapshot, Tier
 from conductor.block_index import BlockIndex, Change
-from conductor.holder_sets import bits_of, fastest, pair_bit, pair_of
+from conductor.holder_sets import bits_of, fastest_bits, pair_bit, pair_of
 
 _QUEUED_BYTES = 16384  # of keys: what a look-up may have to wait for, about 0.3 ms
 _CROWD = 64  # so many holders of one prefix: their matches are worth keeping
@@ -121,15 +121,17 @@ class PrefixMap:
         """
         self._flush()
         runs, blocks = self._index.reaches(keys)
-        if not runs:
+        if not blocks:
             return ()
         ended: list[tuple[int, int]] = []
-        active = runs[0][1]
+        _, active = next(runs)
         for start, reached in runs:
             kept = active & reached
             if kept != active:
                 ended.append((start, active ^ kept))
                 active = kept
+                if not active:
+                    break
         ended.append((blocks, active))
         matches: list[Match] = []
         for length, reached in reversed(ended):
@@ -144,7 +146,7 @@ class PrefixMap:
 
     def _matches_of(self, reached: int, blocks: int) -> list[Match]:
         """Those who have exactly so many blocks."""
-        bits = bits_of(fastest(reached))
+        bits = fastest_bits(reached)
         if len(bits) < _CROWD:
             return [self._match(bit, blocks) for bit in bits]
         # A system prompt that all have: the same thousand matches for every request.

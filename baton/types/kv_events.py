@@ -45,7 +45,8 @@ class KvSnapshot:
 
     The part with `first` replaces all that was known of the holder, in every tier; the parts after
     it add to that, up to the one with `last`. A holder without any block sends one empty part that
-    is both. Events between two parts are allowed: they are numbered like everything else.
+    is both. Events between two parts are allowed: they are numbered like everything else. Parts of
+    some thousand keys, a millisecond each, let the conductor do other things in between.
     """
 
     number: int
