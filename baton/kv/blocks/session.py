@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from baton.errors import BatonError, InvalidRequest, PeerGone, TransportError
 from baton.kv.blocks.options import BlocksOptions
 from baton.kv.identity import Identity, check_peer, life
+from baton.kv.settle import uninterrupted
 from baton.kv.transport.base import Transport
 from baton.rpc.errors import from_wire, to_wire
 from baton.rpc.services import BlocksDialer, Duplex
@@ -105,9 +106,11 @@ async def dialled(
         async with _sending(session):
             yield session
     finally:
-        await transport.close()
-        if stream is not None:
-            await stream.aclose()
+        try:
+            await uninterrupted(transport.close())  # half done, it would keep what it holds
+        finally:
+            if stream is not None:
+                await stream.aclose()
 
 
 @asynccontextmanager
@@ -133,8 +136,10 @@ async def answered(
         async with _sending(session):
             yield session
     finally:
-        await transport.close()
-        await stream.aclose()
+        try:
+            await uninterrupted(transport.close())
+        finally:
+            await stream.aclose()
 
 
 @asynccontextmanager
