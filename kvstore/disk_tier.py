@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from baton.errors import ConfigError, InternalError
@@ -166,33 +166,51 @@ class DiskTier:
             raise
 
     async def read(self, key: bytes, into: memoryview) -> BlockInfo | None:
-        """The block's bytes, verified, in `into` (of `block_bytes`; address a multiple of ALIGN).
-        None: not stored, damaged or not readable; `into` may then have any bytes.
+        """As `read_many`, of one block."""
+        return (await self.read_many([(key, into)]))[0]
 
-        Nothing writes to `into` any more when this returns, raises or is cancelled.
+    async def read_many(self, wanted: Sequence[tuple[bytes, memoryview]]) -> list[BlockInfo | None]:
+        """Blocks, verified, each into its buffer (of `block_bytes`; address a multiple of ALIGN),
+        by one thread. None: not stored, damaged or not readable; its buffer may have any bytes.
+
+        Nothing writes to the buffers any more when this returns, raises or is cancelled.
         """
-        location = self._index.find(key)
-        if location is None or self._off:
-            return None
-        segment, position = self._segments.at(location)
-        self._segments.touch(segment)
-        segment.users += 1
+        found = [(key, into, self._index.find(key)) for key, into in wanted]
+        places: list[tuple[Place, bytes, memoryview]] = []
+        segments: list[Segment] = []
+        for key, into, location in found:
+            if location is not None and not self._off:
+                segment, position = self._segments.at(location)
+                self._segments.touch(segment)
+                segment.users += 1
+                segments.append(segment)
+                places.append((Place(segment.number, segment.fd, position), key, into))
         try:
-            place = Place(segment.number, segment.fd, position)
-            info = await self._threads.run(self._io.read, place, key, into)
-        except OSError as error:
-            self._failed("read", error)
-            return None
+            results = await self._threads.run(self._io.read_many, places) if places else []
         finally:
-            self._leave(segment)
-        if info is None:
-            self.stats.damaged += 1
-            log.warning("A damaged block in %s was forgotten.", segment.path.name)
-            if self._index.find(key) == location and not segment.dropped:
-                self.remove(key)
+            for segment in segments:
+                self._leave(segment)
+        infos: dict[bytes, BlockInfo | None] = {}
+        for (place, key, _), segment, result in zip(places, segments, results, strict=True):
+            infos[key] = self._judge(key, segment, place.position, result)
+        return [infos.get(key) for key, _ in wanted]
+
+    def _judge(
+        self, key: bytes, segment: Segment, position: int, result: BlockInfo | OSError | None
+    ) -> BlockInfo | None:
+        """Count what a read gave, and forget what is damaged."""
+        if isinstance(result, OSError):
+            self._failed("read", result)
             return None
-        self.stats.read += 1
-        return info
+        if result is not None:
+            self.stats.read += 1
+            return result
+        self.stats.damaged += 1
+        log.warning("A damaged block in %s was forgotten.", segment.path.name)
+        location = self._segments.location(segment, position)
+        if not segment.dropped and self._index.find(key) == location:
+            self.remove(key)
+        return None
 
     def remove(self, key: bytes) -> bool:
         """Forget a block; its space comes back with its segment. Whether it was there."""

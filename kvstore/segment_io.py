@@ -67,10 +67,24 @@ class SegmentIo:
                 buffers.append(padding)
         self.files.write(place.fd, buffers, self.format.offset(place.position))
 
-    def read(self, place: Place, key: bytes, into: memoryview) -> BlockInfo | None:
-        """The payload, verified, into `into`. None when it is damaged or another block's: then
-        `into` has any bytes."""
+    def read_many(
+        self, wanted: Sequence[tuple[Place, bytes, memoryview]]
+    ) -> list[BlockInfo | OSError | None]:
+        """What `read` returns or raises for each, one after the other."""
         page = _page()
+        results: list[BlockInfo | OSError | None] = []
+        for place, key, into in wanted:
+            try:
+                results.append(self.read(place, key, into, page))
+            except OSError as error:
+                results.append(error)
+        return results
+
+    def read(
+        self, place: Place, key: bytes, into: memoryview, page: memoryview
+    ) -> BlockInfo | None:
+        """The payload, verified, into `into`. None when it is damaged or another block's: then
+        `into` has any bytes. `page` is room for a header."""
         offset = self.format.offset(place.position)
         got = self.files.read(place.fd, [page, into], offset)
         if got != ALIGN + into.nbytes:
@@ -87,10 +101,11 @@ class SegmentIo:
         None for those that are damaged. One at a time: memory for one block."""
         buffer = memoryview(mmap.mmap(-1, padded(self.format.block_bytes)))
         payload = buffer[: self.format.block_bytes]
+        page = _page()
         position = to.position
         moved: list[tuple[bytes, int] | None] = []
         for place, key in records:
-            info = self.read(place, key, payload)
+            info = self.read(place, key, payload, page)
             if info is None:
                 moved.append(None)
                 continue

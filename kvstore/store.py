@@ -26,6 +26,7 @@ from kvstore.disk_options import DiskState
 from kvstore.disk_tier import DiskTier
 from kvstore.format import NO_PARENT
 from kvstore.journal import Journal
+from kvstore.loads import LoadOptions, Loads, Run
 from kvstore.memory_tier import MemoryTier
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,7 @@ class Refusal(StrEnum):
 class StoreOptions:
     spare_slots: int = 32  # kept FREE by demoting ahead of need; at most an eighth of all
     demotions: int = 32  # blocks that are written to NVMe at a time
-    load_ahead: int = 16  # blocks of one get that are read from NVMe at a time
-    load_timeout_s: float = 5.0  # for one block; then the get ends before it
+    loads: LoadOptions = field(default_factory=LoadOptions)
 
 
 @dataclass(slots=True)
@@ -54,21 +54,9 @@ class StoreStats:
     stored: int = 0
     refused: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))
     hits: dict[Tier, int] = field(default_factory=lambda: {Tier.CPU: 0, Tier.NVME: 0})
-    promoted: int = 0
-    load_failed: int = 0  # damaged, unreadable or too slow
-    cut_short: int = 0  # gets that ended before a block on NVMe because no slot was free
     demoted: int = 0  # written to NVMe, then evicted
     evicted: int = 0  # on NVMe already, or there is no NVMe tier
     lost: int = 0  # evicted under pressure, before NVMe had them
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    """A block on its way from NVMe to a slot. It gets one pin for each of those who wait."""
-
-    task: asyncio.Task[None]
-    waiters: int = 0
-    stored: bool = False
 
 
 class Store:
@@ -87,7 +75,7 @@ class Store:
         self._journal = journal
         self._options = options or StoreOptions()
         self._spare = max(1, min(self._options.spare_slots, memory.num_slots // 8))
-        self._loads: dict[bytes, _Load] = {}
+        self.loads = Loads(memory, disk, self._slot_for_load, self._options.loads)
         self._demoting: dict[bytes, asyncio.Task[None]] = {}
 
     # Life
@@ -101,7 +89,7 @@ class Store:
 
     async def settle(self) -> None:
         """Wait until no block is on its way between tiers."""
-        while tasks := [*self._demoting.values(), *(load.task for load in self._loads.values())]:
+        while tasks := [*self._demoting.values(), *self.loads.tasks]:
             await asyncio.wait(tasks)
 
     async def close(self) -> None:
@@ -160,38 +148,23 @@ class Store:
     async def get(self, keys: Sequence[bytes]) -> AsyncGenerator[tuple[int, int], None]:
         """Yields (index, slot) in order, from the first key to the one before the first miss.
 
-        Each is pinned when it is yielded: the caller owes one `unpin` of its key. What is in memory
-        is held from the start, so that loading one block does not evict the next. Close the
+        Each is pinned when it is yielded: the caller owes one `unpin` of its key. Close the
         generator (contextlib.aclosing) to end early.
         """
-        run = list(keys[: len(self.lookup(keys))])
-        held: dict[int, _Load | None] = {}  # None: pinned in memory
+        wanted = keys[: len(self.lookup(keys))]
+        run = Run(self.loads, wanted)
         try:
-            for index, key in enumerate(run):
-                if key in self._memory:
-                    self._memory.pin(key)
-                    held[index] = None
-            begun = 0
-            for index, key in enumerate(run):
-                while begun < min(len(run), index + self._options.load_ahead):
-                    if begun not in held and not self._hold(begun, run[begun], held):
-                        break  # perhaps there is a slot when it is its turn
-                    begun += 1
-                if index not in held:
-                    self.stats.cut_short += 1
+            for index, key in enumerate(wanted):
+                if not await run.arrived(index):
                     return
-                if not await self._arrived(held[index]):
-                    return
-                tier = Tier.CPU if held.pop(index) is None else Tier.NVME
-                self.stats.hits[tier] += 1
+                self.stats.hits[Tier.NVME if run.take(index) else Tier.CPU] += 1
                 self._memory.hit(key)
                 slot = self._memory.slot_of(key)
                 if slot is None:
                     raise InternalError("A pinned block was evicted.")
                 yield index, slot
         finally:
-            for index, load in held.items():
-                self._let_go(keys[index], load)
+            run.let_go()
 
     def unpin(self, keys: Iterable[bytes]) -> None:
         """Give back one pin of each."""
@@ -224,9 +197,7 @@ class Store:
         pins = self._memory.pins()
         for key in self._demoting:
             _require(pins.get(key, 0) > 0, "a block is demoted without a pin")
-        for key, load in self._loads.items():
-            _require(self._memory.is_filling(key), "a block is loaded without a slot")
-            _require(load.waiters >= 0, "more waiters left a load than joined it")
+        self.loads.check_integrity()
 
     # Slots
 
@@ -236,20 +207,28 @@ class Store:
             return Refusal.PRESENT
         return Refusal.BUSY if self._memory.is_filling(key) else None
 
-    def _take_slot(self, key: bytes, depth: int = 0, parent: bytes = NO_PARENT) -> int | None:
+    def _slot_for_load(self, key: bytes, urgent: bool) -> int | None:
+        return self._take_slot(key, may_lose=urgent)
+
+    def _take_slot(
+        self, key: bytes, depth: int = 0, parent: bytes = NO_PARENT, may_lose: bool = True
+    ) -> int | None:
         self._memory.expire_pins(asyncio.get_running_loop().time())
         slot = self._memory.begin(key, depth, parent)
-        if slot is None and self._evict_now():
+        if slot is None and self._evict_now(may_lose):
             slot = self._memory.begin(key, depth, parent)
         self._demote_ahead()
         return slot
 
-    def _evict_now(self) -> bool:
+    def _evict_now(self, may_lose: bool) -> bool:
         victim = self._memory.victim()
-        if victim is None:
+        if victim is None or not (may_lose or self._is_on_disk(victim)):
             return False
         self._evict(victim, written=False)
         return True
+
+    def _is_on_disk(self, key: bytes) -> bool:
+        return self._disk is not None and key in self._disk
 
     def _evict(self, key: bytes, written: bool) -> None:
         if written:
@@ -292,59 +271,6 @@ class Store:
         if written and self._memory.victim() == key:
             self._evict(key, written)
         self._demote_ahead()
-
-    # Promotion
-
-    def _hold(self, index: int, key: bytes, held: dict[int, _Load | None]) -> bool:
-        """Pin the block, or join or start its load. False when it is gone, or no slot is free."""
-        load = self._loads.get(key)
-        if key in self._memory:
-            self._memory.pin(key)
-            held[index] = None
-            return True
-        if load is None and (load := self._start_load(key)) is None:
-            return False
-        load.waiters += 1
-        held[index] = load
-        return True
-
-    def _start_load(self, key: bytes) -> _Load | None:
-        if self._disk is None or key not in self._disk or self._memory.is_filling(key):
-            return None
-        slot = self._take_slot(key)
-        if slot is None:
-            return None
-        load = _Load(self._spawn(self._load(self._disk, key, slot)))
-        self._loads[key] = load
-        return load
-
-    async def _load(self, disk: DiskTier, key: bytes, slot: int) -> None:
-        info = None
-        try:
-            info = await disk.read(key, self._memory.view(slot))
-        finally:
-            load = self._loads.pop(key)
-            if info is None:
-                self._memory.abort(key)
-                self.stats.load_failed += 1
-            else:
-                self._memory.commit_verified(info)
-                self._memory.pin(key, load.waiters)
-                load.stored = True
-                self.stats.promoted += 1
-
-    async def _arrived(self, load: _Load | None) -> bool:
-        """Whether the block is in memory, pinned. Waits for its load, not longer than the limit."""
-        if load is None:
-            return True
-        await asyncio.wait([load.task], timeout=self._options.load_timeout_s)
-        return load.stored
-
-    def _let_go(self, key: bytes, load: _Load | None) -> None:
-        if load is None or load.stored:
-            self._memory.unpin(key)
-        else:
-            load.waiters -= 1
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -18,9 +18,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from baton.types.kv_events import Tier
 from kvstore.eviction import POLICIES
 from kvstore.format import NO_PARENT
+from kvstore.loads import LoadOptions
 from kvstore.store import StoreOptions
 from tests.unit.kvstore_kit import (
     ALWAYS,
+    BLOCK,
     Areas,
     FaultyFiles,
     InlineThreads,
@@ -33,7 +35,8 @@ from tests.unit.kvstore_kit import (
 from tests.virtual_time import VirtualTimeLoop
 
 SLOTS, CHAINS, LENGTH = 8, 4, 6
-OPTIONS = StoreOptions(spare_slots=2, demotions=2, load_ahead=3, load_timeout_s=3.0)
+LOADS = LoadOptions(batches_ahead=2, batch_bytes=2 * BLOCK, timeout_s=3.0)
+OPTIONS = StoreOptions(spare_slots=2, demotions=2, loads=LOADS)
 
 chains = st.integers(0, CHAINS - 1)
 depths = st.integers(0, LENGTH - 1)
@@ -277,7 +280,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not hasattr(self, "rig") or self.gets:
             return
         store = self.rig.store
-        if not store._demoting and not store._loads and not self.rig.memory._expiries:
+        if not store._demoting and not store.loads.tasks and not self.rig.memory._expiries:
             assert self.rig.memory.pins() == dict(self.pins)
 
 

@@ -14,8 +14,10 @@ from baton.errors import DigestMismatch
 from baton.types.kv_events import Tier
 from kvstore.disk_options import DiskState
 from kvstore.format import ALIGN
+from kvstore.loads import LoadOptions
 from kvstore.store import Refusal, StoreOptions
 from tests.unit.kvstore_kit import (
+    BLOCK,
     BROKEN,
     FULL,
     Areas,
@@ -121,7 +123,7 @@ async def test_blocks_on_nvme_come_back_and_are_then_in_memory(tmp_path: Path) -
         assert rig.store.lookup([A]) == [NVME]
         assert await rig.get([A]) == 1
         assert rig.store.lookup([A]) == [CPU]
-        assert rig.store.stats.promoted == 1
+        assert rig.store.loads.stats.promoted == 1
         assert rig.store.stats.hits == {CPU: 0, NVME: 1}
 
 
@@ -150,9 +152,9 @@ async def test_gets_of_one_block_share_one_read(tmp_path: Path) -> None:
 @virtual_time
 async def test_loads_of_one_get_overlap(tmp_path: Path) -> None:
     rig = make_rig(
-        Areas.of(16),
+        Areas.of(64),
         disk_options(tmp_path, 32),
-        StoreOptions(load_ahead=4),
+        StoreOptions(loads=LoadOptions(batches_ahead=4, batch_bytes=BLOCK)),
         threads=InlineThreads(1.0),
     )
     async with running(rig):
@@ -184,10 +186,10 @@ async def test_a_get_ends_when_every_slot_is_pinned(tmp_path: Path) -> None:
         await evicted(rig, keys)
         async with aclosing(rig.store.get(keys)) as blocks:
             got = [index async for index, _ in blocks]
-        assert got == [0, 1, 2, 3]
-        assert rig.store.stats.cut_short == 1
-        assert rig.store.begin_put(D, 0) is None
-        rig.store.unpin(keys[:4])
+        assert got == [0, 1, 2]  # the fourth slot is being demoted
+        assert rig.store.loads.stats.cut_short == 1
+        rig.store.unpin(keys[:3])
+        await rig.store.settle()
         assert await rig.get(keys) == 6
 
 
@@ -233,7 +235,7 @@ async def test_a_damaged_block_is_a_miss(tmp_path: Path) -> None:
         spoil(tmp_path, B)
         assert await rig.get(keys) == 1
         assert rig.store.lookup([B]) == []
-        assert rig.store.stats.load_failed == 1
+        assert rig.store.loads.stats.failed == 1
 
 
 @virtual_time
