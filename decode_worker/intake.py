@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from baton.engine.loop import Engine
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, InternalError
-from baton.kv.handoff.reader import Fetched, HandoffReader
+from baton.kv.handoff.reader import Fetched, HandoffReader, Place
 from baton.rpc.errors import to_wire
 from baton.types.fleet import Peer
 from baton.types.request import AttemptId, AttemptOutput, Finish, FinishReason, GenerationTask
@@ -87,8 +87,11 @@ class Intake:
     async def _fetch(self, task: GenerationTask, peer: Peer, limit_s: float) -> Fetched:
         tokens = len(task.prompt) + len(task.output)
 
-        async def reserve() -> tuple[int, ...]:
-            return await self._engine.reserve(task.attempt, tokens, limit_s, task.priority)
+        async def reserve() -> Place:
+            reserved = await self._engine.reserve(
+                task.attempt, tokens, limit_s, task.priority, task
+            )
+            return Place(reserved.blocks, reserved.cached)
 
         return await self._reader.fetch(task.attempt, peer, reserve, limit_s)
 

@@ -33,7 +33,7 @@ from baton.bench.handoff_source import LAYERS, bench_layout, fill, source_peer
 from baton.bench.stats import percentile
 from baton.errors import ConfigError, PeerGone
 from baton.kv.handoff.options import HandoffOptions
-from baton.kv.handoff.reader import Fetched, HandoffReader
+from baton.kv.handoff.reader import Fetched, HandoffReader, Place
 from baton.kv.identity import Identity, life
 from baton.kv.layout import copies_for
 from baton.kv.transport.base import Copy, Transport
@@ -227,8 +227,8 @@ class Bench:
         return fetched.stats.released_s - max(fetched.stats.attached_s, fetched.stats.first_range_s)
 
     async def fetch(self, attempt: AttemptId, local: tuple[int, ...]) -> Fetched:
-        async def reserve() -> tuple[int, ...]:
-            return local
+        async def reserve() -> Place:
+            return Place(local)
 
         return await self.reader.fetch(attempt, self.peer, reserve, HANDOFF_S)
 

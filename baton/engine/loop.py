@@ -23,7 +23,7 @@ from baton.engine.publish import Publisher
 from baton.engine.scheduler import Advance, Scheduler
 from baton.engine.sequence import Ending, Sequence, error_ending
 from baton.engine.stepper import Stepper
-from baton.engine.waiting import Reservation
+from baton.engine.waiting import Reservation, Reserved
 from baton.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -160,11 +160,17 @@ class Engine:
     # -- KV from elsewhere ------------------------------------------------------------------
 
     async def reserve(
-        self, attempt: AttemptId, num_tokens: int, timeout_s: float, priority: int = 0
-    ) -> tuple[int, ...]:
+        self,
+        attempt: AttemptId,
+        num_tokens: int,
+        timeout_s: float,
+        priority: int = 0,
+        task: GenerationTask | None = None,
+    ) -> Reserved:
         """Blocks for `num_tokens` tokens of KV that a transfer will bring, in line with everybody
-        else who waits. The caller must end every reservation that it got with `admit`, `unreserve`
-        or `quarantine` and `end_quarantine`.
+        else who waits. With the `task` that they are for, those that have its KV already need none.
+        The caller must end every reservation that it got with `admit`, `unreserve` or `quarantine`
+        and `end_quarantine`.
 
         Raises InvalidRequest, Overloaded and StaleAttempt like `submit`; DeadlineExceeded after
         `timeout_s`; Cancelled after `cancel` (which reports the Finish).
@@ -172,10 +178,11 @@ class Engine:
         self._require_new(attempt)
         num_blocks = self._config.layout.blocks_for(num_tokens)
         self._config.require_blocks(num_blocks)
-        granted: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
+        granted: asyncio.Future[Reserved] = asyncio.get_running_loop().create_future()
         number = next(self._numbers)
+        context = None if task is None else self._sequence(number, task, hand_off=False)
         reservation = Reservation(
-            number, attempt, num_blocks, (priority, number), partial(_settle, granted)
+            number, attempt, num_blocks, (priority, number), partial(_settle, granted), context
         )
         self._scheduler.enqueue(reservation)
         self._reservations[attempt] = reservation
@@ -395,7 +402,7 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _settle(granted: asyncio.Future[tuple[int, ...]], blocks: tuple[int, ...] | None) -> None:
+def _settle(granted: asyncio.Future[Reserved], blocks: Reserved | None) -> None:
     if granted.done():  # cancelled or timed out just now: its owner gives the blocks back
         return
     if blocks is None:

@@ -13,7 +13,7 @@ from baton.engine.events import KvFilled, KvWanted
 from baton.engine.loans import Loans
 from baton.engine.prefix_cache import PrefixCache
 from baton.engine.sequence import Ending, Sequence
-from baton.engine.waiting import Line, Reservation, WaitingLine
+from baton.engine.waiting import Line, Reservation, Reserved, WaitingLine
 from baton.errors import InternalError, Overloaded
 from baton.types.fleet import WorkerLoad
 from baton.types.request import AttemptId
@@ -116,7 +116,7 @@ class Residents:
             return
         self._granted.remove(reservation)
         if reservation.quarantined:
-            self._pool.end_quarantine(reservation.blocks)
+            self._pool.end_quarantine(reservation.blocks[reservation.cached :])
         else:
             self._pool.release(reservation.blocks)
         reservation.blocks = ()
@@ -125,19 +125,20 @@ class Residents:
         """Keep the blocks of a granted reservation out of use until it is dropped."""
         if not reservation.quarantined:
             reservation.quarantined = True
-            self._pool.quarantine(reservation.blocks)
+            self._pool.quarantine(reservation.blocks[reservation.cached :])
+            self._pool.release(reservation.blocks[: reservation.cached])
 
     def grant_reservations(self) -> None:
         """Grant reservations at the head of the line as far as blocks and places go."""
         while (
             isinstance(head := self._waiting.first, Reservation)
             and self._has_place()
-            and (blocks := self._allocate_for(head)) is not None
+            and (reserved := self._allocate_for(head)) is not None
         ):
             self._waiting.remove(head)
             self._granted.add(head)
-            head.blocks = blocks
-            head.settle(blocks)
+            head.blocks, head.cached = reserved
+            head.settle(reserved)
 
     # -- inspection -------------------------------------------------------------------------
 
@@ -211,10 +212,20 @@ class Residents:
         growing = sum(not sequence.hand_off for sequence in self._running)
         return self._reserved() + growing + self._arrivals.num_growing
 
-    def _allocate_for(self, reservation: Reservation) -> tuple[int, ...] | None:
-        if self._pool.available < reservation.num_blocks + self._headroom():
+    def _allocate_for(self, reservation: Reservation) -> Reserved | None:
+        hits: tuple[int, ...] = ()
+        if reservation.context is not None:
+            known, computed, _ = self._cache.match(reservation.context)
+            hits = known[:computed]
+        self._pool.share(hits)
+        fresh = reservation.num_blocks - len(hits)
+        if self._pool.available < fresh + self._headroom():
+            self._pool.release(hits)
             return None
-        return self._pool.allocate(reservation.num_blocks)
+        blocks = self._pool.allocate(fresh)
+        if blocks is None:
+            raise InternalError("The pool refused blocks that it had said were available.")
+        return Reserved(hits + blocks, len(hits))
 
     def _start(self, sequence: Sequence, now: float, cuts: Collection[bytes]) -> bool:
         """Give a waiting sequence blocks for its whole context, or leave it waiting: when they are

@@ -5,10 +5,18 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from baton.engine.sequence import Sequence
 from baton.types.request import AttemptId
+
+
+class Reserved(NamedTuple):
+    """Blocks for a whole context, of which the first `cached` hold its KV already: those are shared
+    with others, and must not be written."""
+
+    blocks: tuple[int, ...]
+    cached: int
 
 
 @dataclass(slots=True, eq=False)
@@ -19,8 +27,10 @@ class Reservation:
     attempt: AttemptId
     num_blocks: int
     order: tuple[int, int]
-    settle: Callable[[tuple[int, ...] | None], None]  # once: the blocks, or None when cancelled
+    settle: Callable[[Reserved | None], None]  # once: the blocks, or None when cancelled
+    context: Sequence | None = None  # what the KV is of, if that is known: some of it may be here
     blocks: tuple[int, ...] = ()
+    cached: int = 0
     quarantined: bool = False  # its blocks are out of use until the reservation is dropped
     transfer_pending: bool = False  # only the transport's word ends the quarantine
 

@@ -78,7 +78,7 @@ class Chaos:
     async def move(self, task: GenerationTask) -> None:
         heard, attempt = self.source.heard, task.attempt
         self.source.engine.submit(task, hand_off=True)
-        blocks = await self.target.engine.reserve(attempt, len(task.prompt), 30)
+        blocks, _ = await self.target.engine.reserve(attempt, len(task.prompt), 30)
         await heard.until(lambda: attempt in heard.prefilled or attempt in heard.finishes)
         if attempt in heard.finishes:
             return

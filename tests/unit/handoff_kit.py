@@ -13,7 +13,7 @@ from baton.kv.digest import Verify
 from baton.kv.handoff.leases import Ending
 from baton.kv.handoff.options import HandoffOptions
 from baton.kv.handoff.publisher import HandoffPublisher
-from baton.kv.handoff.reader import Fetched, HandoffReader
+from baton.kv.handoff.reader import Fetched, HandoffReader, Place
 from baton.kv.identity import Identity
 from baton.kv.layout import byte_range
 from baton.kv.transport.base import PoolMemory
@@ -74,10 +74,11 @@ class DecodeSide:
         blocks: tuple[int, ...],
         timeout_s: float = 60.0,
         reserve_s: float = 0.0,
+        cached: int = 0,
     ) -> Fetched:
-        async def reserve() -> tuple[int, ...]:
+        async def reserve() -> Place:
             await asyncio.sleep(reserve_s)
-            return blocks
+            return Place(blocks, cached)
 
         return await self.reader.fetch(attempt, peer, reserve, timeout_s)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from baton.engine.events import KvWanted
 from baton.engine.loans import Loans
 from baton.errors import InternalError
 from baton.types.fleet import BlockState
-from baton.types.request import AttemptId, FinishReason, GenerationTask
+from baton.types.request import AttemptId, FinishReason, GenerationTask, SampledToken
 from tests.engine_rig import BLOCK, Gate, Rig, make_rig, make_task, running
 from tests.fake_runner import expected_for
 
@@ -150,6 +151,32 @@ async def test_more_than_was_wanted_cannot_arrive() -> None:
             rig.engine.arrived(wanted.sequence, 2)
         rig.engine.arrived(wanted.sequence, 0)
         await rig.heard.finish(X)
+
+
+@pytest.mark.parametrize("end", ["admit", "unreserve", "cancel"])
+async def test_a_reservation_shares_what_is_here_already(end: str) -> None:
+    async with running(make_rig(num_blocks=16)) as rig:
+        rig.engine.submit(make_task("x", prompt_len=14))
+        await rig.heard.finish(X)
+        task = replace(make_task("x", prompt_len=18), attempt=Y)
+        reserved = await rig.engine.reserve(Y, 18, 5, task=task)
+        assert (len(reserved.blocks), reserved.cached) == (5, 3)
+        rig.engine.check_integrity()
+        if end == "admit":
+            for position in range(3 * BLOCK, 18):
+                block = reserved.blocks[position // BLOCK]
+                rig.runner.memory.write(block, position % BLOCK, position, task.prompt[position])
+            first = SampledToken(expected_for(task)[0], 0)
+            rig.engine.admit(task, reserved.blocks, first)
+            await rig.heard.finish(Y)
+            assert [first.token_id, *rig.heard.answers[Y]] == expected_for(task)
+        elif end == "unreserve":
+            rig.engine.unreserve(Y)
+        else:
+            rig.engine.quarantine(Y)
+            assert rig.in_state(BlockState.QUARANTINED) == 2
+            rig.engine.check_integrity()
+            rig.engine.end_quarantine(Y)
 
 
 @given(st.lists(st.sampled_from(["register", "evict", "take"]), max_size=40), st.randoms())

@@ -217,7 +217,7 @@ async def test_split_gives_the_same_tokens_as_one_engine() -> None:
 
     async def serve(task: GenerationTask) -> None:
         source.engine.submit(task, hand_off=True)
-        blocks = await target.engine.reserve(task.attempt, len(task.prompt), 20)
+        blocks, _ = await target.engine.reserve(task.attempt, len(task.prompt), 20)
         await source.heard.until(lambda: task.attempt in source.heard.prefilled)
         first, _, cached = source.heard.prefilled[task.attempt]
         cells = covered(source.heard.ready[task.attempt])
@@ -238,7 +238,7 @@ async def test_split_gives_the_same_tokens_as_one_engine() -> None:
 async def admitted(rig: Rig, task: GenerationTask) -> tuple[int, ...]:
     """Reserve, and 'transfer' the KV of the prompt by writing it."""
     context = (*task.prompt, *task.output)
-    blocks = await rig.engine.reserve(task.attempt, len(context), 5)
+    blocks, _ = await rig.engine.reserve(task.attempt, len(context), 5)
     for position, token in enumerate(context):
         rig.runner.memory.write(blocks[position // BLOCK], position % BLOCK, position, token)
     return blocks
@@ -353,7 +353,7 @@ async def test_a_cancelled_waiter_gives_its_blocks_back(granted: bool) -> None:
 async def test_cancel_of_a_reservation() -> None:
     y = AttemptId("y")
     async with running(make_rig(num_blocks=4)) as rig:
-        blocks = await rig.engine.reserve(X, 16, 5)
+        blocks, _ = await rig.engine.reserve(X, 16, 5)
         waiter = asyncio.create_task(rig.engine.reserve(y, 4, 5))
         await asyncio.sleep(0)
         rig.engine.cancel(y)

@@ -109,6 +109,24 @@ async def test_the_lease_is_renewed_while_decode_waits_for_blocks() -> None:
         assert prefill.endings == [(A, Ending.RELEASED)]
 
 
+@pytest.mark.parametrize("cached", [0, 1, 2, 3])
+@virtual_time
+async def test_what_the_decode_worker_has_is_not_read(cached: int) -> None:
+    async with cluster() as c:
+        prefill, decode = await c.prefill(), await c.decode()
+        for block in LOCAL[:cached]:
+            decode.block(block)[:] = 7  # its own, which may differ in rounding
+        prefill.publish(A, REMOTE[:2])
+        prefill.publish(A, REMOTE[2:], first_block=2)
+        prefill.publisher.prefilled(A, FIRST, 3)
+        fetched = await decode.fetch(A, prefill.peer, LOCAL, cached=cached)
+        assert fetched.stats.nbytes == (3 - cached) * LAYOUT.block_bytes
+        assert all((decode.block(block) == 7).all() for block in LOCAL[:cached])
+        for ours, theirs in zip(LOCAL[cached:], REMOTE[cached:], strict=True):
+            assert same(decode.block(ours), prefill.block(theirs))
+        assert prefill.endings == [(A, Ending.RELEASED)]
+
+
 @virtual_time
 async def test_one_stream_carries_many_attempts_at_once() -> None:
     async with cluster(Slow(0.5)) as c:

@@ -13,7 +13,7 @@ from baton.types.kv_events import KvEvents, KvSnapshot, Tier
 from baton.types.link import Cancel, FetchPart, Resync, StartDecode, StartPrefill
 from baton.types.request import AttemptId, FinishReason, GenerationTask
 from tests.unit.test_worker_services import expected, make_task, start
-from tests.unit.worker_rig import DECODE, Conductor, Pair, running_pair
+from tests.unit.worker_rig import DECODE, LAYOUT, Conductor, Pair, running_pair
 
 DECODER = Peer("d", "d-life", DECODE)
 
@@ -114,6 +114,30 @@ async def test_a_salt_shares_with_nobody() -> None:
         await pair.to_prefill.send(StartPrefill(other, (FetchPart(DECODER, 0, 7, Tier.GPU),)))
         await pair.to_decode.send(StartDecode(other, pair.peer))
         assert (await pair.to_decode.finish(other.attempt)).cached_tokens == 0
+
+
+class Counting:
+    """Counts what the decode worker reads."""
+
+    nbytes = 0
+
+    def on_read(self, reader: str, source: str, nbytes: int) -> Fault:
+        self.nbytes += nbytes if reader.startswith("d/") else 0
+        return Fault()
+
+
+async def test_a_decode_worker_reads_only_what_it_lacks() -> None:
+    reads = Counting()
+    async with running_pair(reads) as pair:
+        task = make_task("x", prompt_len=30, max_tokens=9)
+        await start(pair, task)
+        await pair.to_decode.finish(task.attempt)
+        before = reads.nbytes
+        other = replace(task, attempt=AttemptId("y"), prompt=(*task.prompt[:25], 5, 6, 7, 8))
+        await start(pair, other)
+        await pair.to_decode.finish(other.attempt)
+        assert pair.answer(other.attempt) == expected(other)
+        assert reads.nbytes - before == 2 * LAYOUT.block_bytes  # of eight
 
 
 async def test_conductors_hear_which_blocks_there_are_and_can_ask_again() -> None:

@@ -15,6 +15,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from baton.errors import (
     BatonError,
@@ -50,8 +51,17 @@ log = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 5.0
 
-Reserve = Callable[[], Awaitable[tuple[int, ...]]]
-"""Local blocks for the attempt's whole context, in order. Cancelling it must give them back."""
+
+class Place(NamedTuple):
+    """Local blocks for an attempt's whole context, in order. The first `cached` of them hold its KV
+    already, perhaps computed elsewhere: they are neither read nor written."""
+
+    blocks: tuple[int, ...]
+    cached: int = 0
+
+
+Reserve = Callable[[], Awaitable[Place]]
+"""Finds a place. Cancelling it must give it back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +109,7 @@ class _Fetch:
     last_byte_s: float = 0.0
     nbytes: int = 0
     blocks: tuple[int, ...] | None = None
+    cached: int = 0
     reserved: asyncio.Event = field(default_factory=asyncio.Event)
     prefilled: Prefilled | None = None
     reads: list[asyncio.Task[None]] = field(default_factory=list)
@@ -200,7 +211,7 @@ class HandoffReader:
         return Fetched(fetch.prefilled, fetch.blocks, _stats(fetch, self._now()))
 
     async def _reserve(self, fetch: _Fetch, reserve: Reserve) -> None:
-        fetch.blocks = await reserve()
+        fetch.blocks, fetch.cached = await reserve()
         fetch.reserved_s = self._now()
         fetch.reserved.set()
 
@@ -241,7 +252,7 @@ class HandoffReader:
     async def _read(self, fetch: _Fetch, ranges: Ranges) -> None:
         """Bring one published range into its local blocks and verify it."""
         await fetch.reserved.wait()
-        layout, peer = self._identity.layout, fetch.pair.peer.name
+        peer = fetch.pair.peer.name
         end = ranges.first_block + len(ranges.blocks)
         local = (fetch.blocks or ())[ranges.first_block : end]
         if len(local) != len(ranges.blocks):
@@ -249,8 +260,18 @@ class HandoffReader:
                 f"{peer} published blocks up to {end} of {fetch.attempt}, which needs "
                 f"{len(fetch.blocks or ())}"
             )
-        layers = ranges.layer_begin, ranges.layer_end
-        copies = copies_for(layout, ranges.blocks, local, *layers)
+        have = min(max(0, fetch.cached - ranges.first_block), len(local))
+        if have < len(local):
+            await self._bring(fetch, ranges, local, have)
+        fetch.cells += cells_of(ranges.first_block, ranges.layer_begin, ranges.digests)
+        fetch.last_byte_s = self._now()
+
+    async def _bring(
+        self, fetch: _Fetch, ranges: Ranges, local: tuple[int, ...], have: int
+    ) -> None:
+        """Read and verify all but the first `have` blocks of a range."""
+        layout, layers = self._identity.layout, (ranges.layer_begin, ranges.layer_end)
+        copies = copies_for(layout, ranges.blocks[have:], local[have:], *layers)
         async with fetch.pair.slots:
             transfer = self._transport.read(fetch.pair.key, copies)
             fetch.running.add(transfer)
@@ -259,15 +280,13 @@ class HandoffReader:
         await verify_digests(
             self._memory,
             layout,
-            local,
+            local[have:],
             layers,
-            ranges.digests,
-            peer,
+            ranges.digests[have:],
+            fetch.pair.peer.name,
             self._options.inline_digest_bytes,
         )
-        fetch.cells += cells_of(ranges.first_block, ranges.layer_begin, ranges.digests)
         fetch.nbytes += sum(copy.length for copy in copies)
-        fetch.last_byte_s = self._now()
 
     async def _release(self, fetch: _Fetch, prefilled: Prefilled) -> None:
         """When everything is here and nothing is missing, tell the prefill worker."""
