@@ -16,7 +16,7 @@ from baton.types.blocks import RenewLoans, Return
 from tests.unit.blocks_kit import OPTIONS, TTL, Side, World, keys, world
 from tests.virtual_time import run_virtual, settle
 
-STEPS = ("borrow", "borrow", "offer", "put", "cancel", "kill", "wait", "expire")
+STEPS = ("borrow", "borrow", "borrow", "offer", "put", "cancel", "kill", "wait", "expire")
 
 
 @dataclass
@@ -133,7 +133,7 @@ message_faults = st.lists(
     max_size=20,
 )
 steps = st.lists(
-    st.tuples(st.sampled_from(STEPS), st.integers(0, 7), st.integers(0, 1)), max_size=25
+    st.tuples(st.sampled_from(STEPS), st.integers(0, 7), st.integers(0, 1)), min_size=2, max_size=30
 )
 
 

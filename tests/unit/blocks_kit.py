@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -87,20 +88,19 @@ class Pool:
         assert loan not in self.loans
         held = self.loans[loan] = []
         self.lent += 1
-        blocks = []
-        for number in split(keys):
-            if number not in self.held:
-                break
-            blocks.append(self.held[number])
-        for at in range(0, len(blocks), self.run):
+        numbers = split(keys)
+        for at in range(0, len(numbers), self.run):
             if at:
                 await asyncio.sleep(self.pause_s)
                 if self.fails is not None:
                     raise self.fails
-            run = blocks[at : at + self.run]
-            held += run
-            self.leases.update(run)
-            yield tuple(run)
+            run = list(itertools.takewhile(self.held.__contains__, numbers[at : at + self.run]))
+            blocks = [self.held[number] for number in run]
+            held += blocks
+            self.leases.update(blocks)
+            yield tuple(blocks)
+            if len(run) < self.run:
+                return
 
     def end(self, loan: LoanId) -> None:
         ended = self.loans.pop(loan)
