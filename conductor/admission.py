@@ -1,23 +1,53 @@
-"""The bound on work in progress, kept before any work is spent on a request."""
+"""The bounds on work in progress, kept before any work is spent on a request.
+
+Two questions are asked: whether there is a place (a bound on the answers being worked on), and,
+when the operator has set SLOs, whether the workers that were chosen are predicted to keep them
+(early rejection, as in Mooncake, FAST'25). Only load is a reason to be turned away: a prompt that
+could not keep the SLO on an idle worker either is served.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from baton.errors import InvalidRequest, NoWorker, Overloaded
 from conductor.request import Request
+from conductor.router import Decision
+from conductor.views import WorkerView
 
-RETRY_AFTER_S = 1.0
+SHORTEST_RETRY_S = 1.0
+LONGEST_RETRY_S = 60.0
+_MEMORY = 0.9  # of the mean duration, per request
+
+
+@dataclass(frozen=True, slots=True)
+class Slos:
+    """None = no promise. Seconds."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
 
 
 class Admission:
-    """Counts answers being worked on; `max_answers` is the bound."""
+    """Counts answers being worked on; `max_answers` is the bound.
 
-    def __init__(self, max_answers: int) -> None:
+    `on_reject` hears why a request was turned away: "queue", "ttft" or "tpot".
+    """
+
+    def __init__(
+        self,
+        max_answers: int,
+        slos: Slos | None = None,
+        on_reject: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._max_answers = max_answers
+        self._slos = slos or Slos()
+        self._on_reject = on_reject
         self._answers = 0
+        self._mean_s = SHORTEST_RETRY_S  # of a request, from its place to its end
         self._ids: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -40,7 +70,7 @@ class Admission:
         if self._closed:
             raise NoWorker("this conductor is shutting down: send the request to another one")
         if self._answers >= self._max_answers:
-            raise self._overloaded()
+            raise self._no_place()
 
     @contextmanager
     def admit(self, request: Request) -> Iterator[None]:
@@ -49,7 +79,7 @@ class Admission:
         self.check_open()
         answers = len(request.answers)
         if self._answers and self._answers + answers > self._max_answers:
-            raise self._overloaded()
+            raise self._no_place()
         if request.id in self._ids:
             raise InvalidRequest(
                 f"request_id {request.id!r} is in use by a running request", param="request_id"
@@ -57,17 +87,64 @@ class Admission:
         self._ids.add(request.id)
         self._answers += answers
         self._idle.clear()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             yield
         finally:
+            self._mean_s += (1 - _MEMORY) * (loop.time() - began - self._mean_s)
             self._ids.discard(request.id)
             self._answers -= answers
             if not self._answers:
                 self._idle.set()
 
-    def _overloaded(self) -> Overloaded:
-        return Overloaded(
-            f"{self._answers} answers are being worked on, the bound is {self._max_answers}: "
-            "try again in a moment",
-            retry_after_s=RETRY_AFTER_S,
+    def judge(self, decision: Decision) -> None:
+        """Raises Overloaded when the decision is predicted to miss an SLO because of the load.
+
+        What is predicted counts the work of the same and of more urgent priority only. Guesses turn
+        nobody away.
+        """
+        if decision.is_guess or decision.chosen is None:
+            return
+        ttft, tpot = self._slos.ttft_s, self._slos.tpot_s
+        if ttft is not None and decision.ttft_s > ttft and decision.chosen.queue_s > 0:
+            # The queue becomes shorter by a second per second.
+            raise self._reject(
+                "ttft",
+                f"the predicted time to the first token, {_ms(decision.ttft_s)}, is over the SLO "
+                f"of {_ms(ttft)} ({_ms(decision.chosen.queue_s)} of it in the queue of "
+                f"{decision.chosen.worker})",
+                min(decision.ttft_s - ttft, decision.chosen.queue_s),
+            )
+        busy = decision.decode.sequences
+        if tpot is not None and decision.tpot_s > tpot and busy:
+            raise self._reject(
+                "tpot",
+                f"the predicted time per output token, {_ms(decision.tpot_s)} with {busy + 1} "
+                f"sequences on {decision.decode.info.name}, is over the SLO of {_ms(tpot)}",
+                self._until_fewer(decision.decode, tpot),
+            )
+
+    def _until_fewer(self, worker: WorkerView, tpot_s: float) -> float:
+        """Seconds until enough sequences should have ended that another one keeps the SLO."""
+        cost, busy = worker.cost.decode, worker.sequences
+        excess = (cost.seconds(busy + 1) - tpot_s) / max(cost.sequence_s, 1e-9)
+        return min(max(excess, 1.0), busy) / busy * self._mean_s
+
+    def _no_place(self) -> Overloaded:
+        # By Little's law a place comes free every mean duration / places.
+        return self._reject(
+            "queue",
+            f"{self._answers} answers are being worked on, the bound is {self._max_answers}",
+            self._mean_s / max(self._answers, 1),
         )
+
+    def _reject(self, reason: str, why: str, drain_s: float) -> Overloaded:
+        self._on_reject(reason)
+        retry_s = min(max(drain_s, SHORTEST_RETRY_S), LONGEST_RETRY_S)
+        wait = "a moment" if retry_s == SHORTEST_RETRY_S else f"{retry_s:.0f} s"
+        return Overloaded(f"{why}: try again in {wait}", retry_after_s=retry_s)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

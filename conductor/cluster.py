@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from conductor.router import WorkerView
+from baton.types.fleet import Role
 from conductor.service import Conductor
+from conductor.views import WorkerView
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,8 @@ def describe_cluster(conductor: Conductor, identity: ConductorIdentity) -> dict[
     workers = sorted(conductor.fleet.view().workers, key=lambda worker: worker.info.name)
     return {
         "conductors": [_conductor_body(conductor, identity)],
-        "workers": [_worker_body(worker) for worker in workers],
-        "stores": [],
+        "workers": [_member_body(view) for view in workers if view.info.role is not Role.STORE],
+        "stores": [_member_body(view) for view in workers if view.info.role is Role.STORE],
     }
 
 
@@ -48,7 +49,7 @@ def _conductor_body(conductor: Conductor, identity: ConductorIdentity) -> dict[s
     }
 
 
-def _worker_body(worker: WorkerView) -> dict[str, Any]:
+def _member_body(worker: WorkerView) -> dict[str, Any]:
     info, load = worker.info, worker.load
     return {
         "name": info.name,
@@ -63,6 +64,7 @@ def _worker_body(worker: WorkerView) -> dict[str, Any]:
         "cpus": info.cpus,
         "threads": info.threads,
         "num_blocks": info.num_blocks,
+        "node": info.node,
         "block_size": info.layout.block_size,
         "max_model_len": info.max_model_len,
         "running": load.running,

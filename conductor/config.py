@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from baton.config import option
 from baton.errors import ConfigError
 from baton.telemetry import LEVELS
+from conductor.admission import Slos
+from conductor.fleet import MAP_BLOCKS
+from conductor.policies import RoutePolicy
+from conductor.router import RouteOptions
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +26,23 @@ class ConductorConfig:
     name: str = option("conductor-0", "name in logs and in the fleet")
     lease_ttl: float = option(10.0, "seconds after which a silent worker is dead")
     max_queue: int = option(1024, "answers being worked on at most; more get 429")
+    policy: str = option(
+        RoutePolicy.CACHE_AWARE.value,
+        "how workers are chosen",
+        choices=tuple(policy.value for policy in RoutePolicy),
+    )
+    local_prefill_tokens: str = option(
+        AUTO,
+        "prompts with at most so many tokens to compute are prefilled by the decode worker itself; "
+        "0 = none, auto = where that takes less time than a handoff",
+    )
+    slo_ttft_ms: float = option(
+        0.0, "turn requests away that would miss this time to the first token; 0 = off"
+    )
+    slo_tpot_ms: float = option(
+        0.0, "turn requests away that would miss this time per output token; 0 = off"
+    )
+    prefix_map_blocks: int = option(MAP_BLOCKS, "KV blocks whose holders are remembered at most")
     default_deadline: float = option(600.0, "seconds that a request may take at most")
     max_body_bytes: int = option(16 << 20, "largest request body")
     api_key: tuple[str, ...] = option((), "keys that clients must send one of; none = open")
@@ -33,8 +56,24 @@ class ConductorConfig:
         for name in ("port", "grpc_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"--{name.replace('_', '-')} must be from 0 to 65535")
-        for name in ("lease_ttl", "default_deadline", "max_queue", "max_body_bytes"):
+        positive = ("lease_ttl", "default_deadline", "max_queue", "max_body_bytes")
+        for name in (*positive, "prefix_map_blocks"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0")
         if self.drain_timeout < 0:
             raise ConfigError("--drain-timeout must not be negative")
+        for name in ("slo_ttft_ms", "slo_tpot_ms"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must not be negative")
+        if self.local_prefill_tokens != AUTO and not self.local_prefill_tokens.isdecimal():
+            raise ConfigError("--local-prefill-tokens must be a number of tokens, or auto")
+
+    @property
+    def routing(self) -> RouteOptions:
+        local = self.local_prefill_tokens
+        return RouteOptions(RoutePolicy(self.policy), None if local == AUTO else int(local))
+
+    @property
+    def slos(self) -> Slos:
+        ttft, tpot = self.slo_ttft_ms / 1e3, self.slo_tpot_ms / 1e3
+        return Slos(ttft or None, tpot or None)

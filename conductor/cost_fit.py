@@ -7,7 +7,6 @@ NaN; what was not measured for long returns to a prior in proportion to what was
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from baton.types.fleet import WorkerInfo
@@ -178,14 +177,14 @@ class CostModel:
     """All fits of a conductor."""
 
     def __init__(self) -> None:
-        self._alike: dict[tuple[str, str, int], _WorkerFit] = {}
+        self._alike: dict[tuple[str, int], _WorkerFit] = {}
         self._routes = {route: _transfer_fit(cost) for route, cost in TRANSFER_PRIORS.items()}
         self._handoff = _transfer_fit(HANDOFF_PRIOR)
         self._transfers: TransferCosts | None = None
 
     def begin(self, info: WorkerInfo) -> WorkerSamples:
         """For a life of a worker."""
-        kind = (info.role.value, info.device, info.threads)
+        kind = (info.device, info.threads)
         return WorkerSamples(self._alike.setdefault(kind, _WorkerFit()))
 
     def transfers(self) -> TransferCosts:
@@ -210,7 +209,3 @@ def _transfer_fit(prior: TransferCost) -> NonNegativeFit:
 
 def _transfer_cost(fit: NonNegativeFit) -> TransferCost:
     return TransferCost(*fit.solve(), fit.samples)
-
-
-def span_named(spans: Iterable[Span], name: str) -> Span | None:
-    return next((span for span in spans if span.name == name), None)

@@ -117,3 +117,7 @@ class WorkerCost:
 
     prefill: PrefillCost = PrefillCost()
     decode: DecodeCost = DecodeCost()
+
+
+UNKNOWN_WORKER = WorkerCost()
+UNKNOWN_TRANSFERS = TransferCosts()

@@ -17,15 +17,17 @@ from typing import NamedTuple
 
 from baton.errors import BatonError, DeadlineExceeded, InternalError, Overloaded
 from baton.tokenizer import Tokenizer
-from baton.types.fleet import Peer, Role
+from baton.types.fleet import Role
 from baton.types.link import StartDecode, StartPrefill
 from baton.types.request import AttemptId, AttemptOutput, GenerationTask
+from conductor.admission import Admission
 from conductor.answer_run import AnswerRun, Delta, Phase
 from conductor.fleet import Fleet
 from conductor.link import Assignment
 from conductor.metrics import Metrics, Stopwatch
+from conductor.prompt_keys import prompt_keys
 from conductor.request import Request
-from conductor.router import Decision, RouteRequest, route
+from conductor.router import Decision, RouteOptions, RouteRequest, route
 from conductor.trace import Timeline, Traces
 
 MAX_ATTEMPTS = 3
@@ -105,15 +107,39 @@ class Dispatcher:
         eos_ids: tuple[int, ...],
         metrics: Metrics,
         traces: Traces,
+        admission: Admission,
+        routing: RouteOptions,
     ) -> None:
         self.fleet = fleet
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
         self.metrics = metrics
         self.traces = traces
+        self.admission = admission
+        self.routing = routing
+        self._decisions = 0
 
     def serve(self, request: Request) -> Serving:
         return Serving(self, request)
+
+    def decide(self, request: Request, run: AnswerRun, keys: bytes, avoid: set[str]) -> Decision:
+        """Where the next attempt at an answer goes. Raises NoWorker."""
+        answer, prefix_map = run.answer, self.fleet.prefix_map
+        self._decisions += 1
+        asked = RouteRequest(
+            key=run.attempt.request_id,
+            prompt=answer.prompt,
+            max_tokens=answer.sampling.max_tokens,
+            avoid=frozenset(avoid),
+            number=self._decisions,
+            priority=request.priority,
+            keys=keys,
+            matches=prefix_map.matches(keys) if keys and prefix_map.num_blocks else (),
+        )
+        now = asyncio.get_running_loop().time()
+        decision = route(asked, self.fleet.view(), now, self.routing)
+        self.metrics.note_decision(self.routing.policy, decision.reason)
+        return decision
 
 
 class Serving:
@@ -130,6 +156,8 @@ class Serving:
             for answer in request.answers
         }
         self._open = set(self._runs)  # answers that have not ended
+        self._keys: dict[int, bytes] = {}  # by prompt
+        self._predicted: dict[int, tuple[float, float]] = {}  # by answer: when, and which TTFT
         self._placed: dict[AttemptId, Decision] = {}
         self._avoid: set[str] = set()
         self._timers: list[asyncio.TimerHandle] = []
@@ -159,6 +187,7 @@ class Serving:
         try:
             late = DeadlineExceeded("the request's deadline passed before it was answered")
             self._arm(self._request.deadline, _Abort(late))
+            await self._hash_prompts()
             for run in self._runs.values():
                 self._begin(run, 0)
             while self._open:
@@ -190,20 +219,26 @@ class Serving:
         """Called by a link."""
         self._inbox.put(_Lost(duty, worker, attempt, reason))
 
+    async def _hash_prompts(self) -> None:
+        """Each prompt once, whatever the number of its answers and attempts."""
+        fleet, salt = self._parts.fleet, self._request.cache_salt
+        layout = fleet.layout()
+        if layout is None:
+            return
+        for answer in self._request.answers:
+            if answer.prompt_index not in self._keys:
+                keys = await prompt_keys(answer.prompt, layout, salt, fleet.prefix_map)
+                self._keys[answer.prompt_index] = keys
+
     def _begin(self, run: AnswerRun, number: int) -> None:
-        """Route and start an attempt. Raises NoWorker or WorkerLost."""
+        """Route and start an attempt. Raises NoWorker, WorkerLost, or Overloaded when the first one
+        would miss an SLO."""
         request, answer = self._request, run.answer
         now = asyncio.get_running_loop().time()
-        decision = route(
-            RouteRequest(
-                run.attempt.request_id,
-                answer.prompt,
-                answer.sampling.max_tokens,
-                frozenset(self._avoid),
-            ),
-            self._parts.fleet.view(),
-            now,
-        )
+        keys = self._keys.get(answer.prompt_index, b"")
+        decision = self._parts.decide(request, run, keys, self._avoid)
+        if not self._placed and not number:
+            self._parts.admission.judge(decision)
         run.begin(number, split=decision.prefill is not None)
         task = GenerationTask(
             attempt=run.attempt,
@@ -215,16 +250,27 @@ class Serving:
         )
         self.timeline.add_decision(str(run.attempt), decision)
         self._placed[run.attempt] = decision
+        if not decision.is_guess:
+            self._predicted[answer.index] = (now, decision.ttft_s)
         self._start(task, decision)
 
     def _start(self, task: GenerationTask, decision: Decision) -> None:
-        fleet, tokens = self._parts.fleet, len(task.prompt)
-        peer: Peer | None = None
-        if decision.prefill is not None:
-            peer = decision.prefill.peer
-            duty = Assignment(Role.PREFILL, self, tokens)
-            fleet.start(peer, task.attempt, duty, StartPrefill(task))
-        duty = Assignment(Role.DECODE, self, 0 if peer else tokens)
+        fleet, fetch = self._parts.fleet, decision.fetch_plan
+        computing = Assignment(
+            Role.DECODE if decision.prefill is None else Role.PREFILL,
+            self,
+            len(task.prompt),
+            decision.work_s,
+            task.priority,
+            fetch,
+        )
+        if decision.prefill is None:
+            start = StartDecode(task, fetch=fetch)
+            fleet.start(decision.decode.peer, task.attempt, computing, start)
+            return
+        peer = decision.prefill.peer
+        fleet.start(peer, task.attempt, computing, StartPrefill(task, fetch))
+        duty = Assignment(Role.DECODE, self, 0)
         fleet.start(decision.decode.peer, task.attempt, duty, StartDecode(task, peer))
 
     def _absorb(self, events: list[_Event], batch: list[Delta]) -> BatonError | None:
@@ -324,6 +370,9 @@ class Serving:
         if delta.tokens and self._stopwatch.first_at is None:
             span = self._parts.traces.span("first_token", self._request.received, now)
             self.timeline.add_span("conductor", "", span)
+        if self._predicted and delta.tokens and delta.index in self._predicted:
+            decided_at, ttft_s = self._predicted.pop(delta.index)
+            self._parts.metrics.note_prediction(ttft_s, now - decided_at)
         self._stopwatch.note(delta.index, len(delta.tokens), delta.finish_reason is not None, now)
 
 

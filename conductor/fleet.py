@@ -3,29 +3,41 @@
     register -> JOINING --link up--> LIVE <--renewed--> SUSPECT --lease over--> DEAD --> forgotten
                                       leave -> DRAINING --link closed--> forgotten
 
-States are derived from facts (link, last sign of life) whenever somebody looks; only death is
-recorded. A report on the link is a sign of life as good as a renewal.
+States are derived from facts (link, last sign of life); only death is recorded. A report on the
+link is a sign of life as good as a renewal. The view of a worker is kept until one of its facts
+changes: it is looked at for every request, and there may be a thousand workers.
+
+Stores are members, too. They have a link, and never an attempt.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.errors import BatonError, LayoutMismatch, PeerGone, WorkerLost
 from baton.rpc.services import Duplex, WorkerDialer
-from baton.types.fleet import FleetLease, Peer, Role, WorkerInfo, WorkerLoad, WorkerState
-from baton.types.link import ConductorMessage, WorkerMessage
-from baton.types.request import AttemptId
+from baton.types.fleet import FleetLease, KvLayout, Peer, Role, WorkerInfo, WorkerLoad, WorkerState
+from baton.types.kv_events import KvEvents, KvSnapshot
+from baton.types.link import ConductorMessage, StepReport, WorkerMessage
+from baton.types.request import AttemptId, Finish
+from conductor.backlog import EMPTY
+from conductor.cost_fit import CostModel
+from conductor.kv_feed import KvFeed
 from conductor.link import Assignment, Link
-from conductor.router import FleetView, WorkerView
+from conductor.prefix_map import PrefixMap
+from conductor.ring import Ring
+from conductor.views import FleetView, WorkerView
+from conductor.worker_samples import Computed, WorkerMeter
 
 DIAL_TIMEOUT_S = 5.0
 FIRST_REDIAL_S = 0.1
 LAST_REDIAL_S = 2.0
 SUSPECT_SHARE = 0.7  # of the lease: workers renew every third, so one renewal was missed
 REMEMBER_DEAD_S = 60.0
+MAP_BLOCKS = 1 << 20  # that the prefix map knows at most, unless the operator says otherwise
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +46,8 @@ log = logging.getLogger(__name__)
 class _Member:
     info: WorkerInfo
     seen_at: float
+    meter: WorkerMeter
+    view: WorkerView | None = None  # None: to be made anew
     load: WorkerLoad = field(default_factory=WorkerLoad)
     link: Link | None = None
     linked_before: bool = False
@@ -57,12 +71,21 @@ class Fleet:
     """
 
     def __init__(
-        self, dialer: WorkerDialer, lease_ttl_s: float, fingerprint: str | None = None
+        self,
+        dialer: WorkerDialer,
+        lease_ttl_s: float,
+        fingerprint: str | None = None,
+        map_blocks: int = MAP_BLOCKS,
     ) -> None:
         self._dialer = dialer
         self._ttl_s = lease_ttl_s
         self._fingerprint = fingerprint
         self._members: dict[str, _Member] = {}
+        self._view: FleetView | None = None
+        self._view_until = 0.0  # some live worker may be suspect from then on
+        self._ring: tuple[tuple[str, ...], Ring | None] = ((), None)
+        self._costs = CostModel()
+        self._kv = KvFeed(PrefixMap(map_blocks))
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -89,11 +112,14 @@ class Fleet:
         old = self._members.get(info.name)
         if old is not None and old.is_life(info.incarnation):
             old.seen_at = _now()
+            self._touch(old)
             return FleetLease(accepted=True, ttl_s=self._ttl_s)
         if old is not None:
             self._stop(old, "the worker was started again")
-        member = _Member(info, seen_at=_now())
+        meter = WorkerMeter(self._costs, info, lambda peer: self._is_near(info, peer))
+        member = _Member(info, _now(), meter)
         self._members[info.name] = member
+        self._touch(member)
         member.task = self._tasks.create_task(self._keep_link(member), name=f"link {info.name}")
         log.info("worker %s (%s) registered from %s", info.name, info.role, info.address)
         return FleetLease(accepted=True, ttl_s=self._ttl_s)
@@ -104,6 +130,7 @@ class Fleet:
             return FleetLease(accepted=False, ttl_s=self._ttl_s)
         member.seen_at = _now()
         member.load = load
+        self._touch(member)
         return FleetLease(accepted=True, ttl_s=self._ttl_s)
 
     async def leave(self, name: str, incarnation: str) -> None:
@@ -111,23 +138,60 @@ class Fleet:
         member = self._members.get(name)
         if member is not None and member.is_life(incarnation):
             member.leaving = True
+            self._touch(member)
             if member.link is None:
                 self._forget(member)
 
+    @property
+    def prefix_map(self) -> PrefixMap:
+        return self._kv.map
+
     def view(self) -> FleetView:
         now = _now()
-        return FleetView(
-            tuple(
-                WorkerView(
-                    info=member.info,
-                    state=self._state(member, now),
-                    load=member.load,
-                    own_attempts=member.link.attempts if member.link else 0,
-                    own_prompt_tokens=member.link.prompt_tokens if member.link else 0,
-                )
-                for member in self._members.values()
-            )
+        if now >= self._view_until:
+            self._view_until = now + self._ttl_s
+            for member in self._members.values():
+                self._touch(member)
+        if self._view is None:
+            workers = tuple(m.view or self._look_at(m, now) for m in self._members.values())
+            self._view = FleetView(workers, self._ring_over(workers), self._costs.transfers())
+        return self._view
+
+    def _look_at(self, member: _Member, now: float) -> WorkerView:
+        link = member.link
+        view = member.view = WorkerView(
+            info=member.info,
+            state=self._state(member, now),
+            load=member.load,
+            own_attempts=link.attempts if link else 0,
+            backlog=link.backlog() if link else EMPTY,
+            cost=member.meter.cost(),
+            seen_at=now,
         )
+        if view.state is WorkerState.LIVE:
+            due = member.seen_at + SUSPECT_SHARE * self._ttl_s
+            self._view_until = min(self._view_until, max(due, now + self._ttl_s / 100))
+        return view
+
+    def _touch(self, member: _Member) -> None:
+        """One of its facts has changed."""
+        member.view = None
+        self._view = None
+
+    def _ring_over(self, workers: tuple[WorkerView, ...]) -> Ring | None:
+        """Of the live workers that compute prompts."""
+        names: dict[Role, list[str]] = {role: [] for role in Role}
+        for worker in workers:
+            if worker.state is WorkerState.LIVE:
+                names[worker.info.role].append(worker.info.name)
+        members = tuple(sorted(names[Role.PREFILL] or names[Role.DECODE]))
+        if members != self._ring[0]:
+            self._ring = (members, Ring.of(members) if members else None)
+        return self._ring[1]
+
+    def _is_near(self, info: WorkerInfo, peer: str) -> bool:
+        other = self._members.get(peer)
+        return bool(info.node) and other is not None and other.info.node == info.node
 
     def capacity(self) -> int | None:
         """Tokens of the longest sequence that some decode worker can hold; None without any."""
@@ -137,6 +201,13 @@ class Fleet:
             if worker.info.role is Role.DECODE and worker.state is not WorkerState.DEAD
         ]
         return max(sizes, default=None)
+
+    def layout(self) -> KvLayout | None:
+        """Of the KV of all workers; None while there are none."""
+        for member in self._members.values():
+            if member.dead_at is None:
+                return member.info.layout
+        return None
 
     def start(
         self, worker: Peer, attempt: AttemptId, assignment: Assignment, message: ConductorMessage
@@ -187,6 +258,7 @@ class Fleet:
         """When this process itself stood still, what workers said meanwhile is yet to be read."""
         for member in self._members.values():
             member.seen_at += late_s
+        self._view_until = 0.0
 
     def _sweep(self) -> None:
         now = _now()
@@ -197,6 +269,7 @@ class Fleet:
             elif now - member.seen_at > self._ttl_s:
                 log.warning("worker %s is dead: no sign of life", member.info.name)
                 member.dead_at = now
+                self._touch(member)
                 self._stop(member, f"no sign of life for {self._ttl_s:g} s")
             elif member.link is not None:
                 member.link.sweep(now)
@@ -206,11 +279,16 @@ class Fleet:
             member.link.say_why(reason)
         if member.task is not None:
             member.task.cancel()
+        self._kv.drop(member.info.name)
 
     def _forget(self, member: _Member) -> None:
         self._stop(member, "the worker has left")
+        self._remove(member)
+
+    def _remove(self, member: _Member) -> None:
         if self._members.get(member.info.name) is member:
             del self._members[member.info.name]
+            self._view = None
 
     async def _keep_link(self, member: _Member) -> None:
         """Dial the worker, again and again, until it leaves; its lease ends this task otherwise."""
@@ -227,23 +305,54 @@ class Fleet:
                 delay = FIRST_REDIAL_S
                 await self._use_link(member, stream)
                 await asyncio.sleep(0 if member.leaving else delay)
-        if self._members.get(member.info.name) is member:
-            del self._members[member.info.name]
+        self._remove(member)
 
     async def _use_link(
         self, member: _Member, stream: Duplex[ConductorMessage, WorkerMessage]
     ) -> None:
-        def on_report(load: WorkerLoad) -> None:
-            member.seen_at = _now()
-            member.load = load
-
-        member.link = Link(member.info.name, stream, on_report)
+        name = member.info.name
+        link = Link(name, stream, _Watch(member, self._touch, self._kv))
+        member.link = link
         member.linked_before = True
+        self._touch(member)
+        self._kv.on_link(name, link.post)
         try:
-            reason = await member.link.run()
+            reason = await link.run()
         finally:
             member.link = None
-        log.info("the link to worker %s ended: %s", member.info.name, reason)
+            self._touch(member)
+            if self._members.get(name) is member:  # otherwise a new life has been there since
+                self._kv.drop(name)
+        log.info("the link to worker %s ended: %s", name, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """What the link to a member tells about it."""
+
+    member: _Member
+    touch: Callable[[_Member], None]
+    kv: KvFeed
+
+    def on_report(self, report: StepReport) -> None:
+        member = self.member
+        member.seen_at = now = _now()
+        member.load = report.load
+        member.meter.on_report(report, now)
+        self.touch(member)
+
+    def on_kv(self, message: KvEvents | KvSnapshot) -> None:
+        if self.member.link is not None:
+            self.kv.on_message(self.member.info.name, message, self.member.link.post)
+
+    def on_finish(self, held: Assignment, finish: Finish) -> None:
+        if held.prompt_tokens:
+            asked = Computed(held.prompt_tokens, held.fetch)
+            self.member.meter.on_finish(asked, finish)
+            self.touch(self.member)
+
+    def on_change(self) -> None:
+        self.touch(self.member)
 
 
 def _now() -> float:

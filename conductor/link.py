@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from baton.errors import PeerGone, WorkerLost
 from baton.rpc.services import Duplex
-from baton.types.fleet import Role, WorkerLoad
+from baton.types.fleet import Role
 from baton.types.kv_events import KvEvents, KvSnapshot
-from baton.types.link import Cancel, ConductorMessage, StepReport, WorkerMessage
-from baton.types.request import AttemptId, AttemptOutput
+from baton.types.link import Cancel, ConductorMessage, FetchPart, StepReport, WorkerMessage
+from baton.types.request import AttemptId, AttemptOutput, Finish
+from conductor.backlog import Backlog, PromptQueue
 
 SEND_TIMEOUT_S = 5.0
 SETTLE_S = 30.0  # how long a cancelled attempt's last words are waited for
@@ -37,10 +37,30 @@ class Listener(Protocol):
 
 @dataclass(slots=True)
 class Assignment:
+    """`prompt_tokens` are those that this worker gets the KV of, by computing it or by fetching; 0
+    when another worker does. That is predicted to take `work_s`."""
+
     duty: Role
     listener: Listener
     prompt_tokens: int
+    work_s: float = 0.0
+    priority: int = 0
+    fetch: tuple[FetchPart, ...] = ()
     cancelled_at: float | None = None
+
+
+class Watcher(Protocol):
+    """Who hears what concerns the worker as a whole."""
+
+    def on_report(self, report: StepReport) -> None: ...
+
+    def on_kv(self, message: KvEvents | KvSnapshot) -> None: ...
+
+    def on_finish(self, held: Assignment, finish: Finish) -> None:
+        """An attempt that was not given up has ended."""
+
+    def on_change(self) -> None:
+        """Attempts or prompts have become more or fewer."""
 
 
 class Link:
@@ -50,18 +70,17 @@ class Link:
         self,
         worker: str,
         stream: Duplex[ConductorMessage, WorkerMessage],
-        on_report: Callable[[WorkerLoad], None],
-        on_kv: Callable[[KvEvents | KvSnapshot], None] = lambda _: None,
+        watcher: Watcher,
     ) -> None:
         self._worker = worker
         self._stream = stream
-        self._on_report = on_report
-        self._on_kv = on_kv
+        self._watcher = watcher
+        self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[ConductorMessage] = asyncio.Queue()
         self._assignments: dict[AttemptId, Assignment] = {}
         self._farewell = "the conductor closed the link"
         self.attempts = 0  # neither finished nor cancelled
-        self.prompt_tokens = 0  # of those
+        self._prompts = PromptQueue()  # of those; until the first token
         self.ended = False  # nothing may be started any more
 
     def start(self, attempt: AttemptId, assignment: Assignment, message: ConductorMessage) -> None:
@@ -72,15 +91,24 @@ class Link:
         if self.ended:
             raise WorkerLost(f"worker {self._worker} has just gone: try again")
         self._assignments[attempt] = assignment
-        self._count(assignment, 1)
+        self.attempts += 1
+        if assignment.prompt_tokens:
+            self._prompts.add(
+                attempt,
+                assignment.prompt_tokens,
+                assignment.work_s,
+                assignment.priority,
+                self._loop.time(),
+            )
         self._outbox.put_nowait(message)
+        self._watcher.on_change()
 
     def cancel(self, attempt: AttemptId, reason: str) -> None:
         """Tell the worker to stop, unless it has finished. What it still says is passed on."""
         held = self._assignments.get(attempt)
         if held is not None and held.cancelled_at is None:
-            self._count(held, -1)
-            held.cancelled_at = asyncio.get_running_loop().time()
+            self._uncount(attempt)
+            held.cancelled_at = self._loop.time()
             self._outbox.put_nowait(Cancel(attempt, reason))
 
     def post(self, message: ConductorMessage) -> None:
@@ -111,15 +139,20 @@ class Link:
             await self._stream.aclose()
         return reason
 
-    def _count(self, held: Assignment, sign: int) -> None:
-        if held.cancelled_at is None:
-            self.attempts += sign
-            self.prompt_tokens += sign * held.prompt_tokens
+    def backlog(self) -> Backlog:
+        return self._prompts.snapshot(self._loop.time())
+
+    def _uncount(self, attempt: AttemptId) -> None:
+        self.attempts -= 1
+        self._prompts.done(attempt, self._loop.time())
+        self._watcher.on_change()
 
     def _lose(self, reason: str) -> None:
         self.ended = True
         assignments, self._assignments = self._assignments, {}
-        self.attempts = self.prompt_tokens = 0
+        self.attempts = 0
+        self._prompts.clear()
+        self._watcher.on_change()
         for attempt, held in assignments.items():
             held.listener.on_lost(held.duty, self._worker, attempt, reason)
 
@@ -129,11 +162,11 @@ class Link:
             while True:
                 message = await self._stream.receive()
                 if not isinstance(message, StepReport):
-                    self._on_kv(message)
+                    self._watcher.on_kv(message)
                     continue
-                self._on_report(message.load)
                 for output in message.outputs:
                     self._deliver(output)
+                self._watcher.on_report(message)
         except PeerGone as error:
             return error.message
 
@@ -143,7 +176,11 @@ class Link:
             return  # finished or forgotten: a stale message
         if output.finish is not None:
             del self._assignments[output.attempt]
-            self._count(held, -1)
+            if held.cancelled_at is None:
+                self._uncount(output.attempt)
+                self._watcher.on_finish(held, output.finish)
+        elif self._prompts.tokens and held.prompt_tokens and output.tokens:
+            self._prompts.done(output.attempt, self._loop.time())
         held.listener.on_output(held.duty, self._worker, output)
 
     async def _write(self) -> None:

@@ -12,6 +12,7 @@ from baton import telemetry
 from conductor.fleet import Fleet
 
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4, 10)
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 
 
@@ -38,7 +39,33 @@ class Metrics:
         )
         self.output_tokens = own.tally("baton_output_tokens", "Tokens generated.")
         self.retries = own.counter("baton_attempt_retries", "Attempts after the first one.")
+        self.decisions = own.counter(
+            "baton_route_decisions",
+            "Attempts by what decided where the prompt is computed.",
+            ["policy", "reason"],
+        )
+        self.rejections = own.counter(
+            "baton_rejections",
+            "Requests turned away because of the load: the bound (queue), or an SLO that would be "
+            "missed (ttft, tpot).",
+            ["reason"],
+        )
+        self.ttft_ratio = own.histogram(
+            "baton_ttft_prediction_ratio",
+            "Time from routing to the first token, by what was predicted for it.",
+            _RATIOS,
+        )
         own.registry.register(_FleetCollector(fleet))
+
+    def note_decision(self, policy: str, reason: str) -> None:
+        self.decisions.labels(policy, reason).inc()
+
+    def note_rejection(self, reason: str) -> None:
+        self.rejections.labels(reason).inc()
+
+    def note_prediction(self, predicted_s: float, actual_s: float) -> None:
+        if predicted_s > 0:
+            self.ttft_ratio.observe(actual_s / predicted_s)
 
     def render(self) -> bytes:
         """The text exposition format."""
@@ -103,4 +130,13 @@ class _FleetCollector(Collector):
             sequences.add_metric([name, "waiting"], view.load.waiting)
             for block_state, count in view.load.blocks:
                 blocks.add_metric([name, block_state.value], count)
-        return workers, blocks, sequences
+        return workers, blocks, sequences, *self._prefix_map()
+
+    def _prefix_map(self) -> Iterable[GaugeMetricFamily]:
+        known = self._fleet.prefix_map
+        values = {
+            "baton_prefix_map_blocks": ("KV blocks whose holders are known.", known.num_blocks),
+            "baton_prefix_map_bytes": ("Memory of the prefix map.", known.memory_bytes),
+        }
+        for name, (help_text, value) in values.items():
+            yield GaugeMetricFamily(name, help_text, value=value)

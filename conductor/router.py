@@ -1,132 +1,192 @@
 """Which workers serve an answer: a pure function of the request, the fleet and the clock.
 
-Every decision carries its reasons. `fetch_plan` says which cached blocks the workers should fetch
-from where; it is empty as long as no prefix map feeds the router.
+Every decision carries its reasons, the candidates with their estimates, and a fetch plan: which
+blocks of the prompt the worker that computes it should borrow from whom.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import xxhash
-
 from baton.errors import NoWorker
-from baton.types.fleet import BlockState, Peer, Role, WorkerInfo, WorkerLoad, WorkerState
+from baton.hashing import KEY_BYTES
+from baton.types.fleet import Role
+from baton.types.link import FetchPart
+from conductor.estimate import Candidate, estimate, find_prefix
+from conductor.policies import (
+    Choice,
+    Question,
+    RoutePolicy,
+    choose_alone,
+    choose_decode,
+    choose_prefill,
+)
+from conductor.prefix_map import Match
+from conductor.views import FleetView, WorkerView
+
+GROUP_BLOCKS = 4  # the leading blocks that make a prefix group
+LOCAL_TOKENS = 512  # most that a decode worker prefills itself when the costs decide
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerView:
-    """One worker at one moment. `own_*` count what this conductor has sent and not seen end."""
+class RouteOptions:
+    """`local_tokens`: most tokens of a prompt, cached ones aside, that go to the decode worker
+    although there are prefill workers. 0 = none; None = where the costs say so."""
 
-    info: WorkerInfo
-    state: WorkerState
-    load: WorkerLoad
-    own_attempts: int = 0
-    own_prompt_tokens: int = 0
-
-    @property
-    def peer(self) -> Peer:
-        return Peer(self.info.name, self.info.incarnation, self.info.address)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of the longest sequence that can ever fit."""
-        return min(self.info.max_model_len, self.info.num_blocks * self.info.layout.block_size)
+    policy: RoutePolicy = RoutePolicy.CACHE_AWARE
+    local_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FleetView:
-    workers: tuple[WorkerView, ...]
-
-    def live(self, role: Role) -> tuple[WorkerView, ...]:
-        return tuple(
-            worker
-            for worker in self.workers
-            if worker.state is WorkerState.LIVE and worker.info.role is role
-        )
+DEFAULTS = RouteOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
-    """What routing may depend on. `avoid` names workers that have just failed this request."""
+    """What routing may depend on. `avoid` names workers that have just failed this request.
+
+    `keys` are of the prompt's first blocks, `matches` what the prefix map knows of them; both are
+    empty when nobody caches. `number` counts the requests of this conductor.
+    """
 
     key: str
     prompt: tuple[int, ...]
     max_tokens: int
     avoid: frozenset[str] = frozenset()
+    number: int = 0
+    priority: int = 0
+    keys: bytes = b""
+    matches: tuple[Match, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Blocks that `worker` should fetch from `source` instead of computing them."""
-
-    worker: str
-    source: str
-    tier: str
-    block_keys: tuple[bytes, ...]
+    @property
+    def group(self) -> bytes:
+        """The key of the prefix that makes requests belong together; empty for short prompts."""
+        end = min(GROUP_BLOCKS * KEY_BYTES, len(self.keys))
+        return self.keys[max(end - KEY_BYTES, 0) : end]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`prefill` is None when the decode worker computes the prompt itself."""
+    """`prefill` is None when the decode worker computes the prompt itself.
+
+    `fetch_plan` is for the worker that computes the prompt. `ttft_s` and `tpot_s` are predictions;
+    with `is_guess` they rest on priors, because too little was measured.
+    """
 
     prefill: WorkerView | None
     decode: WorkerView
     reasons: tuple[str, ...]
-    fetch_plan: tuple[Fetch, ...] = ()
+    fetch_plan: tuple[FetchPart, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    chosen: Candidate | None = None
+    reason: str = ""  # of the choice in one word, a metric's label
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    is_guess: bool = True
+
+    @property
+    def work_s(self) -> float:
+        """Predicted time of the worker that computes the prompt, queue aside."""
+        return self.chosen.fetch_s + self.chosen.prefill_s if self.chosen else 0.0
 
 
-def route(request: RouteRequest, fleet: FleetView, now: float) -> Decision:
-    """Choose the least loaded pair that has room. Raises NoWorker, which says what is missing.
+def route(
+    request: RouteRequest, fleet: FleetView, now: float, options: RouteOptions = DEFAULTS
+) -> Decision:
+    """Choose a pair that has room, or a decode worker alone.
 
-    `now` is the loop's time; nothing depends on it as long as loads are taken as they were last
-    reported.
+    `now` is the loop's time. Raises NoWorker, which says what is missing.
     """
-    total = len(request.prompt) + request.max_tokens
-    decode = _choose(request, fleet.live(Role.DECODE), total, _decode_load)
-    if decode is None:
+    prompt_tokens = len(request.prompt)
+    total = prompt_tokens + request.max_tokens
+    decoders = _fitting(fleet.live(Role.DECODE), total, request.avoid)
+    if not decoders:
         raise NoWorker(_why_none(fleet))
-    reasons = [f"decode {decode.info.name}: {_describe(decode)}"]
-    prefill = _choose(request, fleet.live(Role.PREFILL), len(request.prompt) + 1, _prefill_load)
-    if prefill is None:
-        reasons.append("no live prefill worker has room: the decode worker computes the prompt")
-    else:
-        reasons.append(f"prefill {prefill.info.name}: {_describe(prefill)}")
-    return Decision(prefill, decode, tuple(reasons))
-
-
-Load = tuple[int, ...]
-
-
-def _choose(
-    request: RouteRequest,
-    workers: Sequence[WorkerView],
-    tokens: int,
-    load_of: Callable[[WorkerView], Load],
-) -> WorkerView | None:
-    fitting = [worker for worker in workers if worker.capacity >= tokens]
-    preferred = [worker for worker in fitting if worker.info.name not in request.avoid] or fitting
-    if not preferred:
-        return None
-    least = min(load_of(worker) for worker in preferred)
-    tied = sorted(
-        (worker for worker in preferred if load_of(worker) == least),
-        key=lambda worker: worker.info.name,
+    prefix = find_prefix(prompt_tokens, request.matches, fleet)
+    question = Question(
+        request.key, request.number, request.group, request.priority, prefix, fleet, now
     )
-    return tied[xxhash.xxh3_64_intdigest(request.key.encode()) % len(tied)]
+    blocks = decoders[0].info.layout.blocks_for(total)
+    prefillers = _fitting(fleet.live(Role.PREFILL), prompt_tokens + 1, request.avoid)
+    if not prefillers:
+        choice = choose_alone(options.policy, decoders, blocks, question)
+        why = "no live prefill worker has room: the decode worker computes the prompt"
+        return _decision(None, choice.worker, choice, why)
+    decode = choose_decode(options.policy, decoders, blocks, question)
+    if (local := _without_hop(decode, question, options)) is not None:
+        suffix = prompt_tokens - local.chosen.cached_tokens - local.chosen.fetch_tokens
+        why = f"{suffix} tokens to compute are too few for a hop"
+        return _decision(None, decode, local, why)
+    choice = choose_prefill(options.policy, prefillers, question)
+    return _decision(choice.worker, decode, choice)
 
 
-def _prefill_load(worker: WorkerView) -> Load:
-    """Prompt tokens still to be computed. Our own count is fresher, the report sees others."""
-    return (max(worker.load.waiting_tokens, worker.own_prompt_tokens),)
+def _without_hop(decode: WorkerView, question: Question, options: RouteOptions) -> Choice | None:
+    """Conditional disaggregation: when the decode worker should compute the prompt itself.
+
+    Left to the costs, that is when it takes less time than the handoff alone would.
+    """
+    most = options.local_tokens
+    if most == 0:
+        return None
+    prompt = question.prefix.prompt_tokens
+    own = question.prefix.own.get(decode.info.name, 0) * decode.info.layout.block_size
+    if not question.prefix.sources and prompt - own > (most or LOCAL_TOKENS):
+        return None
+    transfers = question.fleet.transfers
+    candidate, fetch = estimate(
+        decode, question.prefix, transfers, question.now, question.priority, "local"
+    )
+    suffix = prompt - candidate.cached_tokens - candidate.fetch_tokens
+    if suffix > (most or LOCAL_TOKENS):
+        return None
+    if most is None:
+        if decode.cost.prefill.is_prior or transfers.handoff.is_prior:
+            return None
+        layout = decode.info.layout
+        if candidate.ttft_s > transfers.handoff.seconds(
+            layout.blocks_for(prompt) * layout.block_bytes
+        ):
+            return None
+    return Choice(decode, (candidate,), fetch, "local")
 
 
-def _decode_load(worker: WorkerView) -> Load:
-    """Sequences first, then how full the pool is in sixteenths, so that close loads tie."""
-    sequences = max(worker.load.running + worker.load.waiting, worker.own_attempts)
-    used = worker.load.blocks_in(BlockState.ACTIVE, BlockState.LEASED, BlockState.QUARANTINED)
-    return (sequences, 16 * used // max(worker.info.num_blocks, 1))
+def _decision(
+    prefill: WorkerView | None, decode: WorkerView, choice: Choice, why: str = ""
+) -> Decision:
+    chosen = choice.chosen
+    reasons = [f"decode {decode.info.name}: {_describe(decode)}"]
+    if prefill is None:
+        reasons.append(f"{why}: {chosen.describe()}")
+    else:
+        reasons.append(f"prefill {prefill.info.name} ({choice.reason}): {chosen.describe()}")
+    for part in choice.fetch:
+        reasons.append(
+            f"fetch blocks {part.first_block} to {part.first_block + part.num_blocks - 1} "
+            f"from {part.source.name} ({part.tier})"
+        )
+    return Decision(
+        prefill,
+        decode,
+        tuple(reasons),
+        choice.fetch,
+        choice.candidates,
+        chosen,
+        choice.reason,
+        chosen.ttft_s,
+        decode.tpot_s,
+        choice.worker.cost.prefill.is_prior or decode.cost.decode.is_prior,
+    )
+
+
+def _fitting(
+    workers: Sequence[WorkerView], tokens: int, avoid: frozenset[str]
+) -> Sequence[WorkerView]:
+    """Those that can hold `tokens`; not those to avoid, if there are others."""
+    fitting = [worker for worker in workers if worker.capacity >= tokens]
+    if avoid:
+        return [worker for worker in fitting if worker.info.name not in avoid] or fitting
+    return fitting
 
 
 def _describe(worker: WorkerView) -> str:

@@ -62,6 +62,9 @@ class Server:
                 lease_ttl_s=config.lease_ttl,
                 max_answers=config.max_queue,
                 default_deadline_s=config.default_deadline,
+                routing=config.routing,
+                slos=config.slos,
+                map_blocks=config.prefix_map_blocks,
             ),
         )
 

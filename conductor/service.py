@@ -8,19 +8,20 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from baton.errors import BatonError, Cancelled, InternalError
 from baton.rpc.services import WorkerDialer
 from baton.tokenizer import Tokenizer
 from baton.types.fleet import Role
-from conductor.admission import Admission
+from conductor.admission import Admission, Slos
 from conductor.answer_run import Delta
 from conductor.dispatch import Dispatcher, Serving, Usage
-from conductor.fleet import Fleet
+from conductor.fleet import MAP_BLOCKS, Fleet
 from conductor.metrics import Metrics
 from conductor.request import Ask, Chat, Prompt, Request
+from conductor.router import RouteOptions
 from conductor.trace import Traces
 from conductor.validate import Limits, build_request, check_ask
 
@@ -53,6 +54,9 @@ class Policy:
     lease_ttl_s: float = 10.0
     max_answers: int = 1024
     default_deadline_s: float = 600.0
+    routing: RouteOptions = field(default_factory=RouteOptions)
+    slos: Slos = field(default_factory=Slos)
+    map_blocks: int = MAP_BLOCKS
 
 
 class Conductor:
@@ -61,12 +65,18 @@ class Conductor:
     def __init__(self, model: ServedModel, dialer: WorkerDialer, policy: Policy) -> None:
         self.model = model
         self.policy = policy
-        self.fleet = Fleet(dialer, policy.lease_ttl_s, model.fingerprint)
+        self.fleet = Fleet(dialer, policy.lease_ttl_s, model.fingerprint, policy.map_blocks)
         self.metrics = Metrics(self.fleet)
         self.traces = Traces(asyncio.get_running_loop().time())
-        self.admission = Admission(policy.max_answers)
+        self.admission = Admission(policy.max_answers, policy.slos, self.metrics.note_rejection)
         self._dispatcher = Dispatcher(
-            self.fleet, model.tokenizer, model.eos_ids, self.metrics, self.traces
+            self.fleet,
+            model.tokenizer,
+            model.eos_ids,
+            self.metrics,
+            self.traces,
+            self.admission,
+            policy.routing,
         )
         self._servings: set[Serving] = set()
         self._threads: ThreadPoolExecutor | None = None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from baton.types.link import FetchPart
 from baton.types.request import Span
+from conductor.estimate import Candidate
 from conductor.router import Decision
 
 
@@ -31,6 +33,11 @@ class Timeline:
                 "prefill": decision.prefill.info.name if decision.prefill else None,
                 "decode": decision.decode.info.name,
                 "reasons": list(decision.reasons),
+                "candidates": [_candidate(candidate) for candidate in decision.candidates],
+                "fetch": [_fetch(part) for part in decision.fetch_plan],
+                "predicted_ttft_s": decision.ttft_s,
+                "predicted_tpot_s": decision.tpot_s,
+                "is_guess": decision.is_guess,
             }
         )
 
@@ -58,6 +65,19 @@ class Timeline:
                 for source, attempt, span in spans
             ],
         }
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {**asdict(candidate), "ttft_s": candidate.ttft_s}
+
+
+def _fetch(part: FetchPart) -> dict[str, Any]:
+    return {
+        "source": part.source.name,
+        "tier": part.tier.value,
+        "first_block": part.first_block,
+        "num_blocks": part.num_blocks,
+    }
 
 
 class Traces:

@@ -113,7 +113,7 @@ async def test_reports_are_signs_of_life() -> None:
 @virtual_time
 async def test_a_silent_worker_s_attempts_are_lost_when_its_lease_ends() -> None:
     async with fleet_and_network() as (fleet, network):
-        await join(fleet, network, hang_at=1)
+        await join(fleet, network, hang_at=0)
         heard = Heard()
         start(fleet, heard)
         await settle()

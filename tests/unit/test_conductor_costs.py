@@ -88,7 +88,7 @@ def test_a_new_worker_is_judged_by_those_that_are_like_it() -> None:
     newcomer = begin(model, "p1").cost().prefill
     assert not newcomer.is_prior
     assert newcomer.seconds(1000) == pytest.approx(SLOW_CPU.seconds(1000), rel=0.2)
-    other = model.begin(worker_info("d0", Role.DECODE)).cost().prefill
+    other = model.begin(worker_info("p2", Role.PREFILL, device="cuda")).cost().prefill
     assert other.is_prior
 
 

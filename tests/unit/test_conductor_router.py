@@ -8,7 +8,9 @@ import pytest
 
 from baton.errors import NoWorker
 from baton.types.fleet import BlockState, Role, WorkerLoad, WorkerState
-from conductor.router import Decision, FleetView, RouteRequest, WorkerView, route
+from conductor.backlog import Backlog
+from conductor.router import Decision, RouteRequest, route
+from conductor.views import FleetView, WorkerView
 from tests.fake_worker import worker_info
 
 
@@ -26,7 +28,7 @@ def view(
         state,
         load or WorkerLoad(),
         own_attempts,
-        own_prompt_tokens,
+        Backlog(own_prompt_tokens, own_prompt_tokens * 1e-4),
     )
 
 

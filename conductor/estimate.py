@@ -1,0 +1,170 @@
+"""Predicted TTFT of one prompt at one worker, and which blocks it should fetch for that.
+
+    TTFT = queue + transfer of what others hold of the prefix + prefill of the rest
+
+(Mooncake, FAST'25, Algorithm 1). The plan is the cheapest of: fetch nothing, or more and more of
+the prefix, each stretch from the fastest source that has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from baton.types.kv_events import Tier
+from baton.types.link import FetchPart
+from conductor.cost_model import TransferCost, TransferCosts
+from conductor.prefix_map import Match
+from conductor.views import FleetView, WorkerView
+
+# Mooncake's kvcache_balancing_threshold. Theirs compares lengths of matches; ours the prefill times
+# without and with the transfer, because behind a long context few blocks are much work.
+BALANCING_THRESHOLD = 1.1
+MAX_SOURCES = 8  # holders of the longest matches that a plan may use
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker that was considered to compute the prompt, and what was expected of it.
+
+    `cached_tokens` are in its own pool, `fetch_tokens` come from others before it computes the
+    rest.
+    """
+
+    worker: str
+    why: str
+    queue_s: float
+    fetch_s: float
+    prefill_s: float
+    cached_tokens: int = 0
+    fetch_tokens: int = 0
+
+    @property
+    def ttft_s(self) -> float:
+        return self.queue_s + self.fetch_s + self.prefill_s
+
+    def describe(self) -> str:
+        parts = [f"queue {_ms(self.queue_s)}"]
+        if self.fetch_tokens:
+            parts.append(f"fetch {self.fetch_tokens} tokens {_ms(self.fetch_s)}")
+        parts.append(f"prefill {_ms(self.prefill_s)}")
+        cached = f", {self.cached_tokens} tokens cached" if self.cached_tokens else ""
+        return f"{' + '.join(parts)} = {_ms(self.ttft_s)}{cached}"
+
+
+class Source(NamedTuple):
+    """Somebody who holds the first `blocks` blocks of the prompt and lends them."""
+
+    holder: WorkerView
+    tier: Tier
+    blocks: int
+
+
+class _Stretch(NamedTuple):
+    source: Source
+    first: int  # block
+    end: int
+    cost: TransferCost
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What the cluster holds of a prompt: `own` in workers' pools by name, `sources` to fetch from.
+
+    Counts are in blocks; the prompt's last token is never among them, because somebody has to
+    compute what follows it.
+    """
+
+    prompt_tokens: int
+    own: dict[str, int]
+    sources: tuple[Source, ...] = ()
+
+    def holders(self) -> Sequence[str]:
+        """Workers with the longest match first."""
+        return sorted(self.own, key=lambda name: (-self.own[name], name))
+
+
+def find_prefix(prompt_tokens: int, matches: Sequence[Match], fleet: FleetView) -> Prefix:
+    """`matches` of live holders, longest first, as far as they can be used."""
+    own: dict[str, int] = {}
+    sources: list[Source] = []
+    for match in matches:
+        holder = fleet.find(match.holder)
+        if holder is None:
+            continue
+        blocks = min(match.blocks, (prompt_tokens - 1) // holder.info.layout.block_size)
+        if blocks > 0:
+            own[match.holder] = max(blocks, own.get(match.holder, 0))
+            if len(sources) < MAX_SOURCES:
+                sources.append(Source(holder, match.tier, blocks))
+    return Prefix(prompt_tokens, own, tuple(sources))
+
+
+def estimate(
+    worker: WorkerView,
+    prefix: Prefix,
+    transfers: TransferCosts,
+    now: float,
+    priority: int = 0,
+    why: str = "",
+) -> tuple[Candidate, tuple[FetchPart, ...]]:
+    """What to expect of `worker`, and what it should fetch for that."""
+    size = worker.info.layout.block_size
+    own = prefix.own.get(worker.info.name, 0)
+    cost = worker.cost.prefill
+    prompt = prefix.prompt_tokens
+    alone_s = best_s = cost.seconds(prompt - own * size, own * size)
+    stretches = _stretches(worker, own, prefix.sources, transfers)
+    used, best_fetch_s, fetch_s = 0, 0.0, 0.0
+    for number, stretch in enumerate(stretches, start=1):
+        num_bytes = (stretch.end - stretch.first) * worker.info.layout.block_bytes
+        fetch_s += stretch.cost.seconds(num_bytes)
+        total_s = fetch_s + cost.seconds(prompt - stretch.end * size, stretch.end * size)
+        if total_s < best_s and alone_s > BALANCING_THRESHOLD * total_s:
+            used, best_s, best_fetch_s = number, total_s, fetch_s
+    parts = tuple(_part(stretch) for stretch in stretches[:used])
+    candidate = Candidate(
+        worker=worker.info.name,
+        why=why,
+        queue_s=worker.queue_s(now, priority),
+        fetch_s=best_fetch_s,
+        prefill_s=best_s - best_fetch_s,
+        cached_tokens=own * size,
+        fetch_tokens=(stretches[used - 1].end - own) * size if used else 0,
+    )
+    return candidate, parts
+
+
+def _stretches(
+    worker: WorkerView, own: int, sources: Sequence[Source], transfers: TransferCosts
+) -> list[_Stretch]:
+    """The prefix after the worker's own blocks, cut so that the fastest sources give what they
+    can."""
+    offers = [
+        (transfers.fetch(source.tier, near(worker, source.holder)), source)
+        for source in sources
+        if source.blocks > own and source.holder.info.name != worker.info.name
+    ]
+    # Ties go to the longest, then to the less busy holder: reading slows it down a little.
+    offers.sort(key=lambda offer: (offer[0].byte_s, -offer[1].blocks, offer[1].holder.sequences))
+    stretches, reached = [], own
+    for cost, source in offers:
+        if source.blocks > reached:
+            stretches.append(_Stretch(source, reached, source.blocks, cost))
+            reached = source.blocks
+    return stretches
+
+
+def near(worker: WorkerView, holder: WorkerView) -> bool:
+    """Whether both are on the same node, as far as they say where they are."""
+    return bool(worker.info.node) and worker.info.node == holder.info.node
+
+
+def _part(stretch: _Stretch) -> FetchPart:
+    source = stretch.source
+    return FetchPart(source.holder.peer, stretch.first, stretch.end - stretch.first, source.tier)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
