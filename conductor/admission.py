@@ -104,9 +104,9 @@ class Admission:
         What is predicted counts the work of the same and of more urgent priority only. Guesses turn
         nobody away.
         """
-        if decision.is_guess or decision.chosen is None:
-            return
         ttft, tpot = self._slos.ttft_s, self._slos.tpot_s
+        if (ttft is None and tpot is None) or decision.is_guess:
+            return
         if ttft is not None and decision.ttft_s > ttft and decision.chosen.queue_s > 0:
             # The queue becomes shorter by a second per second.
             raise self._reject(

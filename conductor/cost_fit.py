@@ -33,7 +33,9 @@ _MEMORY = 0.95  # what a sample weighs after one more: about twenty samples coun
 _PRIOR_WEIGHT = 0.02  # of the prior, against one sample
 _OUTLIER = 8.0  # a sample counts as no more than so many times what was expected
 _SCALE_MEMORY = 0.8
-_SWEEPS = 40  # of coordinate descent; more change nothing that matters
+_FIRST_SWEEPS = 40  # of coordinate descent, from the prior
+_SWEEPS = 8  # from the last solution
+_SETTLED = 32  # samples, after which the last solution is where to begin
 _OWN_TIME_SHARE = 0.25  # of a prefill's span, below which it shared its steps with another prompt
 
 
@@ -50,6 +52,7 @@ class NonNegativeFit:
         self._products = [[0.0] * size for _ in prior]  # in units of the prior
         self._targets = [0.0] * size
         self._log_scale = 0.0
+        self._factors = [1.0] * size
         self._solved: tuple[float, ...] | None = prior
         self.samples = 0
 
@@ -83,27 +86,31 @@ class NonNegativeFit:
     def solve(self) -> tuple[float, ...]:
         """The coefficients; computed when samples have arrived since the last time."""
         if self._solved is None:
-            factors = self._descend()
-            self._solved = tuple(p * f for p, f in zip(self._prior, factors, strict=True))
+            self._descend()
+            self._solved = tuple(p * f for p, f in zip(self._prior, self._factors, strict=True))
         return self._solved
 
     def _learn_scale(self, log_ratio: float) -> None:
         memory = min(_SCALE_MEMORY, 1.0 - 1.0 / self.samples)
         self._log_scale = memory * self._log_scale + (1.0 - memory) * log_ratio
 
-    def _descend(self) -> list[float]:
-        """Coordinate descent with bounds (Franc, Hlaváč, Navara 2005), from the scaled prior."""
+    def _descend(self) -> None:
+        """Coordinate descent with bounds (Franc, Hlaváč, Navara 2005)."""
         scale = math.exp(self._log_scale)
         # Rows are in units of measured time, where the scaled prior's are about one.
         ridge = _PRIOR_WEIGHT / scale**2
-        factors = [scale] * len(self._prior)
-        for _ in range(_SWEEPS):
+        settled = self.samples > _SETTLED
+        factors = self._factors = self._factors if settled else [scale] * len(self._prior)
+        for _ in range(_SWEEPS if settled else _FIRST_SWEEPS):
             for i, products in enumerate(self._products):
                 others = sum(p * f for p, f in zip(products, factors, strict=True))
                 others -= products[i] * factors[i]
                 target = self._targets[i] + ridge * scale - others
                 factors[i] = max(target / (products[i] + ridge), 0.0)
-        return factors
+
+
+_PREFILL_PRIOR = (PrefillCost().base_s, PrefillCost().token_s, PrefillCost().pair_s)
+_DECODE_PRIOR = (DecodeCost().base_s, DecodeCost().sequence_s)
 
 
 @dataclass(slots=True)
@@ -119,15 +126,12 @@ class _WorkerFit:
         return PrefillCost(base, token, pair, self.prefill.samples, self.mean_context)
 
     def decode_cost(self) -> DecodeCost:
-        return DecodeCost(*self.decode.solve(), self.decode.samples)
+        base, sequence = self.decode.solve()
+        return DecodeCost(base, sequence, self.decode.samples)
 
     def add_prefill(self, tokens: int, context: int, seconds: float) -> None:
         self.prefill.add((1.0, float(tokens), pairs(tokens, context)), seconds)
         self.mean_context += 0.1 * (context + tokens / 2 - self.mean_context)
-
-
-_PREFILL_PRIOR = (PrefillCost().base_s, PrefillCost().token_s, PrefillCost().pair_s)
-_DECODE_PRIOR = (DecodeCost().base_s, DecodeCost().sequence_s)
 
 
 class WorkerSamples:
@@ -164,6 +168,10 @@ class WorkerSamples:
             self._own.add_prefill(tokens, context, seconds)
             self._alike.add_prefill(tokens, context, seconds)
             self._cost = None
+
+    def pass_over(self, span: Span) -> None:
+        """A prompt was computed of which nothing is learned."""
+        self._computed_until = max(self._computed_until, span.end_s)
 
     def add_steps(self, running: float, seconds: float) -> None:
         """Decode steps took `seconds` each, with `running` sequences in them."""
@@ -208,4 +216,5 @@ def _transfer_fit(prior: TransferCost) -> NonNegativeFit:
 
 
 def _transfer_cost(fit: NonNegativeFit) -> TransferCost:
-    return TransferCost(*fit.solve(), fit.samples)
+    latency, byte = fit.solve()
+    return TransferCost(latency, byte, fit.samples)

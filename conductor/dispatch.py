@@ -248,7 +248,7 @@ class Serving:
             timeout_s=max(request.deadline - now, 0.0),
             cache_salt=request.cache_salt,
         )
-        self.timeline.add_decision(str(run.attempt), decision)
+        self.timeline.add_decision(run.attempt, decision)
         self._placed[run.attempt] = decision
         if not decision.is_guess:
             self._predicted[answer.index] = (now, decision.ttft_s)

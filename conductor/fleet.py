@@ -83,7 +83,8 @@ class Fleet:
         self._members: dict[str, _Member] = {}
         self._view: FleetView | None = None
         self._view_until = 0.0  # some live worker may be suspect from then on
-        self._ring: tuple[tuple[str, ...], Ring | None] = ((), None)
+        self._capacity: int | None = None
+        self._ring: tuple[frozenset[str], Ring] = (frozenset(), Ring.of(()))
         self._costs = CostModel()
         self._kv = KvFeed(PrefixMap(map_blocks))
         self._tasks: asyncio.TaskGroup | None = None
@@ -119,7 +120,7 @@ class Fleet:
         meter = WorkerMeter(self._costs, info, lambda peer: self._is_near(info, peer))
         member = _Member(info, _now(), meter)
         self._members[info.name] = member
-        self._touch(member)
+        self._members_changed()
         member.task = self._tasks.create_task(self._keep_link(member), name=f"link {info.name}")
         log.info("worker %s (%s) registered from %s", info.name, info.role, info.address)
         return FleetLease(accepted=True, ttl_s=self._ttl_s)
@@ -173,6 +174,16 @@ class Fleet:
             self._view_until = min(self._view_until, max(due, now + self._ttl_s / 100))
         return view
 
+    def _members_changed(self) -> None:
+        """Somebody has come, died or gone."""
+        self._view = None
+        sizes = [
+            min(info.max_model_len, info.num_blocks * info.layout.block_size)
+            for member in self._members.values()
+            if member.dead_at is None and (info := member.info).role is Role.DECODE
+        ]
+        self._capacity = max(sizes, default=None)
+
     def _touch(self, member: _Member) -> None:
         """One of its facts has changed."""
         member.view = None
@@ -184,10 +195,15 @@ class Fleet:
         for worker in workers:
             if worker.state is WorkerState.LIVE:
                 names[worker.info.role].append(worker.info.name)
-        members = tuple(sorted(names[Role.PREFILL] or names[Role.DECODE]))
-        if members != self._ring[0]:
-            self._ring = (members, Ring.of(members) if members else None)
-        return self._ring[1]
+        members = frozenset(names[Role.PREFILL] or names[Role.DECODE])
+        known, ring = self._ring
+        if members != known:
+            for name in known - members:
+                ring = ring.without(name)
+            for name in sorted(members - known):
+                ring = ring.with_(name)
+            self._ring = (members, ring)
+        return ring if members else None
 
     def _is_near(self, info: WorkerInfo, peer: str) -> bool:
         other = self._members.get(peer)
@@ -195,12 +211,7 @@ class Fleet:
 
     def capacity(self) -> int | None:
         """Tokens of the longest sequence that some decode worker can hold; None without any."""
-        sizes = [
-            worker.capacity
-            for worker in self.view().workers
-            if worker.info.role is Role.DECODE and worker.state is not WorkerState.DEAD
-        ]
-        return max(sizes, default=None)
+        return self._capacity
 
     def layout(self) -> KvLayout | None:
         """Of the KV of all workers; None while there are none."""
@@ -270,6 +281,7 @@ class Fleet:
                 log.warning("worker %s is dead: no sign of life", member.info.name)
                 member.dead_at = now
                 self._touch(member)
+                self._members_changed()
                 self._stop(member, f"no sign of life for {self._ttl_s:g} s")
             elif member.link is not None:
                 member.link.sweep(now)
@@ -288,7 +300,7 @@ class Fleet:
     def _remove(self, member: _Member) -> None:
         if self._members.get(member.info.name) is member:
             del self._members[member.info.name]
-            self._view = None
+            self._members_changed()
 
     async def _keep_link(self, member: _Member) -> None:
         """Dial the worker, again and again, until it leaves; its lease ends this task otherwise."""
@@ -348,7 +360,7 @@ class _Watch:
     def on_finish(self, held: Assignment, finish: Finish) -> None:
         if held.prompt_tokens:
             asked = Computed(held.prompt_tokens, held.fetch)
-            self.member.meter.on_finish(asked, finish)
+            self.member.meter.on_finish(asked, finish, _now())
             self.touch(self.member)
 
     def on_change(self) -> None:

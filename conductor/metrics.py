@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Iterable
 
+from prometheus_client import Counter
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -44,6 +45,7 @@ class Metrics:
             "Attempts by what decided where the prompt is computed.",
             ["policy", "reason"],
         )
+        self._decisions: dict[tuple[str, str], Counter] = {}
         self.rejections = own.counter(
             "baton_rejections",
             "Requests turned away because of the load: the bound (queue), or an SLO that would be "
@@ -58,7 +60,10 @@ class Metrics:
         own.registry.register(_FleetCollector(fleet))
 
     def note_decision(self, policy: str, reason: str) -> None:
-        self.decisions.labels(policy, reason).inc()
+        counter = self._decisions.get((policy, reason))
+        if counter is None:  # labels() takes longer than the rest
+            counter = self._decisions[policy, reason] = self.decisions.labels(policy, reason)
+        counter.inc()
 
     def note_rejection(self, reason: str) -> None:
         self.rejections.labels(reason).inc()

@@ -24,7 +24,7 @@ from conductor.views import FleetView, WorkerView
 
 OWNERS = 2  # of a prefix group: a hot one has two workers before it spreads by load
 MAX_HOLDERS = 4  # longest matches that are considered
-LOAD_BOUND = 1.25  # of the average, which a consistent-hash owner may carry (Mirrokni et al. 2018)
+LOAD_BOUND = 1.25  # of the average load, which a consistent-hash owner may carry
 TIE_SHARE = 0.05  # estimates that are closer than this, or than TIE_S, are equal
 TIE_S = 1e-3
 CLOSE_SEQUENCES = 1  # more than the least loaded decode worker's, for the prefix's sake
@@ -45,13 +45,10 @@ class Choice:
     label."""
 
     worker: WorkerView
+    chosen: Candidate
     candidates: tuple[Candidate, ...]
     fetch: tuple[FetchPart, ...]
     reason: str
-
-    @property
-    def chosen(self) -> Candidate:
-        return next(c for c in self.candidates if c.worker == self.worker.info.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +143,7 @@ def _by_ttft(workers: Workers, question: Question) -> Choice:
     candidate, fetch = plans[name]
     reason = "fetch" if fetch else "cached" if candidate.cached_tokens else candidate.why
     candidates = tuple(plan[0] for plan in plans.values())
-    return Choice(considered[name][0], candidates, fetch, reason)
+    return Choice(considered[name][0], candidate, candidates, fetch, reason)
 
 
 def _consider(workers: Workers, question: Question) -> dict[str, tuple[WorkerView, str]]:
@@ -179,9 +176,8 @@ def _bounded_owner(workers: Workers, question: Question) -> WorkerView | None:
     if ring is None or not question.group:
         return None
     by_name = {worker.info.name: worker for worker in workers}
-    loads = {name: worker.queued_tokens for name, worker in by_name.items()}
-    chosen = ring.choose(question.group, loads, LOAD_BOUND)
-    return None if chosen is None else by_name.get(chosen)
+    loads = {name: float(worker.sequences) for name, worker in by_name.items()}
+    return by_name.get(ring.choose(question.group, loads, LOAD_BOUND))
 
 
 def _about_as_fast(workers: Workers) -> Workers:
@@ -214,7 +210,7 @@ def _just(worker: WorkerView, reason: str, question: Question) -> Choice:
         question.priority,
         reason,
     )
-    return Choice(worker, (candidate,), fetch, reason)
+    return Choice(worker, candidate, (candidate,), fetch, reason)
 
 
 def _with_least(workers: Workers, attribute: str) -> Workers:

@@ -75,19 +75,46 @@ class Decision:
 
     prefill: WorkerView | None
     decode: WorkerView
-    reasons: tuple[str, ...]
+    chosen: Candidate  # one of the candidates
+    candidates: tuple[Candidate, ...]
+    reason: str  # of the choice in one word, a metric's label
     fetch_plan: tuple[FetchPart, ...] = ()
-    candidates: tuple[Candidate, ...] = ()
-    chosen: Candidate | None = None
-    reason: str = ""  # of the choice in one word, a metric's label
-    ttft_s: float = 0.0
-    tpot_s: float = 0.0
-    is_guess: bool = True
+    alone: str = ""  # why the decode worker computes the prompt itself
+
+    @property
+    def ttft_s(self) -> float:
+        return self.chosen.ttft_s
+
+    @property
+    def tpot_s(self) -> float:
+        return self.decode.tpot_s
 
     @property
     def work_s(self) -> float:
         """Predicted time of the worker that computes the prompt, queue aside."""
-        return self.chosen.fetch_s + self.chosen.prefill_s if self.chosen else 0.0
+        return self.chosen.fetch_s + self.chosen.prefill_s
+
+    @property
+    def is_guess(self) -> bool:
+        return (
+            self.prefill or self.decode
+        ).cost.prefill.is_prior or self.decode.cost.decode.is_prior
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """In words; put together only when somebody wants to read them."""
+        reasons = [f"decode {self.decode.info.name}: {_describe(self.decode)}"]
+        if self.prefill is None:
+            reasons.append(f"{self.alone}: {self.chosen.describe()}")
+        else:
+            name = self.prefill.info.name
+            reasons.append(f"prefill {name} ({self.reason}): {self.chosen.describe()}")
+        for part in self.fetch_plan:
+            last = part.first_block + part.num_blocks - 1
+            reasons.append(
+                f"fetch blocks {part.first_block} to {last} from {part.source.name} ({part.tier})"
+            )
+        return tuple(reasons)
 
 
 def route(
@@ -148,34 +175,14 @@ def _without_hop(decode: WorkerView, question: Question, options: RouteOptions) 
             layout.blocks_for(prompt) * layout.block_bytes
         ):
             return None
-    return Choice(decode, (candidate,), fetch, "local")
+    return Choice(decode, candidate, (candidate,), fetch, "local")
 
 
 def _decision(
-    prefill: WorkerView | None, decode: WorkerView, choice: Choice, why: str = ""
+    prefill: WorkerView | None, decode: WorkerView, choice: Choice, alone: str = ""
 ) -> Decision:
-    chosen = choice.chosen
-    reasons = [f"decode {decode.info.name}: {_describe(decode)}"]
-    if prefill is None:
-        reasons.append(f"{why}: {chosen.describe()}")
-    else:
-        reasons.append(f"prefill {prefill.info.name} ({choice.reason}): {chosen.describe()}")
-    for part in choice.fetch:
-        reasons.append(
-            f"fetch blocks {part.first_block} to {part.first_block + part.num_blocks - 1} "
-            f"from {part.source.name} ({part.tier})"
-        )
     return Decision(
-        prefill,
-        decode,
-        tuple(reasons),
-        choice.fetch,
-        choice.candidates,
-        chosen,
-        choice.reason,
-        chosen.ttft_s,
-        decode.tpot_s,
-        choice.worker.cost.prefill.is_prior or decode.cost.decode.is_prior,
+        prefill, decode, choice.chosen, choice.candidates, choice.reason, choice.fetch, alone
     )
 
 

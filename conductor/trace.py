@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from baton.types.link import FetchPart
-from baton.types.request import Span
+from baton.types.request import AttemptId, Span
 from conductor.estimate import Candidate
 from conductor.router import Decision
 
@@ -23,23 +23,11 @@ class Timeline:
     outcome: str = "running"
     prompt_tokens: int = 0
     output_tokens: int = 0
-    attempts: list[dict[str, Any]] = field(default_factory=list)
+    decisions: list[tuple[AttemptId, Decision]] = field(default_factory=list)
     spans: list[tuple[str, str, Span]] = field(default_factory=list)
 
-    def add_decision(self, attempt: str, decision: Decision) -> None:
-        self.attempts.append(
-            {
-                "attempt": attempt,
-                "prefill": decision.prefill.info.name if decision.prefill else None,
-                "decode": decision.decode.info.name,
-                "reasons": list(decision.reasons),
-                "candidates": [_candidate(candidate) for candidate in decision.candidates],
-                "fetch": [_fetch(part) for part in decision.fetch_plan],
-                "predicted_ttft_s": decision.ttft_s,
-                "predicted_tpot_s": decision.tpot_s,
-                "is_guess": decision.is_guess,
-            }
-        )
+    def add_decision(self, attempt: AttemptId, decision: Decision) -> None:
+        self.decisions.append((attempt, decision))
 
     def add_span(self, source: str, attempt: str, span: Span) -> None:
         self.spans.append((source, attempt, span))
@@ -53,7 +41,7 @@ class Timeline:
             "received_s": self.received_s,
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
-            "attempts": self.attempts,
+            "attempts": [_attempt(attempt, decision) for attempt, decision in self.decisions],
             "spans": [
                 {
                     "source": source,
@@ -65,6 +53,20 @@ class Timeline:
                 for source, attempt, span in spans
             ],
         }
+
+
+def _attempt(attempt: AttemptId, decision: Decision) -> dict[str, Any]:
+    return {
+        "attempt": str(attempt),
+        "prefill": decision.prefill.info.name if decision.prefill else None,
+        "decode": decision.decode.info.name,
+        "reasons": list(decision.reasons),
+        "candidates": [_candidate(candidate) for candidate in decision.candidates],
+        "fetch": [_fetch(part) for part in decision.fetch_plan],
+        "predicted_ttft_s": decision.ttft_s,
+        "predicted_tpot_s": decision.tpot_s,
+        "is_guess": decision.is_guess,
+    }
 
 
 def _candidate(candidate: Candidate) -> dict[str, Any]:

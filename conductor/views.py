@@ -85,7 +85,7 @@ class FleetView:
     ring: Ring | None = None
     transfers: TransferCosts = UNKNOWN_TRANSFERS
     _live: Mapping[Role, tuple[WorkerView, ...]] = field(init=False, repr=False, compare=False)
-    _by_name: Mapping[str, WorkerView] = field(init=False, repr=False, compare=False)
+    _by_name: dict[str, WorkerView] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         live: dict[Role, list[WorkerView]] = {role: [] for role in Role}
@@ -93,12 +93,14 @@ class FleetView:
             if worker.state is WorkerState.LIVE:
                 live[worker.info.role].append(worker)
         object.__setattr__(self, "_live", {role: tuple(some) for role, some in live.items()})
-        object.__setattr__(self, "_by_name", {w.info.name: w for w in self.workers})
+        object.__setattr__(self, "_by_name", {})
 
     def live(self, role: Role) -> tuple[WorkerView, ...]:
         return self._live[role]
 
     def find(self, name: str) -> WorkerView | None:
         """The live worker or store of that name."""
+        if not self._by_name:  # only few requests need it
+            self._by_name.update((worker.info.name, worker) for worker in self.workers)
         found = self._by_name.get(name)
         return found if found is not None and found.state is WorkerState.LIVE else None

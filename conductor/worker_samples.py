@@ -13,6 +13,7 @@ from conductor.cost_model import WorkerCost
 
 WINDOW_S = 0.1  # of decode steps that make one sample
 LONGEST_STEP_S = 10.0  # what takes longer is no step
+PAUSE_S = 0.05  # between samples of prompts: at hundreds per second, all of them say the same
 _DONE = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.HANDED_OFF)
 
 IsNear = Callable[[str], bool]
@@ -36,6 +37,7 @@ class WorkerMeter:
         self._samples: WorkerSamples = model.begin(info)
         self._window_from: float | None = None  # the report after which the steps are counted
         self._last = 0.0
+        self._pause_until = 0.0
         self._steps = 0
         self._sequences = 0
 
@@ -63,12 +65,17 @@ class WorkerMeter:
         if not going:
             self._window_from = None  # until the next token, it may have nothing to do
 
-    def on_finish(self, asked: Computed, finish: Finish) -> None:
+    def on_finish(self, asked: Computed, finish: Finish, now: float) -> None:
         """An attempt for which the worker computed the prompt has ended."""
         if finish.reason not in _DONE:
             return
         spans = {span.name: span for span in finish.spans}
         fetch, prefill = spans.get("fetch"), spans.get("prefill")
+        if now < self._pause_until:
+            if prefill is not None:
+                self._samples.pass_over(prefill)
+            return
+        self._pause_until = now + PAUSE_S
         if fetch is not None:
             self._add_fetch(asked, finish.cached_tokens, fetch)
         if prefill is not None:

@@ -19,9 +19,11 @@ from baton.rpc.memory import MemoryNetwork
 from baton.rpc.services import Duplex
 from baton.tokenizer import Tokenizer, TokenizerConfig
 from baton.types.fleet import BlockState, KvLayout, Role, WorkerInfo, WorkerLoad
+from baton.types.kv_events import KvEvents, KvSnapshot
 from baton.types.link import (
     Cancel,
     ConductorMessage,
+    Resync,
     StartDecode,
     StartPrefill,
     StepReport,
@@ -78,7 +80,7 @@ def tiny_model(name: str = "tiny") -> ServedModel:
 @dataclass(frozen=True)
 class Script:
     """What a worker answers. With `hang_at` it stops before that output index until cancelled;
-    with `error_at` it fails there."""
+    with `error_at` it fails there. A prompt takes `prefill_s`."""
 
     tokens: tuple[int, ...]
     finish: FinishReason = FinishReason.STOP
@@ -86,6 +88,7 @@ class Script:
     error_at: int | None = None
     error: WireError = field(default_factory=lambda: WireError("internal_error", "a bug"))
     cached_tokens: int = 0
+    prefill_s: float = 0.0
 
 
 Scripts = Callable[[GenerationTask], Script]
@@ -143,6 +146,9 @@ class FakeWorker:
         self.meeting = meeting
         self.live: set[AttemptId] = set()
         self.tasks: list[GenerationTask] = []
+        self.starts: list[StartPrefill | StartDecode] = []
+        self.resyncs = 0
+        self.snapshot: KvSnapshot | None = None  # the answer to a Resync
         self.cancelled: list[AttemptId] = []
         self.links: list[Duplex[WorkerMessage, ConductorMessage]] = []
 
@@ -155,9 +161,14 @@ class FakeWorker:
                 if isinstance(message, (StartPrefill, StartDecode)):
                     attempt = message.task.attempt
                     self.tasks.append(message.task)
+                    self.starts.append(message)
                     self.live.add(attempt)
                     work[attempt] = asyncio.create_task(self._work(stream, message))
                     await asyncio.sleep(0)  # a task that never began could not clean up
+                elif isinstance(message, Resync):
+                    self.resyncs += 1
+                    if self.snapshot is not None:
+                        await stream.send(self.snapshot)
                 elif isinstance(message, Cancel):
                     self.cancelled.append(message.attempt)
                     if message.attempt in self.live:
@@ -167,6 +178,10 @@ class FakeWorker:
                 task.cancel()
         finally:
             await asyncio.gather(*work.values(), return_exceptions=True)
+
+    async def tell(self, message: KvEvents | KvSnapshot) -> None:
+        """To the conductor of the last link."""
+        await self.links[-1].send(message)
 
     def load(self) -> WorkerLoad:
         used = len(self.live)
@@ -197,8 +212,12 @@ class FakeWorker:
         script: Script,
     ) -> Finish:
         tokens, reason = _limited(task, script)
+        began = asyncio.get_running_loop().time()
+        if script.prefill_s:
+            await asyncio.sleep(script.prefill_s)
         if (failure := await self._reach(script, 0)) is not None:
             return failure
+        ended = asyncio.get_running_loop().time()
         await self._report(stream, AttemptOutput(task.attempt, (_sampled(task, tokens[0], 0),)))
         if len(tokens) == 1:
             self.meeting.event(task.attempt, "finished").set()
@@ -206,7 +225,7 @@ class FakeWorker:
             return Finish(reason, cached_tokens=script.cached_tokens)
         self.meeting.event(task.attempt, "prefilled").set()
         await self.meeting.event(task.attempt, "released").wait()
-        spans = (Span("prefill", 1.0, 2.0),)
+        spans = (Span("prefill", began, ended),)
         return Finish(FinishReason.HANDED_OFF, None, script.cached_tokens, spans)
 
     async def _decode(

@@ -58,7 +58,25 @@ def _choices(timeline: Mapping[str, Any]) -> list[Text]:
         pair = " → ".join(str(attempt[key]) for key in ("prefill", "decode") if attempt.get(key))
         reasons = "; ".join(attempt.get("reasons") or ())
         lines.append(Text(f"attempt {attempt.get('attempt', '')}: {pair}  ({reasons})"))
+        lines += [Text(_candidate(candidate)) for candidate in attempt.get("candidates") or ()]
     return lines
+
+
+def _candidate(candidate: Mapping[str, Any]) -> str:
+    """What was expected of a worker that could have computed the prompt."""
+    parts = [f"queue {_ms(candidate['queue_s'])}"]
+    if candidate.get("fetch_tokens"):
+        parts.append(f"fetch {candidate['fetch_tokens']} tokens {_ms(candidate['fetch_s'])}")
+    parts.append(f"prefill {_ms(candidate['prefill_s'])}")
+    cached = candidate.get("cached_tokens")
+    return (
+        f"  {candidate['worker']} ({candidate['why']}): {' + '.join(parts)} = "
+        f"{_ms(candidate['ttft_s'])}" + (f", {cached} tokens cached" if cached else "")
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
 
 
 def _bars(timeline: Mapping[str, Any], width: int) -> Table:

@@ -316,7 +316,10 @@ def test_consistent_hash_keeps_a_group_together_within_the_bound() -> None:
     options = {"policy": RoutePolicy.CONSISTENT_HASH, "group": group}
     even = [prefill(name, 1.0) for name in names]
     assert chosen(ask(*even, decode(), **options)) == "p2"  # type: ignore[arg-type]
-    uneven = [prefill(name, 9.0 if name == "p2" else 1.0) for name in names]
+    uneven = [
+        prefill(name, 9.0 if name == "p2" else 1.0, own_attempts=9 if name == "p2" else 1)
+        for name in names
+    ]
     assert chosen(ask(*uneven, decode(), **options)) != "p2"  # type: ignore[arg-type]
     short = ask(*uneven, decode(), policy=RoutePolicy.CONSISTENT_HASH)
     assert chosen(short) in {"p0", "p1", "p3"}  # without a group, the least loaded

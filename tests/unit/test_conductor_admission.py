@@ -1,0 +1,132 @@
+"""Who is turned away, why, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from baton.errors import Overloaded
+from baton.types.fleet import Role, WorkerLoad, WorkerState
+from conductor.admission import Admission, Slos
+from conductor.backlog import Backlog
+from conductor.cost_model import DecodeCost, PrefillCost, WorkerCost
+from conductor.router import Decision, RouteOptions, RouteRequest, route
+from conductor.service import Policy
+from conductor.views import FleetView, WorkerView
+from tests.fake_worker import Script, fake_cluster, say, wait_for, worker_info
+from tests.unit.test_conductor_dispatch import ask, text_of
+from tests.virtual_time import virtual_time
+
+MEASURED = WorkerCost(PrefillCost(0.0, 1e-3, 0.0, 99), DecodeCost(0.02, 1e-3, 99))
+
+
+def decide(
+    queue_s: float = 0.0,
+    running: int = 0,
+    cost: WorkerCost = MEASURED,
+    tokens: int = 100,
+    levels: tuple[tuple[int, float], ...] = (),
+    priority: int = 0,
+) -> Decision:
+    backlog = Backlog(1, queue_s, levels or ((0, queue_s),)) if queue_s else Backlog()
+    idle = WorkerLoad(running=running)
+    fleet = FleetView(
+        (
+            WorkerView(
+                worker_info("p0", Role.PREFILL), WorkerState.LIVE, WorkerLoad(), 0, backlog, cost
+            ),
+            WorkerView(worker_info("d0", Role.DECODE), WorkerState.LIVE, idle, cost=cost),
+        )
+    )
+    asked = RouteRequest("r", tuple(range(tokens)), 10, priority=priority)
+    return route(asked, fleet, 0.0, RouteOptions(local_tokens=0))
+
+
+@pytest.fixture
+def rejections() -> list[str]:
+    return []
+
+
+async def test_a_queue_that_would_miss_the_slo_turns_requests_away(rejections: list[str]) -> None:
+    admission = Admission(9, Slos(ttft_s=1.0), rejections.append)
+    admission.judge(decide(queue_s=0.8))
+    with pytest.raises(Overloaded, match=r"first token, 3.6 s, is over the SLO of 1 s") as caught:
+        admission.judge(decide(queue_s=3.5))
+    assert caught.value.retry_after_s == pytest.approx(2.6)
+    assert "try again in 3 s" in caught.value.message
+    assert rejections == ["ttft"]
+
+
+async def test_only_load_is_a_reason(rejections: list[str]) -> None:
+    admission = Admission(9, Slos(ttft_s=0.05, tpot_s=0.01), rejections.append)
+    admission.judge(decide(tokens=200))  # too long for the SLO, but nothing is in its way
+    assert rejections == []
+
+
+async def test_guesses_turn_nobody_away() -> None:
+    admission = Admission(9, Slos(ttft_s=0.5, tpot_s=0.01))
+    admission.judge(decide(queue_s=9.0, running=50, cost=WorkerCost()))
+
+
+async def test_urgent_requests_are_judged_by_the_work_ahead_of_them(
+    rejections: list[str],
+) -> None:
+    admission = Admission(9, Slos(ttft_s=1.0), rejections.append)
+    levels = ((-1, 0.5), (5, 8.0))
+    admission.judge(decide(queue_s=8.5, levels=levels, priority=0))
+    with pytest.raises(Overloaded):
+        admission.judge(decide(queue_s=8.5, levels=levels, priority=5))
+
+
+async def test_a_batch_that_would_be_too_slow_turns_requests_away(rejections: list[str]) -> None:
+    admission = Admission(9, Slos(tpot_s=0.03), rejections.append)
+    admission.judge(decide(running=9))
+    with pytest.raises(Overloaded, match=r"41 ms with 21 sequences on d0, is over the SLO of 30"):
+        admission.judge(decide(running=20))
+    assert rejections == ["tpot"]
+
+
+@virtual_time
+async def test_retry_after_follows_from_how_long_requests_take() -> None:
+    policy = Policy(lease_ttl_s=1e6, max_answers=2)
+    async with fake_cluster(lambda _: Script((97,), prefill_s=30.0), policy=policy) as cluster:
+        for _ in range(20):
+            await asyncio.gather(*(ask(cluster.conductor, max_tokens=1) for _ in range(2)))
+        running = [asyncio.create_task(ask(cluster.conductor, max_tokens=1)) for _ in range(2)]
+        await wait_for(lambda: cluster.conductor.running == 2)
+        with pytest.raises(Overloaded, match="the bound is 2") as caught:
+            await ask(cluster.conductor)
+        assert 10 < caught.value.retry_after_s < 16  # two places, each for half a minute
+        await asyncio.gather(*running)
+        text = cluster.conductor.metrics.render().decode()
+        assert 'baton_rejections_total{reason="queue"} 1.0' in text
+
+
+@virtual_time
+async def test_costs_are_learned_and_then_kept_to() -> None:
+    policy = Policy(lease_ttl_s=1e6, slos=Slos(ttft_s=3.5), routing=RouteOptions(local_tokens=0))
+    slow = Script((97, 98, 256), prefill_s=1.0)
+    async with fake_cluster(lambda _: slow, policy=policy) as cluster:
+        early = await asyncio.gather(*(ask(cluster.conductor, "a" * 64) for _ in range(6)))
+        assert len(early) == 6  # nothing is known yet: nobody is turned away
+        for _ in range(12):
+            await ask(cluster.conductor, "a" * 64)
+        waiting = [asyncio.create_task(ask(cluster.conductor, "a" * 64)) for _ in range(3)]
+        await wait_for(lambda: cluster.conductor.running == 3)
+        with pytest.raises(Overloaded, match="first token"):
+            await ask(cluster.conductor, "a" * 64)
+        text = cluster.conductor.metrics.render().decode()
+        assert 'baton_rejections_total{reason="ttft"} 1.0' in text
+        assert "baton_ttft_prediction_ratio_count" in text
+        for deltas, _ in await asyncio.gather(*waiting):
+            assert text_of(deltas) == "ab"
+        await cluster.check_nothing_left()
+
+
+@virtual_time
+async def test_without_slos_predictions_turn_nobody_away() -> None:
+    async with fake_cluster(say("x", prefill_s=5.0)) as cluster:
+        for _ in range(10):
+            await ask(cluster.conductor)
+        await asyncio.gather(*(ask(cluster.conductor) for _ in range(20)))
