@@ -115,7 +115,7 @@ def estimate(
     cost = worker.cost.prefill
     prompt = prefix.prompt_tokens
     alone_s = best_s = cost.seconds(prompt - own * size, own * size)
-    stretches = _stretches(worker, own, prefix.sources, transfers)
+    stretches = _stretches(worker, own, prefix.sources, transfers) if prefix.sources else []
     used, best_fetch_s, fetch_s = 0, 0.0, 0.0
     for number, stretch in enumerate(stretches, start=1):
         num_bytes = (stretch.end - stretch.first) * worker.info.layout.block_bytes

@@ -37,6 +37,7 @@ FIRST_REDIAL_S = 0.1
 LAST_REDIAL_S = 2.0
 SUSPECT_SHARE = 0.7  # of the lease: workers renew every third, so one renewal was missed
 REMEMBER_DEAD_S = 60.0
+RING_CHANGES = 16  # more at once, and a new ring is made sooner
 MAP_BLOCKS = 1 << 20  # that the prefix map knows at most, unless the operator says otherwise
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,8 @@ class Fleet:
         members = frozenset(names[Role.PREFILL] or names[Role.DECODE])
         known, ring = self._ring
         if members != known:
+            if len(members ^ known) > RING_CHANGES:
+                ring = Ring.of(sorted(members))
             for name in known - members:
                 ring = ring.without(name)
             for name in sorted(members - known):

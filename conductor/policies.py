@@ -156,6 +156,7 @@ def _consider(workers: Workers, question: Question) -> dict[str, tuple[WorkerVie
             # An owner that works while another worker is idle would only gather a queue.
             if owner.free_at <= max(least.free_at, question.now):
                 considered[owner.info.name] = (owner, "owner")
+                break
         holders = [name for name in question.prefix.holders() if name in by_name]
         for name in holders[:MAX_HOLDERS]:
             considered.setdefault(name, (by_name[name], "holder"))
