@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from baton.errors import InternalError
+from baton.kv.blocks.taker import Slot
 from baton.kv.digest import Verify
 from baton.types.blocks import BlocksHello, BlocksRefused, Offer
 from baton.types.fleet import Peer
@@ -137,3 +138,23 @@ async def test_more_open_offers_than_agreed_are_refused() -> None:
         assert isinstance(answer, BlocksRefused)
         assert (answer.number, answer.error.code) == (2, "overloaded")
         await stream.aclose()
+
+
+@virtual_time
+async def test_a_slot_that_cannot_be_committed_costs_the_others_nothing() -> None:
+    async with world() as w:
+        store, worker = await w.side("s", takes=True), await w.side("w")
+        worker.pool.put(1, 2)
+        commit = store.pool.commit
+
+        def fail_once(slot: Slot) -> None:
+            if slot.index == 0:
+                store.pool.reserved.remove(slot)
+                raise ValueError("a bug")
+            commit(slot)
+
+        store.pool.commit = fail_once  # type: ignore[method-assign]
+        offers = w.offers(worker, store.peer)
+        offers.offer(keys(1, 2), 0)
+        await asyncio.sleep(1)
+        assert store.pool.committed == [2]

@@ -121,11 +121,17 @@ class Taker:
                 if not reads.idle:
                     await uninterrupted(reads.settle())
             finally:
-                for slot in slots:
-                    if good:
-                        self._sink.commit(slot)
-                    else:
-                        self._sink.abort(slot)
+                self._conclude(slots, good)
+
+    def _conclude(self, slots: Sequence[Slot], good: bool) -> None:
+        for slot in slots:
+            try:
+                if good:
+                    self._sink.commit(slot)
+                else:
+                    self._sink.abort(slot)
+            except Exception:  # the others must have their ending all the same
+                log.exception("block %d of the store is lost", slot.block)
 
     async def _read(self, offer: Offer, slots: Sequence[Slot], reads: Reads, inbox: Inbox) -> None:
         """Read, return, and hear that the lease held. Raises when it did not."""
