@@ -112,7 +112,9 @@ async def build(config: StoreConfig) -> StoreParts:
         tier = MemoryTier(view, table, layout.block_bytes, policy, journal.of(Tier.CPU))
         disk = None
         if config.disk_dir:
-            options = DiskOptions(Path(config.disk_dir), int(config.disk_gib * GIB))
+            options = DiskOptions(
+                Path(config.disk_dir), int(config.disk_gib * GIB), config.disk_segment_mib * MIB
+            )
             disk = DiskTier(options, layout, journal.of(Tier.NVME))
         store = Store(tier, disk, journal)
         await store.open()

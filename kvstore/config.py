@@ -33,6 +33,7 @@ class StoreConfig:
     )
     disk_dir: str = option("", "directory of the NVMe tier; empty: none")
     disk_gib: float = option(64.0, "NVMe tier: space that it may take")
+    disk_segment_mib: int = option(256, "NVMe tier: size of a file; room is made by whole files")
     eviction: str = option("lru", "which block goes first", choices=tuple(POLICIES))
     transport: str = option("auto", "how KV moves", choices=("auto", "nixl", "nccl", "shm"))
     verify: str = option("sample", "digests of lent KV", choices=("off", "sample", "full"))
@@ -44,6 +45,7 @@ class StoreConfig:
     def __post_init__(self) -> None:
         _require(self.memory_mib >= 1, "memory_mib", "at least 1")
         _require(self.disk_gib > 0, "disk_gib", "more than 0")
+        _require(self.disk_segment_mib >= 1, "disk_segment_mib", "at least 1")
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
         _require(self.drain_timeout >= 0, "drain_timeout", "at least 0")
         _require(is_address(self.listen), "listen", "host:port")
