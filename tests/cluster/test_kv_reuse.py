@@ -1,8 +1,8 @@
 """Reusing KV changes no token, whoever computed it, wherever it was kept.
 
-Conversations of several tenants, which branch, run through two prefill and two decode workers
-and a store whose tiers are all far too small for them. Then the same prompts are asked of one worker
-that reuses nothing.
+Conversations of several tenants, which branch, run through two prefill and two decode workers and
+a store, all far too small to keep everything. Then the same prompts are asked of workers that reuse
+nothing.
 """
 
 from __future__ import annotations
@@ -77,10 +77,12 @@ class Load:
         return Conversation(salt, self.draw.choice(self.systems) + self.tokens(20))
 
     async def run(self, cluster: Cluster) -> None:
-        async with httpx.AsyncClient(base_url=cluster.url, timeout=120, trust_env=False) as client:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(AT_ONCE):
-                    group.create_task(self.user(client))
+        async with (
+            httpx.AsyncClient(base_url=cluster.url, timeout=120, trust_env=False) as client,
+            asyncio.TaskGroup() as group,
+        ):
+            for _ in range(AT_ONCE):
+                group.create_task(self.user(client))
 
     async def user(self, client: httpx.AsyncClient) -> None:
         while self.begun < REQUESTS:
