@@ -97,7 +97,7 @@ def _fill(cluster: _Cluster, plan: Plan, oldest: list[bytes]) -> Iterator[Figure
         oldest += batch[: STEADY_EVENTS - len(oldest)]
     name = f"events of {EVENT_BLOCKS} new blocks"
     yield Figure(PART, name, events / seconds, "/s", _PEER)
-    yield Figure(PART, f"{name}, slowest", slowest * 1e6, "µs", "growth, huge pages")
+    yield Figure(PART, f"{name}, slowest", slowest * 1e6, "µs", "no rehash")
 
 
 def _replace(cluster: _Cluster, oldest: list[bytes]) -> Iterator[Figure]:

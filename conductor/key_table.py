@@ -8,14 +8,18 @@ Rows of eight slots, so that the low halves of a row's keys are one cache line:
 Keys are cryptographic, so their low bits are the hash. The table doubles row by row: a row gives
 the keys whose next bit is set to its new sibling, into the same slots. A round of splits begins
 when rows hold ROW_LOAD keys on average, and each insertion pays for a few splits, so that no caller
-waits for a rehash (only, now and then, for the system to provide a huge page: about 12 ms). Arrays
-are allocated for the largest size at once, of which only pages that were touched take memory. The
-table never shrinks.
+waits for a rehash. Arrays are allocated for the largest size at once; the system only provides the
+pages that were touched. The table never shrinks.
 
 A slot is free when its value is 0; the low half of its key is then 0, too.
 """
 
 from __future__ import annotations
+
+import math
+import mmap
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +56,17 @@ def _byte_index(words: U64) -> Positions:
     return ((words * np.uint64(0x0001020304050607)) >> np.uint64(56)).view(np.int64)
 
 
+def _zeros(shape: tuple[int, ...], kind: type[Any]) -> npt.NDArray[Any]:
+    """In small pages. numpy asks for huge ones, which take 10 to 60 ms now and then to provide, in
+    the middle of an insertion, and make look-ups only a twentieth to a tenth faster."""
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel that has none
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, kind).reshape(shape)
+
+
 class KeyTable:
     """Room for `max_keys` keys. Positions stay valid until the next `insert`."""
 
@@ -61,13 +76,15 @@ class KeyTable:
             rows *= 2
         total = rows + max(rows // _OVERFLOW_SHARE, 64)
         self._max_rows = rows
-        self._low = np.zeros((total, SLOTS), np.uint64)
-        self._high = np.zeros((total, SLOTS), np.uint64)
-        self._values = np.zeros((total, SLOTS), np.uint32)
+        self._low: U64 = _zeros((total, SLOTS), np.uint64)
+        self._high: U64 = _zeros((total, SLOTS), np.uint64)
+        self._values: U32 = _zeros((total, SLOTS), np.uint32)
         self._flat_low = self._low.reshape(-1)
         self._flat_high = self._high.reshape(-1)
         self.values: U32 = self._values.reshape(-1)  # by position; 0 = no key
-        self._next = np.zeros(total, np.int32)  # overflow row of a row, 0 = none
+        self._next: npt.NDArray[np.int32] = _zeros(
+            (total,), np.int32
+        )  # overflow row of a row, 0 = none
         self._level = min(rows, _FIRST_ROWS)  # rows at the beginning of the round
         self._split = 0  # rows of this round that have been split
         self._overflow_end = rows
