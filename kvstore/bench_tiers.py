@@ -21,10 +21,11 @@ import shutil
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -43,12 +44,12 @@ from kvstore.memory_tier import MemoryTier
 from kvstore.slot_table import HEADER_BYTES, SlotTable, map_file
 from kvstore.store import Store, StoreOptions
 
-PARTS = 8  # of a round, in which the store and its limit take turns
 CHAIN = 64  # keys of one lookup
 LOOKUPS = 2000
 INDEXED = 20_000  # blocks, for sizes and speeds of indexes
 
-Times = list[float]  # seconds of put, of its limit, of get, of its limit
+Times = tuple[float, float, float, float]  # seconds of put, of its limit, of get, of its limit
+Side = Callable[[Sequence[int]], Awaitable[float]]  # numbers of blocks -> seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class MemoryBench:
             self.slots, table, self.size, make_policy("lru"), self.journal.of(Tier.CPU)
         )
         self.keys: list[bytes] = []
+        self.random = np.random.default_rng(blocks)
 
     async def rounds(self, count: int) -> list[TierResult]:
         store = Store(self.memory, None, self.journal)
@@ -122,17 +124,14 @@ class MemoryBench:
         return _results("cpu", self.size, self.blocks, times[1:])  # the first filled the memory
 
     async def _round(self, store: Store) -> Times:
-        times = [0.0] * 4
-        order = list(np.random.default_rng(len(self.keys)).permutation(self.blocks).tolist())
-        for part in _parts(order):
-            times[0] += self._put(store, part)
-            times[1] += self._copy_in(part)
-        for part in _parts(order):
-            times[2] += await self._get(store, part)
-            times[3] += self._copy_out(part)
-        return times
+        # In different orders: else slots are evicted one after the other, and reused in sequence.
+        in_order = self.random.permutation(self.blocks).tolist()
+        out_order = self.random.permutation(self.blocks).tolist()
+        put = await _in_turns(in_order, 8, partial(self._put, store), self._copy_in)
+        get = await _in_turns(out_order, 8, partial(self._get, store), self._copy_out)
+        return *put, *get
 
-    def _put(self, store: Store, part: Sequence[int]) -> float:
+    async def _put(self, store: Store, part: Sequence[int]) -> float:
         began = time.perf_counter()
         for n in part:
             key = self.keys[n]
@@ -142,7 +141,7 @@ class MemoryBench:
                 store.commit_put(key)
         return time.perf_counter() - began
 
-    def _copy_in(self, part: Sequence[int]) -> float:
+    async def _copy_in(self, part: Sequence[int]) -> float:
         began = time.perf_counter()
         for n in part:
             self._block(self.plain, n)[:] = self._block(self.pool, n)
@@ -156,7 +155,7 @@ class MemoryBench:
             store.unpin([keys[index]])
         return time.perf_counter() - began
 
-    def _copy_out(self, part: Sequence[int]) -> float:
+    async def _copy_out(self, part: Sequence[int]) -> float:
         began = time.perf_counter()
         for n in part:
             self._block(self.pool, n)[:] = self._block(self.plain, n)
@@ -190,36 +189,33 @@ class DiskBench:
         self.direct = False
 
     async def rounds(self, count: int) -> list[TierResult]:
-        times: list[Times] = []
-        for number in range(count):
-            shutil.rmtree(self.options.directory, ignore_errors=True)
-            journal = Journal()
-            disk = DiskTier(self.options, self.layout, journal.of(Tier.NVME))
-            await disk.open()
-            self.direct = disk.direct
-            keys = [key_of(number * self.blocks + n) for n in range(self.blocks)]
-            order = list(np.random.default_rng(number).permutation(self.blocks).tolist())
-            with self._raw_file() as fd, ThreadPoolExecutor(self.place.threads) as threads:
-                took = [0.0] * 4
-                for part in _parts(range(self.blocks)):
-                    took[0] += await self._put(disk, [keys[n] for n in part])
-                    took[1] += await self._write(fd, threads, part)
-                for part in _parts(order):
-                    took[2] += await self._get(disk, journal, [keys[n] for n in part])
-                    took[3] += await self._read(fd, threads, part)
-            await disk.close()
-            times.append(took)
+        times = [await self._round(number) for number in range(count)]
         return _results("nvme", self.size, self.blocks, times)
 
-    async def _put(self, disk: DiskTier, keys: Sequence[bytes]) -> float:
+    async def _round(self, number: int) -> Times:
+        shutil.rmtree(self.options.directory, ignore_errors=True)
+        disk = DiskTier(self.options, self.layout, TierChanges())
+        await disk.open()
+        self.direct = disk.direct
+        keys = [key_of(number * self.blocks + n) for n in range(self.blocks)]
+        order = np.random.default_rng(number).permutation(self.blocks).tolist()
+        turns = 2  # few: in each, what is read ahead has to begin and to end
+        with self._raw_file() as fd, ThreadPoolExecutor(self.place.threads) as threads:
+            write, read = partial(self._write, fd, threads), partial(self._read, fd, threads)
+            put = await _in_turns(range(self.blocks), turns, partial(self._put, disk, keys), write)
+            get = await _in_turns(order, turns, partial(self._get, disk, keys), read)
+        await disk.close()
+        return *put, *get
+
+    async def _put(self, disk: DiskTier, keys: Sequence[bytes], part: Sequence[int]) -> float:
         """As demotion does, which has the checksums from when the blocks were put."""
-        blocks = [self._source(n) for n in range(len(keys))]
+        blocks = [self._source(n) for n in range(len(part))]
         digests = [checksum(block) for block in blocks]
         began = time.perf_counter()
         stored = await asyncio.gather(
             *(
-                disk.write(BlockInfo(key, 0, NO_PARENT, digest), block)
-                for key, digest, block in zip(keys, digests, blocks, strict=True)
+                disk.write(BlockInfo(keys[n], 0, NO_PARENT, digest), block)
+                for n, digest, block in zip(part, digests, blocks, strict=True)
             )
         )
         took = time.perf_counter() - began
@@ -242,7 +238,7 @@ class DiskBench:
         await asyncio.gather(*map(write, starts))
         return time.perf_counter() - began
 
-    async def _get(self, disk: DiskTier, journal: Journal, keys: Sequence[bytes]) -> float:
+    async def _get(self, disk: DiskTier, keys: Sequence[bytes], part: Sequence[int]) -> float:
         table = SlotTable(
             memoryview(bytearray(self.slots.nbytes // self.size * HEADER_BYTES)),
             fingerprint(self.layout),
@@ -251,14 +247,15 @@ class DiskBench:
         changes = TierChanges()
         memory = MemoryTier(self.slots, table, self.size, make_policy("lru"), changes)
         loads = LoadOptions(batches_ahead=2 * self.place.threads)
-        store = Store(memory, disk, journal, StoreOptions(loads=loads))
+        store = Store(memory, disk, Journal(), StoreOptions(loads=loads))
+        wanted = [keys[n] for n in part]
         began = time.perf_counter()
         count = 0
-        async for index, _ in store.get(keys):
-            store.unpin([keys[index]])
+        async for index, _ in store.get(wanted):
+            store.unpin([wanted[index]])
             count += 1
         took = time.perf_counter() - began
-        if count != len(keys):
+        if count != len(wanted):
             raise OSError("the disk did not give back all blocks")
         return took
 
@@ -329,9 +326,18 @@ def _lookups(store: Store, keys: Sequence[bytes]) -> float:
     return found / (time.perf_counter() - began)
 
 
-def _parts(order: Sequence[int]) -> list[Sequence[int]]:
-    step = max(1, -(-len(order) // PARTS))
-    return [order[start : start + step] for start in range(0, len(order), step)]
+async def _in_turns(
+    order: Sequence[int], parts: int, store: Side, limit: Side
+) -> tuple[float, float]:
+    """Seconds that each took for all blocks. Who is second in one turn, and finds its source in the
+    caches, is first in the next."""
+    step = max(1, -(-len(order) // parts))
+    took = [0.0, 0.0]
+    for turn, start in enumerate(range(0, len(order), step)):
+        part = order[start : start + step]
+        for side in (turn % 2, 1 - turn % 2):
+            took[side] += await (limit if side else store)(part)
+    return took[0], took[1]
 
 
 def _results(tier: str, size: int, blocks: int, times: Sequence[Times]) -> list[TierResult]:
