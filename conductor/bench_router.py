@@ -19,13 +19,15 @@ from rich.table import Table
 
 from baton import __version__
 from baton.cli.bench import JsonFile, write_json
-from conductor import bench_keys, bench_map
+from conductor import bench_decisions, bench_keys, bench_map, bench_relay
 from conductor.bench_figures import Figure, Plan
 
 PARTS: Mapping[str, Callable[[Plan], Iterator[Figure]]] = {
     "map": bench_map.measure,
     "ring": bench_keys.measure_ring,
     "hashing": bench_keys.measure_hashing,
+    "decisions": bench_decisions.measure_decisions,
+    "relay": bench_relay.measure_relay,
 }
 
 

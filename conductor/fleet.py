@@ -49,6 +49,7 @@ class _Member:
     seen_at: float
     meter: WorkerMeter
     view: WorkerView | None = None  # None: to be made anew
+    was_live: bool = False  # when it was last looked at
     load: WorkerLoad = field(default_factory=WorkerLoad)
     link: Link | None = None
     linked_before: bool = False
@@ -84,6 +85,7 @@ class Fleet:
         self._members: dict[str, _Member] = {}
         self._view: FleetView | None = None
         self._view_until = 0.0  # some live worker may be suspect from then on
+        self._ring_is_old = False
         self._capacity: int | None = None
         self._ring: tuple[frozenset[str], Ring] = (frozenset(), Ring.of(()))
         self._costs = CostModel()
@@ -156,7 +158,11 @@ class Fleet:
                 self._touch(member)
         if self._view is None:
             workers = tuple(m.view or self._look_at(m, now) for m in self._members.values())
-            self._view = FleetView(workers, self._ring_over(workers), self._costs.transfers())
+            if self._ring_is_old:
+                self._renew_ring(workers)
+            members, ring = self._ring
+            transfers = self._costs.transfers()
+            self._view = FleetView(workers, ring if members else None, transfers)
         return self._view
 
     def _look_at(self, member: _Member, now: float) -> WorkerView:
@@ -170,7 +176,11 @@ class Fleet:
             cost=member.meter.cost(),
             seen_at=now,
         )
-        if view.state is WorkerState.LIVE:
+        live = view.state is WorkerState.LIVE
+        if live is not member.was_live:
+            member.was_live = live
+            self._ring_is_old = True
+        if live:
             due = member.seen_at + SUSPECT_SHARE * self._ttl_s
             self._view_until = min(self._view_until, max(due, now + self._ttl_s / 100))
         return view
@@ -178,6 +188,7 @@ class Fleet:
     def _members_changed(self) -> None:
         """Somebody has come, died or gone."""
         self._view = None
+        self._ring_is_old = True
         sizes = [
             min(info.max_model_len, info.num_blocks * info.layout.block_size)
             for member in self._members.values()
@@ -190,23 +201,23 @@ class Fleet:
         member.view = None
         self._view = None
 
-    def _ring_over(self, workers: tuple[WorkerView, ...]) -> Ring | None:
-        """Of the live workers that compute prompts."""
+    def _renew_ring(self, workers: tuple[WorkerView, ...]) -> None:
+        """Over the live workers that compute prompts."""
         names: dict[Role, list[str]] = {role: [] for role in Role}
         for worker in workers:
             if worker.state is WorkerState.LIVE:
                 names[worker.info.role].append(worker.info.name)
         members = frozenset(names[Role.PREFILL] or names[Role.DECODE])
         known, ring = self._ring
-        if members != known:
-            if len(members ^ known) > RING_CHANGES:
-                ring = Ring.of(sorted(members))
+        self._ring_is_old = False
+        if len(members ^ known) > RING_CHANGES:
+            ring = Ring.of(sorted(members))
+        else:
             for name in known - members:
                 ring = ring.without(name)
             for name in sorted(members - known):
                 ring = ring.with_(name)
-            self._ring = (members, ring)
-        return ring if members else None
+        self._ring = (members, ring)
 
     def _is_near(self, info: WorkerInfo, peer: str) -> bool:
         other = self._members.get(peer)

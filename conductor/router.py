@@ -161,6 +161,8 @@ def _without_hop(decode: WorkerView, question: Question, options: RouteOptions) 
     if not question.prefix.sources and prompt - own > (most or LOCAL_TOKENS):
         return None
     transfers = question.fleet.transfers
+    if most is None and (decode.cost.prefill.is_prior or transfers.handoff.is_prior):
+        return None
     candidate, fetch = estimate(
         decode, question.prefix, transfers, question.now, question.priority, "local"
     )
@@ -168,8 +170,6 @@ def _without_hop(decode: WorkerView, question: Question, options: RouteOptions) 
     if suffix > (most or LOCAL_TOKENS):
         return None
     if most is None:
-        if decode.cost.prefill.is_prior or transfers.handoff.is_prior:
-            return None
         layout = decode.info.layout
         if candidate.ttft_s > transfers.handoff.seconds(
             layout.blocks_for(prompt) * layout.block_bytes

@@ -15,6 +15,7 @@ from conductor.cost_model import UNKNOWN_TRANSFERS, UNKNOWN_WORKER, TransferCost
 from conductor.ring import Ring
 
 DecodeLoad = tuple[int, int]
+_USED = frozenset({BlockState.ACTIVE, BlockState.LEASED, BlockState.QUARANTINED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +42,25 @@ class WorkerView:
     tpot_s: float = field(init=False)  # predicted, when one more sequence joins
 
     def __post_init__(self) -> None:
-        load, info = self.load, self.info
-        foreign = load.waiting_tokens - self.backlog.tokens
-        foreign_s = self.cost.prefill.queue_s(foreign)
-        used = load.blocks_in(BlockState.ACTIVE, BlockState.LEASED, BlockState.QUARANTINED)
+        load, info, free_at = self.load, self.info, self.backlog.free_at
+        foreign, foreign_s = load.waiting_tokens - self.backlog.tokens, 0.0
+        if foreign > 0:
+            foreign_s = self.cost.prefill.queue_s(foreign)
+            free_at = max(free_at, self.seen_at) + foreign_s
+        used = 0
+        for state, count in load.blocks:
+            if state in _USED:
+                used += count
         sequences = max(load.running + load.waiting, self.own_attempts)
-        derived = {
-            "foreign_s": foreign_s,
-            "free_at": max(self.backlog.free_at, self.seen_at if foreign > 0 else 0.0) + foreign_s,
-            "sequences": sequences,
-            "capacity": min(info.max_model_len, info.num_blocks * info.layout.block_size),
-            "free_blocks": max(info.num_blocks - used, 0),
-            # In sixteenths, so that pools that are nearly as full tie.
-            "tpot_s": self.cost.decode.seconds(sequences + 1),
-            "decode_load": (sequences, 16 * used // max(info.num_blocks, 1)),
-        }
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+        derive = object.__setattr__  # one by one: views are made for every request
+        derive(self, "foreign_s", foreign_s)
+        derive(self, "free_at", free_at)
+        derive(self, "sequences", sequences)
+        derive(self, "capacity", min(info.max_model_len, info.num_blocks * info.layout.block_size))
+        derive(self, "free_blocks", max(info.num_blocks - used, 0))
+        # In sixteenths, so that pools that are nearly as full tie.
+        derive(self, "decode_load", (sequences, 16 * used // max(info.num_blocks, 1)))
+        derive(self, "tpot_s", self.cost.decode.seconds(sequences + 1))
 
     @property
     def peer(self) -> Peer:

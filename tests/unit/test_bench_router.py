@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from conductor import bench_keys, bench_map
+from conductor import bench_decisions, bench_keys, bench_map, bench_relay
 from conductor.bench_router import PARTS, bench_router
 
 app = typer.Typer()
@@ -21,6 +21,11 @@ SMALL = ("--workers", "20", "--blocks", "20000", "--prompt-tokens", "4096")
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_map, "SINGLE_EVENTS", 10)
     monkeypatch.setattr(bench_map, "STEADY_EVENTS", 20)
+    monkeypatch.setattr(bench_decisions, "ROUNDS", 10)
+    monkeypatch.setattr(bench_relay, "REQUESTS", 16)
+    monkeypatch.setattr(bench_relay, "STREAM_TOKENS", 5)
+    monkeypatch.setattr(bench_relay, "STREAMS", 4)
+    monkeypatch.setattr(bench_relay, "WARM_UP", 1)
     monkeypatch.setattr(bench_keys, "GROUPS", 200)
     monkeypatch.setattr(bench_keys, "ROUNDS", 3)
 

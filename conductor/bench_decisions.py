@@ -1,0 +1,92 @@
+"""Decisions: what `route` costs in a large cluster, with the prefix map's matches for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from baton.bench.stats import percentile
+from baton.hashing import KEY_BYTES
+from baton.types.fleet import KvLayout, Role, WorkerInfo, WorkerLoad, WorkerState
+from baton.types.kv_events import KvSnapshot, Tier
+from conductor.backlog import Backlog
+from conductor.bench_figures import Figure, Plan, latencies, timed
+from conductor.policies import RoutePolicy
+from conductor.prefix_map import PrefixMap
+from conductor.ring import Ring
+from conductor.router import RouteOptions, RouteRequest, route
+from conductor.views import FleetView, WorkerView
+
+ROUNDS = 1000
+HOLDERS = 8  # of a part of the prompt, each of another length
+ANSWER_TOKENS = 256
+
+
+def measure_decisions(plan: Plan) -> Iterator[Figure]:
+    """A long prompt of which HOLDERS workers have parts, a short one that nobody has, and the view
+    of the fleet that a decision needs when two workers have changed."""
+    random = np.random.default_rng(plan.seed)
+    workers = _workers(plan, random)
+    names = [worker.info.name for worker in workers if worker.info.role is Role.PREFILL]
+    fleet = FleetView(workers, Ring.of(names))
+    keys = random.bytes(plan.prompt_blocks * KEY_BYTES)
+    known = _map_of(keys, names, plan)
+    prompt = tuple(range(plan.prompt_tokens))
+
+    def decide(number: int, policy: RoutePolicy) -> None:
+        matches = known.matches(keys)
+        asked = RouteRequest(
+            str(number), prompt, ANSWER_TOKENS, number=number, keys=keys, matches=matches
+        )
+        route(asked, fleet, 0.0, RouteOptions(policy, 0))
+
+    for policy in (RoutePolicy.CACHE_AWARE, RoutePolicy.LEAST_LOADED):
+        samples = timed(partial(decide, number, policy) for number in range(ROUNDS))
+        name = f"{policy.value}, {plan.prompt_tokens} tokens, with matches"
+        yield from latencies("decisions", name, samples, "p99 < 1 ms")
+    short = RouteRequest("r", prompt[:512], ANSWER_TOKENS, keys=keys[: 16 * KEY_BYTES])
+    samples = timed([partial(route, short, fleet, 0.0)] * ROUNDS)
+    yield from latencies("decisions", "512 tokens that nobody has", samples, "")
+    samples = timed([partial(FleetView, workers, fleet.ring)] * ROUNDS)
+    view_s = percentile(samples, 50)
+    yield Figure("decisions", "view of the fleet after a change", view_s * 1e6, "µs")
+    alone_s = percentile(timed([partial(decide, 0, RoutePolicy.CACHE_AWARE)] * ROUNDS), 50)
+    yield Figure("decisions", "decisions on one core", 1 / (alone_s + view_s), "/s")
+
+
+def _workers(plan: Plan, random: np.random.Generator) -> tuple[WorkerView, ...]:
+    """Half of each kind, differently busy."""
+    layout = KvLayout("benchmark", "bfloat16", 36, 8, 128, plan.block_size)
+    num_blocks = 4 * plan.prompt_blocks
+    views = []
+    for number in range(max(plan.workers, 2)):
+        role = (Role.PREFILL, Role.DECODE)[number % 2]
+        info = WorkerInfo(
+            name=f"worker-{number}",
+            role=role,
+            incarnation="1",
+            address=f"worker-{number}:1",
+            pid=1,
+            model_name="benchmark",
+            layout=layout,
+            num_blocks=num_blocks,
+            max_model_len=2 * plan.prompt_tokens,
+            transport="loopback",
+        )
+        seconds = float(random.uniform(0.1, 5))
+        backlog = Backlog(1000, seconds, ((0, seconds),)) if role is Role.PREFILL else Backlog()
+        load = WorkerLoad(running=int(random.integers(1, 64)))
+        views.append(WorkerView(info, WorkerState.LIVE, load, backlog=backlog))
+    return tuple(views)
+
+
+def _map_of(keys: bytes, names: list[str], plan: Plan) -> PrefixMap:
+    known = PrefixMap(max(plan.blocks, plan.prompt_blocks))
+    holders = names[:HOLDERS]
+    for number, name in enumerate(holders, start=1):
+        blocks = plan.prompt_blocks * number // len(holders)
+        part = keys[: blocks * KEY_BYTES]
+        known.apply(name, KvSnapshot(0, Tier.GPU, part, first=True, last=True))
+    return known
