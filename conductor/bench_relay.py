@@ -1,8 +1,8 @@
 """Relay: how many requests and tokens one conductor process passes on, and what it adds to them.
 
 The workers are in the same process and on the same core, speak the real link over the in-memory
-network, and compute nothing: a decode worker sends one token for each of its attempts per step. HTTP
-and gRPC are not in it; `baton bench serve` has them.
+network, and compute nothing: a decode worker sends one token for each of its attempts per step.
+HTTP and gRPC are not in it; `baton bench serve` has them.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ async def _join(conductor: Conductor, network: MemoryNetwork) -> None:
         )
         network.add_worker(info.address, Puppet())
         await conductor.fleet.register(info)
-    while not (conductor.ready and len(conductor.fleet.view().live(Role.PREFILL)) == WORKERS):
+    while not (conductor.ready and len(conductor.fleet.view().live(Role.PREFILL)) == WORKERS):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 

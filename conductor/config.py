@@ -34,7 +34,7 @@ class ConductorConfig:
     local_prefill_tokens: str = option(
         AUTO,
         "prompts with at most so many tokens to compute are prefilled by the decode worker itself; "
-        "0 = none, auto = where that takes less time than a handoff",
+        "0 = none, auto = where that costs less time than a handoff",
     )
     slo_ttft_ms: float = option(
         0.0, "turn requests away that would miss this time to the first token; 0 = off"

@@ -151,7 +151,8 @@ def route(
 def _without_hop(decode: WorkerView, question: Question, options: RouteOptions) -> Choice | None:
     """Conditional disaggregation: when the decode worker should compute the prompt itself.
 
-    Left to the costs, that is when it takes less time than the handoff alone would.
+    Left to the costs, that is when it takes less time than the handoff alone would, counting what
+    it costs the sequences that it shares its steps with.
     """
     most = options.local_tokens
     if most == 0:
@@ -169,12 +170,11 @@ def _without_hop(decode: WorkerView, question: Question, options: RouteOptions) 
     suffix = prompt - candidate.cached_tokens - candidate.fetch_tokens
     if suffix > (most or LOCAL_TOKENS):
         return None
-    if most is None:
-        layout = decode.info.layout
-        if candidate.ttft_s > transfers.handoff.seconds(
-            layout.blocks_for(prompt) * layout.block_bytes
-        ):
-            return None
+    layout = decode.info.layout
+    handoff_s = transfers.handoff.seconds(layout.blocks_for(prompt) * layout.block_bytes)
+    # A prefill holds every sequence of the batch back; a handoff delays this request only.
+    if most is None and candidate.ttft_s + candidate.prefill_s * decode.sequences > handoff_s:
+        return None
     return Choice(decode, candidate, (candidate,), fetch, "local")
 
 

@@ -335,7 +335,24 @@ def test_trace_bars_cover_the_request() -> None:
         "prompt_tokens": 5,
         "output_tokens": 2,
         "attempts": [
-            {"attempt": "r1#0", "prefill": "p0", "decode": "d0", "reasons": ["least loaded"]}
+            {
+                "attempt": "r1#0",
+                "prefill": "p0",
+                "decode": "d0",
+                "reasons": ["least loaded"],
+                "candidates": [
+                    {
+                        "worker": "p1",
+                        "why": "holder",
+                        "queue_s": 0.5,
+                        "fetch_s": 0.01,
+                        "prefill_s": 0.02,
+                        "ttft_s": 0.53,
+                        "cached_tokens": 64,
+                        "fetch_tokens": 32,
+                    }
+                ],
+            }
         ],
         "spans": [
             {"source": "p0", "attempt": "r1#0", "name": "prefill", "start_s": 10.0, "end_s": 10.5},
@@ -347,6 +364,8 @@ def test_trace_bars_cover_the_request() -> None:
     assert narrow.count("█") > 20
     text = text_of(render(timeline))
     assert "p0 → d0  (least loaded)" in text
+    assert "p1 (holder): queue 500.0 ms + fetch 32 tokens 10.0 ms + prefill 20.0 ms" in text
+    assert "= 530.0 ms, 64 tokens cached" in text
     prefill, decode = [line for line in text.splitlines() if "█" in line]
     assert prefill.rstrip().endswith("500.0")
     assert prefill.index("█") < decode.index("█")

@@ -398,6 +398,8 @@ def test_the_costs_decide_when_they_are_known() -> None:
     held = {"d0": 9}
     assert ask(*workers, held=held, local=None, costs=transfers(handoff=slow)).prefill is None
     assert ask(*workers, held=held, local=None, costs=transfers(handoff=fast)).prefill is not None
+    busy = (workers[0], decode(own_attempts=1))  # which would be held back as well
+    assert ask(*busy, held=held, local=None, costs=transfers(handoff=slow)).prefill is not None
     guessed = replace(slow, samples=0)
     assert ask(*workers, held=held, local=None, costs=transfers(handoff=guessed)).prefill
     unknown = decode(cost=WorkerCost())

@@ -18,7 +18,10 @@ import pytest
 
 from baton.config import parse_config
 from baton.errors import ConfigError
+from conductor.admission import Slos
 from conductor.config import ConductorConfig
+from conductor.policies import RoutePolicy
+from conductor.router import RouteOptions
 from conductor.server import listen
 
 ENVIRON = {**os.environ, "BATON_CLUSTER_TOKEN": "secret"}
@@ -127,11 +130,25 @@ def test_the_conductor_imports_no_tensor_library() -> None:
         ["--lease-ttl", "-1"],
         ["--drain-timeout", "-1"],
         ["--log-level", "loud"],
+        ["--policy", "best"],
+        ["--local-prefill-tokens", "some"],
+        ["--slo-ttft-ms", "-1"],
+        ["--slo-tpot-ms", "-1"],
+        ["--prefix-map-blocks", "0"],
     ],
 )
 def test_values_out_of_range(flags: list[str]) -> None:
     with pytest.raises(ConfigError, match=flags[0]):
         parse_config(ConductorConfig, flags, {}, "conductor")
+
+
+def test_routing_options() -> None:
+    config = parse_config(ConductorConfig, [], {}, "conductor")
+    assert (config.routing, config.slos) == (RouteOptions(), Slos())
+    flags = ["--policy", "random", "--local-prefill-tokens", "0", "--slo-ttft-ms", "250"]
+    config = parse_config(ConductorConfig, flags, {"BATON_SLO_TPOT_MS": "40"}, "conductor")
+    assert config.routing == RouteOptions(RoutePolicy.RANDOM, 0)
+    assert config.slos == Slos(0.25, 0.04)
 
 
 def test_options_from_flags_and_environment() -> None:
