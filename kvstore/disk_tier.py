@@ -79,6 +79,7 @@ class DiskTier:
         self._lock_fd = -1
         self._off = True
         self._resume_at = 0.0
+        self._strikes = 0  # failures other than a full disk
 
     @property
     def state(self) -> DiskState:
@@ -437,7 +438,8 @@ class DiskTier:
             self._pause(str(error))
             return
         log.warning("The NVMe tier could not %s: %s", what, error)
-        if self.stats.errors >= self._options.error_limit and not self._off:
+        self._strikes += 1
+        if self._strikes >= self._options.error_limit and not self._off:
             self._turn_off()
 
     def _pause(self, why: str) -> None:
@@ -450,7 +452,7 @@ class DiskTier:
         log.error(
             "The NVMe tier in %s is off after %d errors; serving goes on without it",
             self._options.directory,
-            self.stats.errors,
+            self._strikes,
         )
         self._off = True
         for key in list(self._index):

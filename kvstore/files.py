@@ -111,7 +111,7 @@ class OsFiles:
         os.close(fd)
 
     def unlink(self, path: Path) -> None:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 class Threads(Protocol):

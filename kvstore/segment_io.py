@@ -98,15 +98,14 @@ class SegmentIo:
         self, records: Sequence[tuple[Place, bytes]], to: Place
     ) -> list[tuple[bytes, int] | None]:
         """Move records of one segment to `to` and what follows it: (key, position there) of each,
-        None for those that are damaged. One at a time: memory for one block."""
+        None for those that cannot be read. One at a time: memory for one block."""
         buffer = memoryview(mmap.mmap(-1, padded(self.format.block_bytes)))
         payload = buffer[: self.format.block_bytes]
-        page = _page()
         position = to.position
         moved: list[tuple[bytes, int] | None] = []
         for place, key in records:
-            info = self.read(place, key, payload, page)
-            if info is None:
+            (info,) = self.read_many([(place, key, payload)])
+            if not isinstance(info, BlockInfo):
                 moved.append(None)
                 continue
             self.write(Place(to.number, to.fd, position), [(info, payload)])

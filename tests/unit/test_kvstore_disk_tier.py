@@ -116,6 +116,20 @@ async def test_a_sparse_segment_is_moved_to_the_new_one(tmp_path: Path) -> None:
 
 
 @virtual_time
+async def test_a_block_that_cannot_be_moved_is_forgotten(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    async with opened(make_disk(disk_options(tmp_path, records=4, segments=8), files)) as disk:
+        await write_blocks(disk, chain_of(1, 8))
+        for n in (3, 4):
+            disk.remove(key_of(n))
+        files.fail["read"] = (errno.EIO, 1)
+        await write_blocks(disk, [key_of(9)])
+        assert set(disk) == {key_of(n) for n in (2, 5, 6, 7, 8, 9)}
+        assert len(files_in(tmp_path)) == 2
+        disk.check_integrity()
+
+
+@virtual_time
 async def test_small_segments_of_many_restarts_become_one(tmp_path: Path) -> None:
     options = disk_options(tmp_path, records=8, segments=6)
     for n in range(1, 20):
