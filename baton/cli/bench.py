@@ -101,6 +101,18 @@ class BenchServeOptions:
     device: Annotated[str, typer.Option(rich_help_panel=CLUSTER)] = "auto"
     dtype: Annotated[str, typer.Option(rich_help_panel=CLUSTER)] = "auto"
     transport: Annotated[str, typer.Option(rich_help_panel=CLUSTER)] = "auto"
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="One cluster for each routing policy.", rich_help_panel=CLUSTER
+        ),
+    ] = None
+    store_memory_mib: Annotated[
+        int, typer.Option(min=0, help="With a KV store.", rich_help_panel=CLUSTER)
+    ] = 0
+    num_blocks: Annotated[
+        int | None, typer.Option(help="KV blocks of a worker.", rich_help_panel=CLUSTER)
+    ] = None
 
     def plan(self) -> LoadPlan:
         """Raises ConfigError when there is no such workload."""
@@ -141,7 +153,20 @@ class BenchServeOptions:
             "device": self.device,
             "dtype": self.dtype,
             "transport": self.transport,
+            "store_memory_mib": self.store_memory_mib,
+            "num_blocks": self.num_blocks,
         }
+        if self.policies is not None:
+            return {
+                policy: ServeOptions(
+                    prefill=self.prefill,
+                    decode=self.decode,
+                    colocated=self.colocated,
+                    policy=policy,
+                    **common,
+                )
+                for policy in self.policies.split(",")
+            }
         split = ServeOptions(prefill=self.prefill, decode=self.decode, **common)
         workers = self.prefill + self.decode
         colocated = ServeOptions(colocated=True, decode=workers, **common)
