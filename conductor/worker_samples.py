@@ -12,6 +12,7 @@ from conductor.cost_fit import CostModel, WorkerSamples
 from conductor.cost_model import WorkerCost
 
 WINDOW_S = 0.1  # of decode steps that make one sample
+FEWEST_STEPS = 4  # that do when the last sequence has ended
 LONGEST_STEP_S = 10.0  # what takes longer is no step
 PAUSE_S = 0.05  # between samples of prompts: at hundreds per second, all of them say the same
 _DONE = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.HANDED_OFF)
@@ -57,7 +58,8 @@ class WorkerMeter:
         if self._window_from is not None and now - self._last < LONGEST_STEP_S:
             self._steps += 1
             self._sequences += tokens
-            if now - self._window_from >= WINDOW_S:
+            long = now - self._window_from >= WINDOW_S
+            if long or (not going and self._steps >= FEWEST_STEPS):
                 self._take(now)
         else:
             self._restart(now)
