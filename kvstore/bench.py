@@ -31,7 +31,7 @@ from kvstore.bench_tiers import (
 def main(
     directory: Annotated[
         Path, typer.Option("--dir", help="On the disk to measure; a directory is made in it.")
-    ],
+    ] = Path(),
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write it there; - = stdout.")
     ] = None,

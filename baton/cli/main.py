@@ -10,6 +10,7 @@ from baton import __version__
 from baton.cli.bench import BenchServeOptions, bench_serve
 from baton.cli.bench_engine import BenchEngineOptions, bench_engine
 from baton.cli.bench_handoff import BenchHandoffOptions, bench_handoff
+from baton.cli.bench_process import PASS_ON, bench_router, bench_store
 from baton.cli.chat import chat
 from baton.cli.doctor import doctor
 from baton.cli.generate import generate
@@ -55,6 +56,8 @@ bench = typer.Typer(help="Measure one part next to its limit.", no_args_is_help=
 bench.command("serve")(command(BenchServeOptions, bench_serve))
 bench.command("engine")(command(BenchEngineOptions, bench_engine))
 bench.command("handoff")(command(BenchHandoffOptions, bench_handoff))
+bench.command("store", context_settings=PASS_ON)(bench_store)
+bench.command("router", context_settings=PASS_ON)(bench_router)
 app.add_typer(bench, name="bench")
 
 

@@ -6,6 +6,8 @@ import errno
 import itertools
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -435,3 +437,12 @@ def test_doctor_looks_at_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_broken_probe_is_explained() -> None:
     assert "does not work" in str(doctor._probe("no-such-library"))
+
+
+@pytest.mark.parametrize(("part", "said"), [("store", "block-kib"), ("router", "prompt-tokens")])
+def test_benches_of_processes_pass_everything_on(part: str, said: str) -> None:
+    command = [sys.executable, "-m", "baton.cli.main", "bench", part]
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert said in helped.stdout
+    wrong = subprocess.run([*command, "--no-such-flag"], capture_output=True, check=False)
+    assert wrong.returncode == 2
