@@ -114,6 +114,7 @@ class MemoryBench:
         )
         self.keys: list[bytes] = []
         self.random = np.random.default_rng(blocks)
+        self.spots = self.random.permutation(blocks).tolist()  # of blocks in the plain memory
 
     async def rounds(self, count: int) -> list[TierResult]:
         store = Store(self.memory, None, self.journal)
@@ -144,7 +145,7 @@ class MemoryBench:
     async def _copy_in(self, part: Sequence[int]) -> float:
         began = time.perf_counter()
         for n in part:
-            self._block(self.plain, n)[:] = self._block(self.pool, n)
+            self._block(self.plain, self.spots[n])[:] = self._block(self.pool, n)
         return time.perf_counter() - began
 
     async def _get(self, store: Store, part: Sequence[int]) -> float:
@@ -158,7 +159,7 @@ class MemoryBench:
     async def _copy_out(self, part: Sequence[int]) -> float:
         began = time.perf_counter()
         for n in part:
-            self._block(self.pool, n)[:] = self._block(self.plain, n)
+            self._block(self.pool, n)[:] = self._block(self.plain, self.spots[n])
         return time.perf_counter() - began
 
     def _block(self, area: memoryview, n: int) -> memoryview:
@@ -208,20 +209,18 @@ class DiskBench:
         return *put, *get
 
     async def _put(self, disk: DiskTier, keys: Sequence[bytes], part: Sequence[int]) -> float:
-        """As demotion does, which has the checksums from when the blocks were put."""
-        blocks = [self._source(n) for n in range(len(part))]
-        digests = [checksum(block) for block in blocks]
+        """As demotion does: so many at a time, with checksums from when the blocks were put."""
+        blocks = [(keys[n], self._source(n)) for n in part]
+        waiting = iter([(BlockInfo(k, 0, NO_PARENT, checksum(b)), b) for k, b in blocks])
+
+        async def demote() -> None:
+            for info, block in waiting:
+                if not await disk.write(info, block):
+                    raise OSError("the disk did not take all blocks")
+
         began = time.perf_counter()
-        stored = await asyncio.gather(
-            *(
-                disk.write(BlockInfo(keys[n], 0, NO_PARENT, digest), block)
-                for n, digest, block in zip(part, digests, blocks, strict=True)
-            )
-        )
-        took = time.perf_counter() - began
-        if not all(stored):
-            raise OSError("the disk did not take all blocks")
-        return took
+        await asyncio.gather(*(demote() for _ in range(2 * WRITERS * self.batch)))
+        return time.perf_counter() - began
 
     async def _write(self, fd: int, threads: ThreadPoolExecutor, part: Sequence[int]) -> float:
         loop = asyncio.get_running_loop()
