@@ -137,9 +137,7 @@ class Dispatcher:
             matches=prefix_map.matches(keys) if keys and prefix_map.num_blocks else (),
         )
         now = asyncio.get_running_loop().time()
-        decision = route(asked, self.fleet.view(), now, self.routing)
-        self.metrics.note_decision(self.routing.policy, decision.reason)
-        return decision
+        return route(asked, self.fleet.view(), now, self.routing)
 
 
 class Serving:
@@ -239,6 +237,7 @@ class Serving:
         decision = self._parts.decide(request, run, keys, self._avoid)
         if not self._placed and not number:
             self._parts.admission.judge(decision)
+        self._parts.metrics.note_decision(self._parts.routing.policy, decision.reason)
         run.begin(number, split=decision.prefill is not None)
         task = GenerationTask(
             attempt=run.attempt,

@@ -85,8 +85,14 @@ class Prefix:
         return sorted(self.own, key=lambda name: (-self.own[name], name))
 
 
-def find_prefix(prompt_tokens: int, matches: Sequence[Match], fleet: FleetView) -> Prefix:
-    """`matches` of live holders, longest first, as far as they can be used."""
+def find_prefix(
+    prompt_tokens: int,
+    matches: Sequence[Match],
+    fleet: FleetView,
+    avoid: frozenset[str] = frozenset(),
+) -> Prefix:
+    """`matches` of live holders, longest first, as far as they can be used; nothing is fetched from
+    those to avoid."""
     own: dict[str, int] = {}
     sources: list[Source] = []
     for match in matches:
@@ -96,7 +102,7 @@ def find_prefix(prompt_tokens: int, matches: Sequence[Match], fleet: FleetView) 
         blocks = min(match.blocks, (prompt_tokens - 1) // holder.info.layout.block_size)
         if blocks > 0:
             own[match.holder] = max(blocks, own.get(match.holder, 0))
-            if len(sources) < MAX_SOURCES:
+            if len(sources) < MAX_SOURCES and match.holder not in avoid:
                 sources.append(Source(holder, match.tier, blocks))
     return Prefix(prompt_tokens, own, tuple(sources))
 

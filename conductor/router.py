@@ -129,7 +129,7 @@ def route(
     decoders = _fitting(fleet.live(Role.DECODE), total, request.avoid)
     if not decoders:
         raise NoWorker(_why_none(fleet))
-    prefix = find_prefix(prompt_tokens, request.matches, fleet)
+    prefix = find_prefix(prompt_tokens, request.matches, fleet, request.avoid)
     question = Question(
         request.key, request.number, request.group, request.priority, prefix, fleet, now
     )

@@ -203,6 +203,12 @@ def test_nothing_is_fetched_from_those_that_are_not_live() -> None:
     assert (chosen(decision), decision.fetch_plan) == ("p1", ())
 
 
+def test_nothing_is_fetched_from_a_worker_that_has_just_failed_the_request() -> None:
+    workers = (prefill("p0"), prefill("p1"), decode())
+    decision = ask(*workers, held={"p0": 8}, avoid=frozenset({"p0"}))
+    assert (chosen(decision), decision.fetch_plan) == ("p1", ())
+
+
 def test_the_last_token_is_always_computed() -> None:
     decision = ask(prefill("p0"), decode(), tail=0, held={"p0": 10})
     assert decision.chosen is not None
