@@ -107,14 +107,14 @@ class Admission:
         ttft, tpot = self._slos.ttft_s, self._slos.tpot_s
         if (ttft is None and tpot is None) or decision.is_guess:
             return
-        if ttft is not None and decision.ttft_s > ttft and decision.chosen.queue_s > 0:
+        if ttft is not None and decision.ttft_s > ttft and decision.queue_s > 0:
             # The queue becomes shorter by a second per second.
             raise self._reject(
                 "ttft",
                 f"the predicted time to the first token, {_ms(decision.ttft_s)}, is over the SLO "
-                f"of {_ms(ttft)} ({_ms(decision.chosen.queue_s)} of it in the queue of "
+                f"of {_ms(ttft)} ({_ms(decision.queue_s)} of it in the queue of "
                 f"{decision.chosen.worker})",
-                min(decision.ttft_s - ttft, decision.chosen.queue_s),
+                min(decision.ttft_s - ttft, decision.queue_s),
             )
         busy = decision.decode.sequences
         if tpot is not None and decision.tpot_s > tpot and busy:

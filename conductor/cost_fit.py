@@ -36,6 +36,8 @@ _SCALE_MEMORY = 0.8
 _FIRST_SWEEPS = 40  # of coordinate descent, from the prior
 _SWEEPS = 8  # from the last solution
 _SETTLED = 32  # samples, after which the last solution is where to begin
+_TTFT_STEP = 0.05  # of the way to what the last estimate should have been multiplied by
+_TTFT_FACTORS = 10.0  # more, or less than its inverse, is an accident
 _OWN_TIME_SHARE = 0.25  # of a prefill's span, below which it shared its steps with another prompt
 
 
@@ -189,6 +191,19 @@ class CostModel:
         self._routes = {route: _transfer_fit(cost) for route, cost in TRANSFER_PRIORS.items()}
         self._handoff = _transfer_fit(HANDOFF_PRIOR)
         self._transfers: TransferCosts | None = None
+        self._log_ttft_factor = 0.0
+
+    @property
+    def ttft_factor(self) -> float:
+        """What estimates of TTFT are to be multiplied by: they know nothing of steps that are
+        shared with others, nor of the way to the worker and back."""
+        return math.exp(self._log_ttft_factor)
+
+    def add_ttft(self, estimated_s: float, actual_s: float) -> None:
+        """What came of an estimate."""
+        if estimated_s > 0 and actual_s > 0:
+            ratio = min(max(actual_s / estimated_s, 1 / _TTFT_FACTORS), _TTFT_FACTORS)
+            self._log_ttft_factor += _TTFT_STEP * (math.log(ratio) - self._log_ttft_factor)
 
     def begin(self, info: WorkerInfo) -> WorkerSamples:
         """For a life of a worker."""

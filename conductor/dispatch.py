@@ -155,7 +155,7 @@ class Serving:
         }
         self._open = set(self._runs)  # answers that have not ended
         self._keys: dict[int, bytes] = {}  # by prompt
-        self._predicted: dict[int, tuple[float, float]] = {}  # by answer: when, and which TTFT
+        self._predicted: dict[int, tuple[float, Decision]] = {}  # by answer, when, and how
         self._placed: dict[AttemptId, Decision] = {}
         self._avoid: set[str] = set()
         self._timers: list[asyncio.TimerHandle] = []
@@ -250,7 +250,7 @@ class Serving:
         self.timeline.add_decision(run.attempt, decision)
         self._placed[run.attempt] = decision
         if not decision.is_guess:
-            self._predicted[answer.index] = (now, decision.ttft_s)
+            self._predicted[answer.index] = (now, decision)
         self._start(task, decision)
 
     def _start(self, task: GenerationTask, decision: Decision) -> None:
@@ -370,8 +370,9 @@ class Serving:
             span = self._parts.traces.span("first_token", self._request.received, now)
             self.timeline.add_span("conductor", "", span)
         if self._predicted and delta.tokens and delta.index in self._predicted:
-            decided_at, ttft_s = self._predicted.pop(delta.index)
-            self._parts.metrics.note_prediction(ttft_s, now - decided_at)
+            decided_at, decision = self._predicted.pop(delta.index)
+            self._parts.metrics.note_prediction(decision.ttft_s, now - decided_at)
+            self._parts.fleet.note_ttft(decision.chosen.ttft_s, now - decided_at)
         self._stopwatch.note(delta.index, len(delta.tokens), delta.finish_reason is not None, now)
 
 

@@ -162,7 +162,8 @@ class Fleet:
                 self._renew_ring(workers)
             members, ring = self._ring
             transfers = self._costs.transfers()
-            self._view = FleetView(workers, ring if members else None, transfers)
+            factor = self._costs.ttft_factor
+            self._view = FleetView(workers, ring if members else None, transfers, factor)
         return self._view
 
     def _look_at(self, member: _Member, now: float) -> WorkerView:
@@ -226,6 +227,10 @@ class Fleet:
     def capacity(self) -> int | None:
         """Tokens of the longest sequence that some decode worker can hold; None without any."""
         return self._capacity
+
+    def note_ttft(self, estimated_s: float, actual_s: float) -> None:
+        """What came of an estimate, so that the next ones are better."""
+        self._costs.add_ttft(estimated_s, actual_s)
 
     def layout(self) -> KvLayout | None:
         """Of the KV of all workers; None while there are none."""

@@ -80,10 +80,16 @@ class Decision:
     reason: str  # of the choice in one word, a metric's label
     fetch_plan: tuple[FetchPart, ...] = ()
     alone: str = ""  # why the decode worker computes the prompt itself
+    ttft_factor: float = 1.0  # by which estimates have lately been wrong
 
     @property
     def ttft_s(self) -> float:
-        return self.chosen.ttft_s
+        return self.chosen.ttft_s * self.ttft_factor
+
+    @property
+    def queue_s(self) -> float:
+        """The part of the predicted TTFT that other prompts are the cause of."""
+        return self.chosen.queue_s * self.ttft_factor
 
     @property
     def tpot_s(self) -> float:
@@ -138,14 +144,14 @@ def route(
     if not prefillers:
         choice = choose_alone(options.policy, decoders, blocks, question)
         why = "no live prefill worker has room: the decode worker computes the prompt"
-        return _decision(None, choice.worker, choice, why)
+        return _decision(fleet, None, choice.worker, choice, why)
     decode = choose_decode(options.policy, decoders, blocks, question)
     if (local := _without_hop(decode, question, options)) is not None:
         suffix = prompt_tokens - local.chosen.cached_tokens - local.chosen.fetch_tokens
         why = f"{suffix} tokens to compute are too few for a hop"
-        return _decision(None, decode, local, why)
+        return _decision(fleet, None, decode, local, why)
     choice = choose_prefill(options.policy, prefillers, question)
-    return _decision(choice.worker, decode, choice)
+    return _decision(fleet, choice.worker, decode, choice)
 
 
 def _without_hop(decode: WorkerView, question: Question, options: RouteOptions) -> Choice | None:
@@ -179,10 +185,21 @@ def _without_hop(decode: WorkerView, question: Question, options: RouteOptions) 
 
 
 def _decision(
-    prefill: WorkerView | None, decode: WorkerView, choice: Choice, alone: str = ""
+    fleet: FleetView,
+    prefill: WorkerView | None,
+    decode: WorkerView,
+    choice: Choice,
+    alone: str = "",
 ) -> Decision:
     return Decision(
-        prefill, decode, choice.chosen, choice.candidates, choice.reason, choice.fetch, alone
+        prefill,
+        decode,
+        choice.chosen,
+        choice.candidates,
+        choice.reason,
+        choice.fetch,
+        alone,
+        fleet.ttft_factor,
     )
 
 

@@ -82,11 +82,13 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class FleetView:
-    """`ring` is over the live prefill workers, None when nobody needs it."""
+    """`ring` is over the live prefill workers, or without these over the decode workers; None when
+    there are none. `ttft_factor` is what estimates of TTFT have lately had to be multiplied by."""
 
     workers: tuple[WorkerView, ...]
     ring: Ring | None = None
     transfers: TransferCosts = UNKNOWN_TRANSFERS
+    ttft_factor: float = 1.0
     _live: Mapping[Role, tuple[WorkerView, ...]] = field(init=False, repr=False, compare=False)
     _by_name: dict[str, WorkerView] = field(init=False, repr=False, compare=False)
 

@@ -115,6 +115,17 @@ def test_transfers_are_learned_by_tier_and_distance() -> None:
     assert fetch.seconds(0) == 0.0
 
 
+def test_estimates_are_corrected_by_what_came_of_them() -> None:
+    model = CostModel()
+    assert model.ttft_factor == 1.0
+    for _ in range(100):
+        model.add_ttft(0.1, 0.2)
+    assert model.ttft_factor == pytest.approx(2.0, rel=0.05)
+    model.add_ttft(0.1, 3600.0)
+    model.add_ttft(0.0, 1.0)
+    assert model.ttft_factor < 3.0
+
+
 numbers = st.one_of(
     st.floats(), st.sampled_from([0.0, -1.0, 1e-300, 1e300, math.inf]), st.floats(0, 1e6)
 )
