@@ -174,6 +174,7 @@ class Conductor:
         usage = serving.usage
         self.metrics.prompt_tokens.inc(usage.prompt_tokens)
         self.metrics.cached_tokens.inc(usage.cached_tokens)
+        serving.timeline.cached_tokens = usage.cached_tokens
         now = asyncio.get_running_loop().time()
         serving.timeline.outcome = outcome
         span = self.traces.span("request", request.received, now)

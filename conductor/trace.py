@@ -23,6 +23,7 @@ class Timeline:
     outcome: str = "running"
     prompt_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt; known at the end
     decisions: list[tuple[AttemptId, Decision]] = field(default_factory=list)
     spans: list[tuple[str, str, Span]] = field(default_factory=list)
 
@@ -41,6 +42,7 @@ class Timeline:
             "received_s": self.received_s,
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
+            "cached_tokens": self.cached_tokens,
             "attempts": [_attempt(attempt, decision) for attempt, decision in self.decisions],
             "spans": [
                 {

@@ -35,6 +35,8 @@ async def _run(config: StoreConfig) -> None:
     place = Place(config.conductor, config.listen, config.advertise, config.drain_timeout)
     try:
         await serve(place, parts.info, parts.make_service(), signals)
+        await parts.store.settle()
+        parts.store.check_integrity()  # nobody reads or writes any more: the books must agree
     finally:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await parts.close()

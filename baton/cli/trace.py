@@ -46,7 +46,8 @@ def render(timeline: Mapping[str, Any], width: int = 100) -> RenderableType:
     header = Text.assemble(
         (str(timeline.get("request_id", "")), "bold"),
         f"  {timeline.get('model', '')}  {timeline.get('outcome', '')}  "
-        f"{timeline.get('prompt_tokens', 0)} prompt tokens, "
+        f"{timeline.get('prompt_tokens', 0)} prompt tokens "
+        f"({timeline.get('cached_tokens', 0)} cached), "
         f"{timeline.get('output_tokens', 0)} output tokens",
     )
     return Group(header, *_choices(timeline), _bars(timeline, width))

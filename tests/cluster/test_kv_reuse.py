@@ -144,6 +144,7 @@ def test_reuse_changes_no_token(
         cluster.assert_idle()
         (store,) = cluster.status()["stores"]
         assert store["blocks"]["cached"] > 0
+        assert sum(store["blocks"].values()) == store["num_blocks"]
         assert list(tmp_path.glob("segment-*")), "the disk was not used"
     reused = sum(asked.cached_tokens for asked in load.asked)
     assert reused > 20 * REQUESTS, "next to nothing was reused"

@@ -397,6 +397,7 @@ async def test_trace_of_a_request(cluster: FakeCluster) -> None:
         trace = (await client.get("/trace/seen")).json()
         assert (trace["request_id"], trace["outcome"]) == ("seen", "ok")
         assert trace["output_tokens"] == body["usage"]["completion_tokens"]
+        assert trace["cached_tokens"] == body["usage"]["prompt_tokens_details"]["cached_tokens"]
         assert trace["attempts"][0]["decode"] == "decode-0"
         missing = await client.get("/trace/nobody")
         assert missing.status_code == 404
