@@ -75,8 +75,8 @@ class FewPart {
     const auto begin = [&]<int Slot>(int64_t step) {
       const bf16* halves[2];
       find_rows(0, origin_ + step * kStep, halves);
-      begin_few<Slot>(halves, dim_, columns_.queries, scores_of(step));
-      work_.ahead->fetch();
+      begin_few<Slot>(halves, dim_, columns_.queries, scores_of(step), *work_.ahead);
+      work_.ahead->allow();
     };
     const auto end = [&]<int Slot>(int64_t step) { end_few<Slot>(scores_of(step)); };
     alternate(steps_, begin, end);
@@ -122,6 +122,7 @@ class FewPart {
     __m512 sum = _mm512_setzero_ps();
     __m512i keys[4];
     for (int i = 0; i < 4; ++i) {
+      work_.ahead->trickle(16);
       const float* at = scores + i * 2 * kLanes;
       const __m512 a = exp2_ps(_mm512_fmsub_ps(_mm512_load_ps(at), scale_, reference));
       const __m512 b = exp2_ps(_mm512_fmsub_ps(_mm512_load_ps(at + kLanes), scale_, reference));
@@ -167,7 +168,7 @@ class FewPart {
         _mm_store_ps(factors_[tile], _mm512_castps512_ps128(factor));
       }
       for (int64_t step = first; step < end; ++step) {
-        work_.ahead->fetch();
+        work_.ahead->allow();
         sums = _mm512_add_ps(sums, weigh_step(step, reference));
       }
     }
@@ -218,7 +219,7 @@ class FewPart {
         const bf16* rows[2];
         find_rows(1, at, rows);
         const bf16* const halves[2] = {rows[0] + d, rows[1] + d};
-        return sums.add_rows(weights, halves, dim_);
+        return sums.add_rows(weights, halves, dim_, *work_.ahead);
       }
       interleave<N>(step, d, values<N>(step));
     } else {
@@ -235,7 +236,7 @@ class FewPart {
     for (int64_t first = 0, tile = 0; first < steps_; first = tile_end(first), ++tile) {
       if (raised_[tile]) products.scale(factors_[tile], staging());
       for (int64_t step = first; step < tile_end(first); ++step) {
-        work_.ahead->fetch();
+        work_.ahead->allow();
         add_step<N>(step, d, products);
       }
     }

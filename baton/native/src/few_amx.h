@@ -23,7 +23,8 @@ constexpr TileConfig kFewValues = tile_config({kFew, kFew, kFew, kFew, 16, 16, k
 
 // Begins the scores [32, kFew] of two halves of 16 keys; they are in `to` after `end_few`.
 template <int Slot>
-inline void begin_few(const bf16* const (&halves)[2], int64_t dim, const bf16* queries, float*) {
+inline void begin_few(const bf16* const (&halves)[2], int64_t dim, const bf16* queries, float*,
+                      Ahead&) {
   clear_pair<Slot>();
   for (int64_t d = 0; d < dim; d += 32) {
     multiply_pair<Slot>(halves[0] + d, halves[1] + d, dim * 2, queries + d * kLanes, 64);

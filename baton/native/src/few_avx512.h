@@ -38,10 +38,15 @@ inline __m512i load_lanes(const bf16* at, int64_t stride) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-// Scores [16 keys, kFew] of 16 consecutive rows.
-inline void score_few(const bf16* rows, int64_t dim, const bf16* queries, float* to) {
+// Scores [16 keys, kFew] of 16 consecutive rows of `dim` values, which is Dim unless that is 0: with
+// addresses that are known, no registers are short.
+template <int64_t Dim>
+inline void score_few(const bf16* rows, int64_t dim, const bf16* queries, float* to,
+                      Ahead& ahead) {
+  if constexpr (Dim != 0) dim = Dim;
   __m512 sums[kFew] = {};
   for (int64_t d = 0; d < dim; d += 8) {
+    ahead.trickle(8);
     __m512i keys[4], pairs[4];
     for (int64_t i = 0; i < 4; ++i) keys[i] = load_lanes(rows + 4 * i * dim + d, dim);
     transpose_lanes(keys, pairs);
@@ -61,9 +66,14 @@ inline void score_few(const bf16* rows, int64_t dim, const bf16* queries, float*
 
 template <int Slot>
 inline void begin_few(const bf16* const (&halves)[2], int64_t dim, const bf16* queries,
-                      float* to) {
-  score_few(halves[0], dim, queries, to);
-  score_few(halves[1], dim, queries, to + 16 * kFew);
+                      float* to, Ahead& ahead) {
+  for (int64_t half = 0; half < 2; ++half, to += 16 * kFew) {
+    switch (dim) {
+      case 64: score_few<64>(halves[half], dim, queries, to, ahead); break;
+      case 128: score_few<128>(halves[half], dim, queries, to, ahead); break;
+      default: score_few<0>(halves[half], dim, queries, to, ahead);
+    }
+  }
 }
 template <int Slot>
 inline void end_few(float*) {}
@@ -95,10 +105,12 @@ class FewSums {
   }
 
   // The same with V as it lies in the pool: two halves of 16 rows of `dim` values.
-  void add_rows(const bf16* weights, const bf16* const (&halves)[2], int64_t dim) {
+  void add_rows(const bf16* weights, const bf16* const (&halves)[2], int64_t dim,
+                Ahead& ahead) {
     for (int64_t half = 0; half < 2; ++half) {
       const bf16* row = halves[half];
       for (int64_t pair = 0; pair < 8; ++pair, row += 2 * dim) {
+        ahead.trickle(8);
         __m512i tiles[N];
         for (int n = 0; n < N; n += 2) {
           const __m512i a = _mm512_loadu_si512(row + n * 16);

@@ -121,7 +121,7 @@ class Worker {
     const bool alone = plan_.strip == 1;
     ahead_.begin(panel(plan_.first_panel(job)), panel(plan_.end_panel(job)),
                  after < plan_.jobs ? panel(plan_.first_panel(after)) : nullptr,
-                 plan_.strip <= kFewBlocks ? kLeadBytes : kSlabSteps * kStepBytes);
+                 lead_bytes(plan_.rows, plan_.strip <= kFewBlocks));
     for (int64_t p = plan_.first_panel(job); p < plan_.end_panel(job); ++p) {
       alone ? stream(p) : strip(p, plan_.first_block(job), plan_.end_block(job));
     }

@@ -18,7 +18,11 @@ namespace baton {
 constexpr int64_t kSlabSteps = 16;           // 32 KiB of weights
 constexpr int64_t kMaxStrip = 16;            // blocks
 constexpr int64_t kStripBytes = 1100 << 10;  // of left operand in a strip
-constexpr int64_t kLeadBytes = 1024;         // from what is read to what is fetched, few blocks
+
+// From what is read of the weights to what is fetched.
+constexpr int64_t lead_bytes([[maybe_unused]] int64_t rows, bool few_blocks) {
+  return few_blocks ? 1024 : kSlabSteps * 2048;
+}
 
 constexpr TileConfig block_tiles(int64_t rows) {
   const auto upper = static_cast<uint8_t>(std::min<int64_t>(rows, 16));

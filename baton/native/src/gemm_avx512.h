@@ -16,9 +16,14 @@ namespace baton {
 constexpr int64_t kSlabSteps = 8;           // 16 KiB of weights
 constexpr int64_t kMaxStrip = 16;           // blocks
 constexpr int64_t kStripBytes = 512 << 10;  // of left operand in a strip
-constexpr int64_t kLeadBytes = 1024;        // from what is read to what is fetched, few blocks
 
 constexpr int64_t kRowsAtOnce = 8;  // of a block, whose 16 vectors of sums stay in registers
+
+// From what is read of the weights to what is fetched: the first rows take in a whole slab before
+// the next ones do.
+constexpr int64_t lead_bytes(int64_t rows, [[maybe_unused]] bool few_blocks) {
+  return rows <= kRowsAtOnce ? 2048 : kSlabSteps * 2048;
+}
 
 constexpr std::array<TileConfig, 32> kBlockTiles{};
 

@@ -65,6 +65,9 @@ class Tiles {
   }
 };
 
+// Whether lines are fetched one by one between products, which leave room for that.
+constexpr bool kTrickle = false;
+
 // Products come in pairs of tiles, in one of two slots (tiles 0, 1 and 2, 3). While the tiles of
 // one slot fill, those of the other are stored: a store waits for its product, and nothing behind
 // it would start.

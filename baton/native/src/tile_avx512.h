@@ -37,6 +37,9 @@ inline __m512bh load_pairs(const bf16* at) {
   return reinterpret_cast<__m512bh>(_mm512_loadu_si512(at));
 }
 
+// Whether lines are fetched one by one between products, which leave room for that.
+constexpr bool kTrickle = true;
+
 // See tile_amx.h. There is nothing to gain from two slots: sums are stored by `begin_pair`.
 struct Chain {
   const bf16 *upper, *lower;
@@ -84,10 +87,13 @@ inline void multiply_repeatedly(const bf16* left, const bf16* right, int64_t ste
   __m512bh a = load_pairs(left);
   const __m512bh b = load_pairs(right);
   __m512 sums[kSums] = {};
+  // To the compiler, no two sums are the same.
+#pragma GCC unroll 16
+  for (__m512& sum : sums) asm volatile("" : "+v"(sum));
   for (int64_t i = 0; i < steps * (kProducts / kSums); ++i) {
 #pragma GCC unroll 16
     for (__m512& sum : sums) sum = _mm512_dpbf16_ps(sum, a, b);
-    asm volatile("" : "+v"(a));  // the next round is not the same to the compiler
+    asm volatile("" : "+v"(a));
   }
   for (__m512& sum : sums) asm volatile("" ::"v"(sum));
 }
