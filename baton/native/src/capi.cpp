@@ -42,7 +42,7 @@ extern "C" {
 // Grows with every change of this interface: a stale library must not be called.
 int32_t baton_interface() { return 2; }
 
-// Whether the kernel lets this process use what the library needs. To be called before anything else.
+// Whether the kernel lets this process use what the library needs. To be called first.
 int32_t baton_ready() { return baton::tiles_ready(); }
 
 const char* baton_error() { return last_error.c_str(); }

@@ -1,11 +1,11 @@
-// Products of bfloat16 matrices with AMX.
+// Products of bfloat16 matrices, by AMX or AVX-512 (gemm_amx.h, gemm_avx512.h).
 //
 // The result is computed in blocks of 32 rows by 32 columns: four tiles of float32 sums, two tiles
 // of each operand. Blocks of one panel of weights (32 columns) one below the other form a strip:
 //
 //                 panel of weights, in slabs of 512
 //     rows        ┌────┐
-//     ┌────────┐  │    │ one slab (32 KiB) stays in the first-level cache while all blocks of the
+//     ┌────────┐  │    │ one slab (16 or 32 KiB) stays in the first-level cache while all blocks of the
 //     │ strip  │  ├────┤ strip take it in; the left operand passes by it, streamed from the
 //     │ (<=512)│  │    │ second level (tile loads with the non-temporal hint)
 //     └────────┘  └────┘
@@ -14,7 +14,7 @@
 // finished (bias, rounding, ...) a few rows at a time between the next block's tile products, which
 // leave the vector units idle.
 //
-// Sums of a row are taken in order of depth whatever the blocks: AMX adds in one order, and storing
+// Sums of a row are taken in order of depth whatever the blocks: products add in one order, and storing
 // and loading float32 sums does not change them.
 #include <algorithm>
 
@@ -40,7 +40,7 @@ constexpr int64_t kStepLines = kStepBytes / kLine;
 constexpr int64_t kTurns = 4;  // of fetching weights, per step
 
 constexpr int64_t kFewBlocks = 4;
-constexpr int64_t kFarBytes = 2 << 20;  // a larger result is stored past the caches
+constexpr int64_t kFarBytes = 2 << 20;   // a larger result is stored past the caches
 constexpr int64_t kJobBytes = 64 << 10;  // of weights taken at once
 
 // How a product is divided: into jobs of some panels of one strip.
@@ -93,7 +93,7 @@ class Ahead {
 
   void turn() {
     if (lines_ <= 0 || at_ == nullptr) return;
-    for (int64_t line = 0; line < per_turn_; ++line) _mm_prefetch(at_ + line * kLine, _MM_HINT_T0);
+    for (int64_t line = 0; line < per_turn_; ++line) _mm_prefetch(at_ + line * kLine, kWeightsHint);
     at_ += per_turn_ * kLine;
     lines_ -= per_turn_;
     if (end_ != nullptr && at_ >= end_) {

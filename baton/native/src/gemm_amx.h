@@ -19,6 +19,9 @@ constexpr int64_t kSlabSteps = 16;           // 32 KiB of weights
 constexpr int64_t kMaxStrip = 16;            // blocks
 constexpr int64_t kStripBytes = 1100 << 10;  // of left operand in a strip
 
+// Where weights are fetched to: the first level.
+constexpr _mm_hint kWeightsHint = _MM_HINT_T0;
+
 // From what is read of the weights to what is fetched.
 constexpr int64_t lead_bytes([[maybe_unused]] int64_t rows, bool few_blocks) {
   return few_blocks ? 1024 : kSlabSteps * 2048;

@@ -19,10 +19,14 @@ constexpr int64_t kStripBytes = 512 << 10;  // of left operand in a strip
 
 constexpr int64_t kRowsAtOnce = 8;  // of a block, whose 16 vectors of sums stay in registers
 
+// Where weights are fetched to: the second level, which may wait for more lines than the first. From
+// there vectors come fast enough, and the first level is full of what is in use.
+constexpr _mm_hint kWeightsHint = _MM_HINT_T1;
+
 // From what is read of the weights to what is fetched: the first rows take in a whole slab before
 // the next ones do.
-constexpr int64_t lead_bytes(int64_t rows, [[maybe_unused]] bool few_blocks) {
-  return rows <= kRowsAtOnce ? 2048 : kSlabSteps * 2048;
+constexpr int64_t lead_bytes([[maybe_unused]] int64_t rows, [[maybe_unused]] bool few_blocks) {
+  return kSlabSteps * 2048;
 }
 
 constexpr std::array<TileConfig, 32> kBlockTiles{};
@@ -81,7 +85,8 @@ inline void add_to_block(const bf16* upper, const bf16* lower, const bf16* weigh
                          int64_t rows, bool fresh, float* sums, Turn&& turn, Finish&& finish) {
   constexpr int64_t kTile = kTileRows * kTileDepth;
   finish(32);
-  const auto turns = static_cast<int>((4 * kRowsAtOnce + rows - 1) / rows);
+  const int64_t groups = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const auto turns = static_cast<int>((4 + groups - 1) / groups);
   for (int64_t k = 0; k < steps; k += kSlabSteps) {
     const int64_t count = std::min(kSlabSteps, steps - k);
     for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
