@@ -28,7 +28,8 @@ from baton.model.hub import resolve_model
 from baton.model.spec import load_spec
 
 _ENGINE = "Engine (default: chosen by the workers)"
-_STORE = "KV cache and store"
+_STORE = "Routing and KV cache"
+_CONDUCTOR_FLAGS = ("policy", "local_prefill_tokens", "slo_ttft_ms", "slo_tpot_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,22 @@ class ServeOptions:
             help="Routing: cache-aware, consistent-hash, least-loaded, round-robin, random.",
             rich_help_panel=_STORE,
         ),
+    ] = None
+    local_prefill_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Prompts up to this length skip the prefill worker; 0: none.",
+            rich_help_panel=_STORE,
+        ),
+    ] = None
+    slo_ttft_ms: Annotated[
+        float | None,
+        typer.Option(min=0, help="Refuse what would miss this TTFT.", rich_help_panel=_STORE),
+    ] = None
+    slo_tpot_ms: Annotated[
+        float | None,
+        typer.Option(min=0, help="Refuse what would miss this TPOT.", rich_help_panel=_STORE),
     ] = None
     store_memory_mib: Annotated[
         int,
@@ -226,7 +243,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
                 *("conductor", "--host", options.host, "--port", str(http_port)),
                 *("--grpc-port", str(grpc_port), "--announce", *common),
                 *(("--cpus", conductor_cpus) if conductor_cpus else ()),
-                *_flag(options, "policy"),
+                *(text for name in _CONDUCTOR_FLAGS for text in _flag(options, name)),
                 *("--drain-timeout", str(options.drain_timeout)),
             ),
             environ,
