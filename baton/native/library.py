@@ -19,7 +19,7 @@ from pathlib import Path
 
 from baton.errors import InternalError
 
-_INTERFACE = 2
+_INTERFACE = 3
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
 VARIABLE = "BATON_NATIVE"
 """Environment: the name of the only variant to be used."""
