@@ -113,7 +113,7 @@ def _saturation(setting: Setting, round_: int) -> Sweep:
 def _interference(setting: Setting, round_: int) -> Interference:
     words = _Words(setting, "interference", round_)
     # The streams outlast the prefill and are given up after it.
-    streams = tuple(Ask(words.tokens(64), 2000) for _ in range(8))
+    streams = tuple(Ask(words.tokens(64), 8000) for _ in range(8))
     return Interference(streams, 64, Ask(words.tokens(4096 if setting.quick else 16384), 8))
 
 

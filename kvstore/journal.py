@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
-
 from baton.errors import InternalError
-from baton.types.kv_events import KvEvents, KvSnapshot, Tier
-
-KEYS_PER_MESSAGE = 16384
-"""256 KiB of keys: far below what a gRPC message may have."""
+from baton.types.kv_events import Tier
+from baton.worker.kv_news import Change
 
 
 class TierChanges:
@@ -37,41 +32,22 @@ class TierChanges:
 
 
 class Journal:
-    """The only numbering of a store's messages to conductors (see `baton.types.kv_events`)."""
+    """The changes of both tiers."""
 
     def __init__(self) -> None:
-        self._number = 0
         self._tiers = {tier: TierChanges() for tier in (Tier.CPU, Tier.NVME)}
 
     def of(self, tier: Tier) -> TierChanges:
         return self._tiers[tier]
 
-    def take_events(self) -> list[KvEvents]:
-        """Everything since the last call of this or `snapshot`."""
-        events = []
-        for tier, changes in self._tiers.items():
-            added, removed = changes.take()
-            for part in _parts(added):
-                events.append(KvEvents(self._next(), tier, added=part))
-            for part in _parts(removed):
-                events.append(KvEvents(self._next(), tier, removed=part))
-        return events
-
-    def snapshot(self, holdings: Iterable[tuple[Tier, Iterable[bytes]]]) -> list[KvSnapshot]:
-        """The messages that replace all that was told: `holdings` says what each tier has."""
-        for changes in self._tiers.values():
-            changes.take()
-        parts = [(tier, part) for tier, keys in holdings for part in _parts(keys)]
-        parts = parts or [(Tier.CPU, b"")]
-        last = len(parts) - 1
-        return [
-            KvSnapshot(self._next(), tier, part, first=n == 0, last=n == last)
-            for n, (tier, part) in enumerate(parts)
-        ]
-
-    def _next(self) -> int:
-        self._number += 1
-        return self._number
+    def take(self) -> list[Change]:
+        """Everything since the last call, one change for each tier that has some."""
+        changes = []
+        for tier, journal in self._tiers.items():
+            added, removed = journal.take()
+            if added or removed:
+                changes.append(Change(tier, b"".join(added), b"".join(removed)))
+        return changes
 
 
 def _toggle(key: bytes, to: dict[bytes, None], opposite: dict[bytes, None]) -> None:
@@ -81,9 +57,3 @@ def _toggle(key: bytes, to: dict[bytes, None], opposite: dict[bytes, None]) -> N
         raise InternalError("A block came into or left a tier twice.")
     else:
         to[key] = None
-
-
-def _parts(keys: Iterable[bytes]) -> Iterator[bytes]:
-    rest = iter(keys)
-    while part := b"".join(islice(rest, KEYS_PER_MESSAGE)):
-        yield part

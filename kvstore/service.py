@@ -8,7 +8,7 @@ conductor <------- KvNews, load
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from baton.errors import InvalidRequest
@@ -22,10 +22,10 @@ from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.shared import SharedTransport
 from baton.rpc.grpc_server import RpcServer
 from baton.types.fleet import BlockState, WorkerLoad
-from baton.types.kv_events import KvEvents, KvSnapshot, Tier
+from baton.types.kv_events import Tier
 from baton.types.link import StartDecode, StartPrefill
 from baton.types.request import AttemptId
-from baton.worker.kv_news import Change, KvNews
+from baton.worker.kv_news import KvNews
 from baton.worker.links import LinkServer
 from kvstore.format import NO_PARENT
 from kvstore.memory_tier import MemoryTier, SlotState
@@ -90,21 +90,6 @@ class StoreSink:
         self._store.abort_put(slot.key)
 
 
-class StoreBook:
-    """Implements `baton.worker.kv_news.KvBook`."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def holdings(self) -> Iterable[tuple[Tier, bytes]]:
-        messages: list[KvSnapshot] = self._store.snapshot()
-        return [(message.tier, message.keys) for message in messages if message.keys]
-
-    def take_changes(self) -> Iterable[Change]:
-        messages: list[KvEvents] = self._store.take_events()
-        return [Change(message.tier, message.added, message.removed) for message in messages]
-
-
 class NoDuty:
     """Implements Duty: a store computes nothing."""
 
@@ -131,7 +116,7 @@ class StoreService:
         self._memory_tier = memory_tier
         source, sink = StoreSource(store), StoreSink(store)
         self.blocks = BlocksServer(identity, shared, memory, source, sink, options)
-        self.links = LinkServer(NoDuty(), self.load, KvNews(StoreBook(store)))
+        self.links = LinkServer(NoDuty(), self.load, KvNews(store))
         self._closed = asyncio.Event()
 
     def serve_on(self, server: RpcServer) -> None:

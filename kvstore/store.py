@@ -21,7 +21,8 @@ from enum import StrEnum
 from typing import Any
 
 from baton.errors import InternalError
-from baton.types.kv_events import KvEvents, KvSnapshot, Tier
+from baton.types.kv_events import Tier
+from baton.worker.kv_news import Change
 from kvstore.disk_options import DiskState
 from kvstore.disk_tier import DiskTier
 from kvstore.format import NO_PARENT
@@ -177,16 +178,16 @@ class Store:
 
     # Telling
 
-    def take_events(self) -> list[KvEvents]:
-        """What came and went, since the last call of this or `snapshot`."""
-        return self._journal.take_events()
+    def take_changes(self) -> list[Change]:
+        """What came and went since the last call."""
+        return self._journal.take()
 
-    def snapshot(self) -> list[KvSnapshot]:
-        """All blocks in all tiers."""
-        holdings: list[tuple[Tier, Iterable[bytes]]] = [(Tier.CPU, self._memory)]
+    def holdings(self) -> list[tuple[Tier, bytes]]:
+        """The keys of all blocks, by tier."""
+        tiers: list[tuple[Tier, Iterable[bytes]]] = [(Tier.CPU, self._memory)]
         if self._disk is not None:
-            holdings.append((Tier.NVME, self._disk))
-        return self._journal.snapshot(holdings)
+            tiers.append((Tier.NVME, self._disk))
+        return [(tier, b"".join(keys)) for tier, keys in tiers]
 
     def check_integrity(self) -> None:
         """Raise InternalError unless all accounts agree. O(slots + blocks on disk)."""

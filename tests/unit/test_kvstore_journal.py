@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from baton.errors import InternalError
-from baton.types.kv_events import KvEvents, KvSnapshot, Tier
-from kvstore.journal import KEYS_PER_MESSAGE, Journal
-from tests.unit.kvstore_kit import chain_of, key_of
+from baton.types.kv_events import Tier
+from baton.worker.kv_news import Change
+from kvstore.journal import Journal
+from tests.unit.kvstore_kit import chain_of
 
 A, B, C = chain_of(1, 3)
 
@@ -18,42 +19,20 @@ def test_what_came_and_went_again_is_not_told() -> None:
     cpu.add(A)
     cpu.add(B)
     cpu.remove(A)
-    assert journal.take_events() == [KvEvents(1, Tier.CPU, added=B)]
+    assert journal.take() == [Change(Tier.CPU, B, b"")]
     cpu.remove(B)
     cpu.add(B)
-    assert journal.take_events() == []
+    assert journal.take() == []
 
 
-def test_tiers_are_told_apart_and_counted_together() -> None:
+def test_tiers_are_told_apart() -> None:
     journal = Journal()
     journal.of(Tier.NVME).add(A)
     journal.of(Tier.CPU).add(A)
-    assert journal.take_events() == [
-        KvEvents(1, Tier.CPU, added=A),
-        KvEvents(2, Tier.NVME, added=A),
-    ]
-
-
-def test_long_messages_are_cut() -> None:
-    journal = Journal()
-    keys = [key_of(n) for n in range(KEYS_PER_MESSAGE + 1)]
-    for key in keys:
-        journal.of(Tier.CPU).add(key)
-    first, second = journal.take_events()
-    assert first.added + second.added == b"".join(keys)
-    parts = journal.snapshot([(Tier.CPU, keys), (Tier.NVME, [A])])
-    assert [(p.tier, p.first, p.last) for p in parts] == [
-        (Tier.CPU, True, False),
-        (Tier.CPU, False, False),
-        (Tier.NVME, False, True),
-    ]
-
-
-def test_a_snapshot_replaces_the_events_before_it() -> None:
-    journal = Journal()
-    journal.of(Tier.CPU).add(A)
-    assert journal.snapshot([(Tier.CPU, [A])]) == [KvSnapshot(1, Tier.CPU, A, True, True)]
-    assert journal.take_events() == []
+    journal.of(Tier.CPU).add(C)
+    assert journal.take() == [Change(Tier.CPU, A + C, b""), Change(Tier.NVME, A, b"")]
+    journal.of(Tier.CPU).remove(C)
+    assert journal.take() == [Change(Tier.CPU, b"", C)]
 
 
 def test_a_block_cannot_come_twice() -> None:

@@ -265,7 +265,7 @@ class StoreMachine(RuleBasedStateMachine):
     def what_was_told_is_so(self) -> None:
         if not hasattr(self, "rig"):
             return
-        for event in self.rig.store.take_events():
+        for event in self.rig.store.take_changes():
             tier = self.known[event.tier]
             for at in range(0, len(event.added), 16):
                 tier.add(event.added[at : at + 16])

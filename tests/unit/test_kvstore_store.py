@@ -310,38 +310,21 @@ async def test_closing_ends_what_is_under_way(tmp_path: Path) -> None:
 
 
 @virtual_time
-async def test_events_say_what_changed_and_snapshots_what_is_there(tmp_path: Path) -> None:
+async def test_changes_say_what_changed_and_holdings_what_is_there(tmp_path: Path) -> None:
     rig = make_rig(Areas.of(8), replace(disk_options(tmp_path, 32)))
     async with running(rig):
         known: dict[Tier, set[bytes]] = {CPU: set(), NVME: set()}
-        numbers = []
         for n in range(1, 20):
             rig.put(key_of(n))
             await rig.store.settle()
-            for event in rig.store.take_events():
-                numbers.append(event.number)
-                known[event.tier] |= split(event.added)
-                known[event.tier] -= split(event.removed)
+            for change in rig.store.take_changes():
+                known[change.tier] |= split(change.added)
+                known[change.tier] -= split(change.removed)
         assert known[CPU] == set(rig.memory)
         assert rig.disk is not None
         assert known[NVME] == set(rig.disk)
-        assert rig.store.take_events() == []
-        parts = rig.store.snapshot()
-        numbers += [part.number for part in parts]
-        assert numbers == list(range(1, len(numbers) + 1))
-        assert [part.first for part in parts] == [True] + [False] * (len(parts) - 1)
-        assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
-        told: dict[Tier, set[bytes]] = {CPU: set(), NVME: set()}
-        for part in parts:
-            told[part.tier] |= split(part.keys)
-        assert told == known
-
-
-@virtual_time
-async def test_the_snapshot_of_an_empty_store_is_one_message() -> None:
-    async with running(make_rig(Areas.of(8), None)) as rig:
-        (part,) = rig.store.snapshot()
-        assert (part.keys, part.first, part.last) == (b"", True, True)
+        assert rig.store.take_changes() == []
+        assert {tier: split(keys) for tier, keys in rig.store.holdings()} == known
 
 
 def spoil(directory: Path, key: bytes) -> None:
