@@ -171,7 +171,7 @@ def _plan(options: Options, model: Model, device: Device) -> Plan:
         decodes,
         options.step_tokens,
         budget_s=0.1 if options.quick else 2.0,
-        limit_s=10.0,
+        limit_s=20.0,
         kv_bytes=_kv_bytes(model, device),
     )
 
