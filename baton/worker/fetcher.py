@@ -55,10 +55,12 @@ class Fetcher:
                 self._group = None
 
     def plan(self, attempt: AttemptId, parts: tuple[FetchPart, ...]) -> int:
-        """Note where the attempt's KV may be had; leading blocks that this covers, for
-        `Engine.submit`. `forget` must follow when the attempt has ended."""
-        end = 0
-        for part in sorted(parts, key=lambda part: part.first_block):
+        """Note where the attempt's KV may be had; the block behind the last of them, for
+        `Engine.submit`. The blocks before the first part are in this worker's own pool, as far as
+        the conductor knew. `forget` must follow when the attempt has ended."""
+        ordered = sorted(parts, key=lambda part: part.first_block)
+        end = ordered[0].first_block if ordered else 0
+        for part in ordered:
             if part.first_block <= end:
                 end = max(end, part.first_block + part.num_blocks)
         if end:

@@ -221,11 +221,12 @@ async def test_a_fetch_goes_from_source_to_source(
     await asyncio.wait([running])
 
 
-def test_a_plan_covers_what_has_no_gap_before_it() -> None:
+def test_a_plan_reaches_up_to_its_first_gap() -> None:
     fetcher = Fetcher(FakeBorrower({}), lambda *_: None)
     assert fetcher.plan(X, (part("a", 0, 4), part("b", 4, 2))) == 6
     assert fetcher.plan(X, (part("b", 3, 2), part("a", 0, 2))) == 2
-    assert fetcher.plan(X, (part("b", 1, 2),)) == 0
+    assert fetcher.plan(X, (part("b", 4, 2),)) == 6  # the worker has the four before
+    assert fetcher.plan(X, (part("b", 4, 2), part("c", 7, 1))) == 6
     assert fetcher.plan(X, ()) == 0
 
 

@@ -41,14 +41,17 @@ def next_turn(pair: Pair, task: GenerationTask) -> GenerationTask:
     return replace(task, attempt=AttemptId(f"{task.attempt.request_id}-next"), prompt=prompt)
 
 
-@pytest.mark.parametrize("blocks", [9, 30])  # 30: more than there are
-async def test_a_next_turn_takes_prompt_and_answer_from_the_decode_worker(blocks: int) -> None:
+# The conductor names what the prefill worker lacks, or everything; 30 is more than there are.
+@pytest.mark.parametrize(("first", "blocks"), [(0, 9), (0, 30), (7, 2), (7, 30)])
+async def test_a_next_turn_takes_prompt_and_answer_from_the_decode_worker(
+    first: int, blocks: int
+) -> None:
     async with running_pair() as pair:
         task = make_task("x", prompt_len=30, max_tokens=9)
         await start(pair, task)
         await pair.to_decode.finish(task.attempt)
         again = next_turn(pair, task)  # 42 tokens; 38 have KV there, which is 9 full blocks
-        fetch = (FetchPart(DECODER, 0, blocks, Tier.GPU),)
+        fetch = (FetchPart(DECODER, first, blocks, Tier.GPU),)
         await pair.to_prefill.send(StartPrefill(again, fetch))
         await pair.to_decode.send(StartDecode(again, pair.peer))
         finish = await pair.to_decode.finish(again.attempt)
