@@ -98,6 +98,13 @@ class StaleAttempt(BatonError):
     code = "stale_attempt"
 
 
+class UnknownAttempt(BatonError):
+    """The worker does not have the attempt (any more): its answer has to be computed again."""
+
+    code = "unknown_attempt"
+    retryable = True
+
+
 class LeaseExpired(BatonError):
     """Published KV was not renewed in time; whatever was read under the lease is void."""
 
@@ -116,6 +123,13 @@ class DigestMismatch(TransportError):
     """Bytes that were read differ from the bytes that were published."""
 
     code = "digest_mismatch"
+
+
+class RegistryUnavailable(BatonError):
+    """The registry that conductors share cannot be reached; serving goes on with what is known."""
+
+    code = "registry_unavailable"
+    retryable = True
 
 
 class DeadlineExceeded(BatonError):

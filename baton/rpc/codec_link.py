@@ -10,6 +10,7 @@ from baton.rpc.codec_fleet import peer_from_pb, peer_to_pb
 from baton.rpc.codec_kv import tier_from_pb, tier_to_pb
 from baton.rpc.codec_request import attempt_from_pb, attempt_to_pb, task_from_pb, task_to_pb
 from baton.types.link import (
+    Adopt,
     Cancel,
     ConductorMessage,
     Drain,
@@ -33,6 +34,8 @@ def conductor_to_pb(value: ConductorMessage) -> pb.ConductorMessage:
             parts = [_part_to_pb(part) for part in fetch]
             start = pb.StartDecode(task=task_to_pb(task), prefill=peer, fetch=parts)
             return pb.ConductorMessage(start_decode=start)
+        case Adopt(attempt):
+            return pb.ConductorMessage(adopt=pb.Adopt(attempt=attempt_to_pb(attempt)))
         case Cancel(attempt, reason):
             cancel = pb.Cancel(attempt=attempt_to_pb(attempt), reason=reason)
             return pb.ConductorMessage(cancel=cancel)
@@ -53,6 +56,8 @@ def conductor_from_pb(message: pb.ConductorMessage) -> ConductorMessage:
             start = message.start_decode
             peer = peer_from_pb(start.prefill) if start.HasField("prefill") else None
             return StartDecode(task_from_pb(start.task), peer, _parts_from_pb(start.fetch))
+        case "adopt":
+            return Adopt(attempt_from_pb(message.adopt.attempt))
         case "cancel":
             return Cancel(attempt_from_pb(message.cancel.attempt), message.cancel.reason)
         case "drain":

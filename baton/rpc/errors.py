@@ -25,9 +25,11 @@ from baton.errors import (
     NoWorker,
     Overloaded,
     PeerGone,
+    RegistryUnavailable,
     StaleAttempt,
     TransportError,
     Unauthenticated,
+    UnknownAttempt,
     WorkerLost,
 )
 from baton.types.request import WireError
@@ -50,9 +52,11 @@ _CLASSES: tuple[type[BatonError], ...] = (
     NoWorker,
     Overloaded,
     PeerGone,
+    RegistryUnavailable,
     StaleAttempt,
     TransportError,
     Unauthenticated,
+    UnknownAttempt,
     WorkerLost,
 )
 _BY_CODE = {cls.code: cls for cls in _CLASSES}
@@ -63,12 +67,14 @@ _STATUS: tuple[tuple[type[BatonError], grpc.StatusCode], ...] = (
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (LayoutMismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (StaleAttempt, grpc.StatusCode.FAILED_PRECONDITION),
+    (UnknownAttempt, grpc.StatusCode.NOT_FOUND),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (Cancelled, grpc.StatusCode.CANCELLED),
     (NoWorker, grpc.StatusCode.UNAVAILABLE),
     (WorkerLost, grpc.StatusCode.UNAVAILABLE),
     (PeerGone, grpc.StatusCode.UNAVAILABLE),
+    (RegistryUnavailable, grpc.StatusCode.UNAVAILABLE),
 )
 
 

@@ -1,6 +1,6 @@
 """Messages on the link: one stream per (conductor, worker). The conductor dials the worker.
 
-conductor -> worker: StartPrefill | StartDecode | Cancel | Drain | Resync
+conductor -> worker: StartPrefill | StartDecode | Adopt | Cancel | Drain | Resync
 worker -> conductor: StepReport (the outputs of one engine step for all attempts, in one message)
                      KvEvents | KvSnapshot (which KV blocks it holds)
 
@@ -47,6 +47,17 @@ class StartDecode:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopt:
+    """Take the attempt over from a conductor that is gone or cut off.
+
+    The worker answers with every token of the answer so far, from index 0, and goes on from there;
+    or with a Finish of code `unknown_attempt`. Whoever had the attempt gets `stale_attempt`.
+    """
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """Stop working on the attempt and free everything. Harmless when it is unknown or done."""
 
@@ -64,7 +75,7 @@ class Resync:
     """This conductor has lost track of the worker's KV blocks: send a snapshot."""
 
 
-ConductorMessage = StartPrefill | StartDecode | Cancel | Drain | Resync
+ConductorMessage = StartPrefill | StartDecode | Adopt | Cancel | Drain | Resync
 
 
 @dataclass(frozen=True, slots=True)

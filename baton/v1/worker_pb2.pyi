@@ -64,6 +64,12 @@ class StartDecode(_message.Message):
     fetch: _containers.RepeatedCompositeFieldContainer[FetchPart]
     def __init__(self, task: _Optional[_Union[_common_pb2.GenerationTask, _Mapping]] = ..., prefill: _Optional[_Union[_common_pb2.Peer, _Mapping]] = ..., fetch: _Optional[_Iterable[_Union[FetchPart, _Mapping]]] = ...) -> None: ...
 
+class Adopt(_message.Message):
+    __slots__ = ("attempt",)
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    attempt: _common_pb2.AttemptId
+    def __init__(self, attempt: _Optional[_Union[_common_pb2.AttemptId, _Mapping]] = ...) -> None: ...
+
 class Cancel(_message.Message):
     __slots__ = ("attempt", "reason")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -81,18 +87,20 @@ class Resync(_message.Message):
     def __init__(self) -> None: ...
 
 class ConductorMessage(_message.Message):
-    __slots__ = ("start_prefill", "start_decode", "cancel", "drain", "resync")
+    __slots__ = ("start_prefill", "start_decode", "cancel", "drain", "resync", "adopt")
     START_PREFILL_FIELD_NUMBER: _ClassVar[int]
     START_DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     RESYNC_FIELD_NUMBER: _ClassVar[int]
+    ADOPT_FIELD_NUMBER: _ClassVar[int]
     start_prefill: StartPrefill
     start_decode: StartDecode
     cancel: Cancel
     drain: Drain
     resync: Resync
-    def __init__(self, start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., start_decode: _Optional[_Union[StartDecode, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ...) -> None: ...
+    adopt: Adopt
+    def __init__(self, start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., start_decode: _Optional[_Union[StartDecode, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("name", "start_s", "end_s")

@@ -47,7 +47,8 @@ class WorkerServicer:
     """
 
     def Link(self, request_iterator, context):
-        """One stream per conductor. When it ends, the worker cancels every attempt begun on it.
+        """One stream per conductor. When it ends, the worker cancels the attempts begun on it, except
+        those that decode: these wait for a while to be adopted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

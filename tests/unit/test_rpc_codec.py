@@ -47,6 +47,7 @@ from baton.types.handoff import (
 )
 from baton.types.kv_events import KvEvents, KvSnapshot
 from baton.types.link import (
+    Adopt,
     Cancel,
     Drain,
     FetchPart,
@@ -186,6 +187,7 @@ few = settings(max_examples=40, deadline=None)
 @given(
     st.builds(StartPrefill, tasks, parts)
     | st.builds(StartDecode, tasks, st.none() | peers, parts)
+    | st.builds(Adopt, attempts)
     | st.builds(Cancel, attempts, text)
     | st.just(Drain())
     | st.just(Resync())
