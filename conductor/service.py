@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import secrets
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -62,9 +63,16 @@ class Policy:
 class Conductor:
     """Make it inside the running loop; `run` owns everything that it starts."""
 
-    def __init__(self, model: ServedModel, dialer: WorkerDialer, policy: Policy) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        dialer: WorkerDialer,
+        policy: Policy,
+        make_id: Callable[[], str] | None = None,
+    ) -> None:
         self.model = model
         self.policy = policy
+        self._make_id = make_id or functools.partial(secrets.token_hex, 12)
         self.fleet = Fleet(dialer, policy.lease_ttl_s, model.fingerprint, policy.map_blocks)
         self.metrics = Metrics(self.fleet)
         self.traces = Traces(asyncio.get_running_loop().time())
@@ -125,6 +133,7 @@ class Conductor:
                 prompts,
                 limits,
                 id_prefix=id_prefix,
+                made=self._make_id(),
                 received=received,
                 deadline=received + (allowed if timeout_s is None else min(timeout_s, allowed)),
             )

@@ -116,10 +116,14 @@ def build_request(
     limits: Limits,
     *,
     id_prefix: str,
+    made: str,
     received: float,
     deadline: float,
 ) -> Request:
-    """Join what `check_ask` returned with the tokenized prompts. Raises InvalidRequest."""
+    """Join what `check_ask` returned with the tokenized prompts; `made` is like no other request's.
+
+    Raises InvalidRequest.
+    """
     n = ask.options.n or 1
     answers: list[Answer] = []
     for place, prompt in enumerate(prompts):
@@ -127,7 +131,6 @@ def build_request(
         for choice in range(n):
             seed = (fitted.seed + choice) % 2**64
             answers.append(Answer(len(answers), place, prompt, replace(fitted, seed=seed)))
-    made = secrets.token_hex(12)
     chosen = ask.request_id
     return Request(
         id=chosen or f"{id_prefix}-{made}",

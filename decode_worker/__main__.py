@@ -25,7 +25,7 @@ def main() -> None:
     placement.apply()
     # torch takes seconds to import: after the cheap ways to fail, and under the parent's watch.
     from baton.rpc.grpc_client import GrpcBlocksDialer, GrpcHandoffDialer
-    from baton.worker.build import WorkerParts
+    from baton.worker.parts import WorkerParts
     from baton.worker.process import main as run
     from baton.worker.serving import cluster_token
     from decode_worker.service import DecodeService

@@ -12,8 +12,8 @@ from baton.rpc.services import BlocksDialer, HandoffDialer
 from baton.types.fleet import WorkerLoad
 from baton.types.link import StartDecode, StartPrefill
 from baton.types.request import AttemptId, AttemptOutput, SampledToken
-from baton.worker.build import WorkerParts
 from baton.worker.links import LinkServer
+from baton.worker.parts import WorkerParts
 from baton.worker.sharing import Sharing
 from decode_worker.intake import Intake
 

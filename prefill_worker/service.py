@@ -18,8 +18,8 @@ from baton.types.fleet import WorkerLoad
 from baton.types.handoff import DecodeMessage, PrefillMessage
 from baton.types.link import StartDecode, StartPrefill
 from baton.types.request import AttemptId, AttemptOutput, SampledToken
-from baton.worker.build import WorkerParts
 from baton.worker.links import LinkServer
+from baton.worker.parts import WorkerParts
 from baton.worker.sharing import Sharing
 from prefill_worker.publish import Endings
 

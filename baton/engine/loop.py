@@ -22,6 +22,7 @@ from baton.engine.loans import Loans
 from baton.engine.publish import Publisher
 from baton.engine.scheduler import Advance, Scheduler
 from baton.engine.sequence import Ending, Sequence, error_ending
+from baton.engine.step import MakeSteps, StepThreads
 from baton.engine.stepper import Stepper
 from baton.engine.waiting import Reservation, Reserved
 from baton.errors import (
@@ -61,6 +62,7 @@ class Engine:
         config: EngineConfig,
         listener: EngineListener,
         wall_clock: Callable[[], float] = time.time,
+        make_steps: MakeSteps = StepThreads,
     ) -> None:
         if pool.num_blocks != config.num_blocks:
             raise InternalError(
@@ -79,6 +81,7 @@ class Engine:
             self._announce,
             self._report,
             self._want,
+            make_steps,
         )
         self._sequences: dict[AttemptId, Sequence] = {}  # live ones, handed-off ones included
         self._reservations: dict[AttemptId, Reservation] = {}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from baton.engine.batch import Batch, BatchResult, Launched, LayerCallback, Runner
 from baton.errors import InternalError
@@ -39,6 +40,40 @@ class StepEnded:
 
 
 Event = LayersReady | StepEnded
+
+
+class Steps(Protocol):
+    """The steps in flight, in order, wherever they run: `StepThreads`, or modelled ones that take
+    no thread and only virtual time. Belongs to the event loop."""
+
+    recovering: bool
+    """A step failed, and the one behind it has not ended: put no other."""
+
+    def open(self) -> None: ...
+
+    async def close(self) -> None:
+        """Return when every launched step has ended, however often the waiting task is cancelled.
+        Nobody is told of their results any more."""
+
+    @property
+    def in_flight(self) -> int: ...
+
+    @property
+    def running(self) -> Batch | None:
+        """The oldest step in flight."""
+
+    def put(self, batch: Batch, layers: bool) -> None:
+        """Launch a step after those in flight; with `layers`, tell of its LayersReady."""
+
+    def take_back(self) -> Batch | None:
+        """The step behind the one that runs, if it has not been launched: now it never is."""
+
+    def events(self) -> Iterator[Event]:
+        """What has happened since the last call, in order."""
+
+
+MakeSteps = Callable[[Runner, Callable[[], None]], Steps]
+"""Of a runner, and whom to tell that there are new events."""
 
 
 class _Step:
@@ -146,7 +181,7 @@ class StepThreads:
         outcome: BatchResult | Exception | None
         try:
             outcome = step.launching.result().wait()
-            _check(step.batch, outcome)
+            check_result(step.batch, outcome)
         except CancelledError:
             return  # it was taken back
         except Exception as error:
@@ -157,7 +192,7 @@ class StepThreads:
         self._loop.call_soon_threadsafe(self._tell, StepEnded(step.batch, outcome))
 
 
-def _check(batch: Batch, result: BatchResult) -> None:
+def check_result(batch: Batch, result: BatchResult) -> None:
     """A runner that skips or invents tokens would corrupt answers in silence."""
     if len(result.tokens) != len(batch.items):
         raise InternalError(

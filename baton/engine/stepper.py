@@ -18,7 +18,7 @@ from baton.engine.events import KvReady
 from baton.engine.publish import Publisher
 from baton.engine.scheduler import MAX_IN_FLIGHT, Advance, Scheduler
 from baton.engine.sequence import Ending, Sequence, error_ending
-from baton.engine.step import LayersReady, StepThreads
+from baton.engine.step import LayersReady, MakeSteps
 from baton.errors import InternalError
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class Stepper:
         announce: Callable[[tuple[KvReady, ...]], None],
         report: Callable[[tuple[Advance, ...]], None],
         want: Callable[[], None],
+        make_steps: MakeSteps,
     ) -> None:
         self._scheduler = scheduler
         self._publisher = publisher
@@ -48,7 +49,7 @@ class Stepper:
         self._report = report
         self._want = want
         self._wake = asyncio.Event()
-        self._threads = StepThreads(runner, self._wake.set)
+        self._steps = make_steps(runner, self._wake.set)
         self._changed = False  # there is news that the step behind the running one lacks
         self._stopped = False
         self._failures = 0  # in a row
@@ -58,8 +59,8 @@ class Stepper:
 
         Raises InternalError when MAX_FAILURES steps failed in a row.
         """
-        self._threads.open()
-        while not self._stopped or self._threads.in_flight:
+        self._steps.open()
+        while not self._stopped or self._steps.in_flight:
             self._schedule()
             await self._wake.wait()  # without a deadline: whatever changes the state sets it
             self._wake.clear()
@@ -75,7 +76,7 @@ class Stepper:
         """Wait for the steps that are running, which nothing can interrupt, and end all that is in
         them."""
         self._stopped = True
-        await self._threads.close()
+        await self._steps.close()
         for batch in self._scheduler.in_flight:
             self._discard(batch, ending)
 
@@ -86,7 +87,7 @@ class Stepper:
 
     def take_back(self) -> None:
         """Withdraw the step behind the running one, if it has not been launched."""
-        batch = self._threads.take_back()
+        batch = self._steps.take_back()
         if batch is not None:
             self._report(self._scheduler.withdraw(batch))
 
@@ -97,18 +98,18 @@ class Stepper:
             self.take_back()
         while not (
             self._stopped
-            or self._threads.recovering
-            or self._threads.in_flight == MAX_IN_FLIGHT
+            or self._steps.recovering
+            or self._steps.in_flight == MAX_IN_FLIGHT
             or (batch := self._scheduler.schedule(asyncio.get_running_loop().time())) is None
         ):
             published = self._scheduler.to_publish(batch)
-            if published and not self._threads.in_flight:
+            if published and not self._steps.in_flight:
                 self._begin(batch)
-            self._threads.put(batch, self._goes_by_layers(published))
+            self._steps.put(batch, self._goes_by_layers(published))
         self._want()
 
     def _handle_events(self) -> None:
-        for event in self._threads.events():
+        for event in self._steps.events():
             if isinstance(event, LayersReady):
                 self._announce(self._publisher.layers_ready(event.layer_end))
                 continue
@@ -118,8 +119,8 @@ class Stepper:
                 self._report(self._scheduler.withdraw(event.batch))
             else:
                 self._fail(event.batch, event.outcome)
-            running = self._threads.running
-            if running is not None and not self._threads.recovering:
+            running = self._steps.running
+            if running is not None and not self._steps.recovering:
                 self._begin(running)
 
     def _goes_by_layers(self, published: Iterable[tuple[Sequence, BatchItem]]) -> bool:

@@ -3,15 +3,17 @@
 A fault plan decides what happens to every message and call, so that the simulator and the fault
 harness see what a network does: delay, loss of the connection, a lost answer. Streams never
 reorder, repeat or drop single messages (gRPC does not either): they are late, or they break.
-All time is loop time, so a virtual-time loop needs no change here.
+All time is loop time, so a virtual-time loop needs no change here. What a service does runs in the
+context in which it was added, so that a loop can tell whose work it is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from baton.errors import PeerGone
 from baton.rpc.pipe import Pipe
@@ -131,6 +133,8 @@ class MemoryNetwork:
         self._handoffs: dict[str, HandoffService] = {}
         self._blocks: dict[str, BlocksService] = {}
         self._fleets: dict[str, FleetService] = {}
+        self._homes: dict[str, contextvars.Context] = {}
+        self._calls: set[asyncio.Task[Any]] = set()
         self._streams: dict[asyncio.Task[None], _Stream] = {}
 
     async def __aenter__(self) -> MemoryNetwork:
@@ -142,21 +146,31 @@ class MemoryNetwork:
 
     def add_worker(self, address: str, service: WorkerService) -> None:
         self._workers[address] = service
+        self._homes[address] = contextvars.copy_context()
 
     def add_handoff(self, address: str, service: HandoffService) -> None:
         self._handoffs[address] = service
+        self._homes[address] = contextvars.copy_context()
 
     def add_blocks(self, address: str, service: BlocksService) -> None:
         self._blocks[address] = service
+        self._homes[address] = contextvars.copy_context()
 
     def add_fleet(self, address: str, service: FleetService) -> None:
         self._fleets[address] = service
+        self._homes[address] = contextvars.copy_context()
 
     def kill(self, address: str) -> None:
         """What SIGKILL of the process at `address` does to everybody else."""
         for services in (self._workers, self._handoffs, self._blocks, self._fleets):
             services.pop(address, None)
         self._cut(lambda stream: address in stream.ends, f"{address} is gone")
+
+    def cut(self, one: str, other: str) -> None:
+        """Break every stream between two addresses, as a lost connection does."""
+        ends = {one, other}
+        reason = f"the connection between {one} and {other} was lost"
+        self._cut(lambda stream: ends == set(stream.ends), reason)
 
     def worker_dialer(self, caller: str) -> MemoryWorkerDialer:
         return MemoryWorkerDialer(self, caller)
@@ -218,11 +232,17 @@ class MemoryNetwork:
         service = self._fleets.get(address)
         if service is None:
             raise _unreachable(address)
+        # Not awaited to its end: a caller's patience does not depend on the callee.
+        answer = asyncio.create_task(_awaited(call(service)), context=self._homes[address])
+        self._calls.add(answer)
+        answer.add_done_callback(self._calls.discard)
         try:
-            async with asyncio.timeout(timeout_s):
-                result = await call(service)
-        except TimeoutError:
-            raise PeerGone(f"{address} did not answer {method} in time") from None
+            await asyncio.wait([answer], timeout=timeout_s)
+        finally:
+            answer.cancel()
+        if not answer.done():
+            raise PeerGone(f"{address} did not answer {method} in time")
+        result = answer.result()
         if fault.lose_answer:
             raise PeerGone(f"the answer of {address} to {method} was lost")
         return result
@@ -248,7 +268,8 @@ class MemoryNetwork:
             finally:
                 await aclose()
 
-        task = asyncio.create_task(run(), name=f"serve {caller} at {address}")
+        name = f"serve {caller} at {address}"
+        task = asyncio.create_task(run(), name=name, context=self._homes[address])
         self._streams[task] = _Stream((caller, address), cut)
         task.add_done_callback(self._streams.pop)
 
@@ -308,6 +329,10 @@ class MemoryFleetClient:
         return await self._network.call_fleet(
             self._caller, self._address, method, self._timeout_s, call
         )
+
+
+async def _awaited(work: Awaitable[Result]) -> Result:
+    return await work
 
 
 async def _wind_up(tasks: set[asyncio.Task[None]]) -> None:

@@ -7,27 +7,21 @@ import logging
 import os
 import socket
 import uuid
-from dataclasses import dataclass
 
 import torch
 
-from baton.cpus import Placement, choose_placement, format_cpus
-from baton.engine.batch import Runner
-from baton.engine.block_pool import BlockPool
+from baton.cpus import choose_placement
 from baton.engine.config import EngineConfig
-from baton.engine.events import EngineListener
-from baton.engine.loop import Engine
 from baton.engine.make_runner import make_runner
 from baton.errors import ConfigError
 from baton.kv.digest import Verify
 from baton.kv.handoff.options import HandoffOptions
 from baton.kv.identity import Identity, life
-from baton.kv.transport.base import PoolMemory, Transport
 from baton.kv.transport.registry import make_transport
 from baton.kv.transport.shared import SharedTransport
 from baton.model.hub import resolve_model
 from baton.model.spec import ModelSpec, choose_dtype, kv_layout, load_spec
-from baton.types.fleet import KvLayout, Role, WorkerInfo
+from baton.types.fleet import KvLayout, Role
 from baton.worker.address import reachable_address
 from baton.worker.config import WorkerConfig
 from baton.worker.memory import (
@@ -38,53 +32,9 @@ from baton.worker.memory import (
     cpu_workspace_bytes,
     weight_bytes,
 )
+from baton.worker.parts import WorkerParts
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerParts:
-    """What a service is made of. `close` ends what `build` began."""
-
-    identity: Identity
-    model_name: str
-    device: str
-    placement: Placement
-    transport: Transport
-    memory: PoolMemory
-    runner: Runner
-    engine: EngineConfig
-    handoff: HandoffOptions
-    node: str
-    shared: SharedTransport  # of `transport`
-    store: str = ""  # host:port of the node's store
-
-    def make_engine(self, listener: EngineListener) -> Engine:
-        """The worker's one engine, over an empty pool."""
-        return Engine(self.runner, BlockPool(self.engine.num_blocks), self.engine, listener)
-
-    def info(self, role: Role, address: str) -> WorkerInfo:
-        """The registration."""
-        return WorkerInfo(
-            name=self.identity.name,
-            role=role,
-            incarnation=self.identity.incarnation,
-            address=address,
-            pid=os.getpid(),
-            model_name=self.model_name,
-            layout=self.identity.layout,
-            num_blocks=self.engine.num_blocks,
-            max_model_len=self.engine.max_model_len,
-            transport=self.transport.name,
-            device=self.device,
-            cpus=format_cpus(self.placement.cpus),
-            threads=self.placement.threads,
-            node=self.node,
-        )
-
-    async def close(self) -> None:
-        self.runner.close()
-        await self.transport.close()
 
 
 async def build(config: WorkerConfig, role: Role) -> WorkerParts:

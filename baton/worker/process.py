@@ -10,9 +10,10 @@ from typing import Any
 
 from baton.errors import ConfigError
 from baton.types.fleet import Role
-from baton.worker.build import WorkerParts, build, worker_name
+from baton.worker.build import build, worker_name
 from baton.worker.config import WorkerConfig
 from baton.worker.lifecycle import StopSignals, exit_now
+from baton.worker.parts import WorkerParts
 from baton.worker.serving import CLOSE_TIMEOUT_S, Place, Service, cluster_token, run_process, serve
 
 log = logging.getLogger(__name__)

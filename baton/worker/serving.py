@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -107,32 +107,43 @@ async def _serve(
         "listening address=%s role=%s pid=%d", registration.address, registration.role, os.getpid()
     )
     try:
-        async with asyncio.TaskGroup() as group:
-            serving = group.create_task(service.run(), name="service")
-            member = group.create_task(membership.run(), name="membership")
-            ready = group.create_task(_mark_ready(membership, server), name="readiness")
-            await signals.stop.wait()
-            log.info("stopping: accepting no more requests")
-            service.links.drain()
-            await server.set_ready(False)
-            ready.cancel()
-            if not membership.registered.is_set():
-                member.cancel()
-            await membership.leave()
-            await _drain(service.links, place.drain_timeout_s, signals)
-            member.cancel()
-            log.info("stopping: closing")
-            await service.aclose()
-            await asyncio.wait([serving], timeout=CLOSE_TIMEOUT_S)
-            serving.cancel()
+        await live(service, membership, server.set_ready, place.drain_timeout_s, signals)
     finally:
         await server.stop(SERVER_GRACE_S)
         await fleet.aclose()
 
 
-async def _mark_ready(membership: Membership, server: RpcServer) -> None:
+async def live(
+    service: Service,
+    membership: Membership,
+    set_ready: Callable[[bool], Awaitable[None]],
+    drain_timeout_s: float,
+    signals: StopSignals,
+) -> None:
+    """From the start of the service to its end after the stop signal."""
+    async with asyncio.TaskGroup() as group:
+        serving = group.create_task(service.run(), name="service")
+        member = group.create_task(membership.run(), name="membership")
+        ready = group.create_task(_mark_ready(membership, set_ready), name="readiness")
+        await signals.stop.wait()
+        log.info("stopping: accepting no more requests")
+        service.links.drain()
+        await set_ready(False)
+        ready.cancel()
+        if not membership.registered.is_set():
+            member.cancel()
+        await membership.leave()
+        await _drain(service.links, drain_timeout_s, signals)
+        member.cancel()
+        log.info("stopping: closing")
+        await service.aclose()
+        await asyncio.wait([serving], timeout=CLOSE_TIMEOUT_S)
+        serving.cancel()
+
+
+async def _mark_ready(membership: Membership, set_ready: Callable[[bool], Awaitable[None]]) -> None:
     await membership.registered.wait()
-    await server.set_ready(True)
+    await set_ready(True)
 
 
 async def _drain(links: LinkServer, timeout_s: float, signals: StopSignals) -> None:

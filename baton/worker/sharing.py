@@ -25,9 +25,9 @@ from baton.rpc.services import BlocksDialer
 from baton.types.fleet import Peer
 from baton.types.link import FetchPart
 from baton.types.request import AttemptId, AttemptOutput
-from baton.worker.build import WorkerParts
 from baton.worker.fetcher import Fetcher
 from baton.worker.kv_news import KvNews, PoolBook
+from baton.worker.parts import WorkerParts
 
 
 class PoolSource:

@@ -30,7 +30,7 @@ from baton.types.fleet import BlockState, KvLayout, Peer, WorkerLoad
 from baton.types.kv_events import KvEvents, KvSnapshot
 from baton.types.link import ConductorMessage, StepReport, WorkerMessage
 from baton.types.request import AttemptId, Finish
-from baton.worker.build import WorkerParts
+from baton.worker.parts import WorkerParts
 from decode_worker.service import DecodeService
 from prefill_worker.service import PrefillService
 from tests.fake_runner import FakeMemory, FakeRunner, fake_layout

@@ -116,9 +116,13 @@ class LoopbackTransport:
                 self._progress.clear()
 
     async def close(self) -> None:
-        self._fabric.members.pop(self._key, None)
+        self.vanish()
         await self._cancel(list(self._tasks))
         self._peers.clear()
+
+    def vanish(self) -> None:
+        """What the death of the process does to who reads from it."""
+        self._fabric.members.pop(self._key, None)
         self._progress.set()  # readers that wait for this source find it gone
 
     async def _move(
@@ -129,8 +133,7 @@ class LoopbackTransport:
         fault: Fault,
     ) -> None:
         await source._progress.wait()
-        if source._key not in self._fabric.members:
-            transfer.end(TransportError(f"{transfer.peer} is gone"))
+        if self._is_gone(source, transfer):
             return
         half = len(copies) // 2
         self._copy(source, copies[:half])
@@ -140,10 +143,18 @@ class LoopbackTransport:
         if fault.error is not None:
             transfer.end(TransportError(f"read from {transfer.peer} failed: {fault.error}"))
             return
+        if self._is_gone(source, transfer):
+            return
         self._copy(source, copies[half:])
         if fault.corrupt and self._pool is not None:
             self._pool[copies[-1].local] ^= 0xFF
         transfer.end(None)
+
+    def _is_gone(self, source: LoopbackTransport, transfer: PendingTransfer) -> bool:
+        gone = source._key not in self._fabric.members
+        if gone:
+            transfer.end(TransportError(f"{transfer.peer} is gone"))
+        return gone
 
     def _copy(self, source: LoopbackTransport, copies: Sequence[Copy]) -> None:
         if self._pool is None or source._pool is None:

@@ -1,0 +1,69 @@
+"""What a worker is made of, however it was put together. No torch."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from baton.cpus import Placement, format_cpus
+from baton.engine.batch import Runner
+from baton.engine.block_pool import BlockPool
+from baton.engine.config import EngineConfig
+from baton.engine.events import EngineListener
+from baton.engine.loop import Engine
+from baton.engine.step import MakeSteps, StepThreads
+from baton.kv.handoff.options import HandoffOptions
+from baton.kv.identity import Identity
+from baton.kv.transport.base import PoolMemory, Transport
+from baton.kv.transport.shared import SharedTransport
+from baton.types.fleet import Role, WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What a service is made of. `close` ends what `build` began."""
+
+    identity: Identity
+    model_name: str
+    device: str
+    placement: Placement
+    transport: Transport
+    memory: PoolMemory
+    runner: Runner
+    engine: EngineConfig
+    handoff: HandoffOptions
+    node: str
+    shared: SharedTransport  # of `transport`
+    store: str = ""  # host:port of the node's store
+    wall_clock: Callable[[], float] = time.time
+    make_steps: MakeSteps = StepThreads
+
+    def make_engine(self, listener: EngineListener) -> Engine:
+        """The worker's one engine, over an empty pool."""
+        pool = BlockPool(self.engine.num_blocks)
+        return Engine(self.runner, pool, self.engine, listener, self.wall_clock, self.make_steps)
+
+    def info(self, role: Role, address: str) -> WorkerInfo:
+        """The registration."""
+        return WorkerInfo(
+            name=self.identity.name,
+            role=role,
+            incarnation=self.identity.incarnation,
+            address=address,
+            pid=os.getpid(),
+            model_name=self.model_name,
+            layout=self.identity.layout,
+            num_blocks=self.engine.num_blocks,
+            max_model_len=self.engine.max_model_len,
+            transport=self.transport.name,
+            device=self.device,
+            cpus=format_cpus(self.placement.cpus),
+            threads=self.placement.threads,
+            node=self.node,
+        )
+
+    async def close(self) -> None:
+        self.runner.close()
+        await self.transport.close()
