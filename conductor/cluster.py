@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from baton.types.fleet import Role
+from baton.types.figures import TierFigures
+from baton.types.fleet import Role, WorkerLoad
 from conductor.service import Conductor
 from conductor.views import WorkerView
 
@@ -75,4 +76,26 @@ def _member_body(worker: WorkerView) -> dict[str, Any]:
             "waiting_tokens": load.waiting_tokens,
         },
         "blocks": {state.value: count for state, count in load.blocks},
+        **_figures(load, info.layout.block_bytes),
+    }
+
+
+def _figures(load: WorkerLoad, block_bytes: int) -> dict[str, Any]:
+    """What only stores, or only workers that have one, tell of themselves."""
+    body: dict[str, Any] = {}
+    if load.offers is not None:
+        body["offers"] = asdict(load.offers)
+    if load.store is not None:
+        body["store"] = {
+            **asdict(load.store),
+            "tiers": [_tier_body(tier, block_bytes) for tier in load.store.tiers],
+        }
+    return body
+
+
+def _tier_body(tier: TierFigures, block_bytes: int) -> dict[str, Any]:
+    return {
+        **asdict(tier),
+        "bytes": tier.blocks * block_bytes,
+        "capacity_bytes": tier.capacity * block_bytes,
     }

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from baton import telemetry
 from conductor.fleet import Fleet
+from conductor.store_metrics import StoreCollector
 
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4, 10)
@@ -58,6 +59,7 @@ class Metrics:
             _RATIOS,
         )
         own.registry.register(_FleetCollector(fleet))
+        own.registry.register(StoreCollector(fleet))
 
     def note_decision(self, policy: str, reason: str) -> None:
         counter = self._decisions.get((policy, reason))

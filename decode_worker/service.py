@@ -24,7 +24,7 @@ class DecodeService:
     def __init__(self, parts: WorkerParts, dialer: HandoffDialer, blocks: BlocksDialer) -> None:
         self._engine = parts.make_engine(self)
         self.sharing = Sharing(parts, self._engine, blocks, self._load_changed)
-        self.links = LinkServer(self, self._engine.load, self.sharing.news)
+        self.links = LinkServer(self, self.load, self.sharing.news)
         self._reader = HandoffReader(
             parts.identity,
             parts.shared.view(),
@@ -59,7 +59,7 @@ class DecodeService:
         self._engine.stop()
 
     def load(self) -> WorkerLoad:
-        return self._engine.load()
+        return self.sharing.counted(self._engine.load())
 
     def _load_changed(self) -> None:
         self.links.load_changed()

@@ -60,6 +60,7 @@ class DiskTier:
         threads: Threads | None = None,
     ) -> None:
         self.stats = DiskStats()
+        self.why = ""  # the tier is paused or off, when it is
         self.block_bytes = layout.block_bytes
         self.format = SegmentFormat(
             fingerprint(layout), layout.describe(), layout.block_bytes, options.segment_bytes
@@ -121,7 +122,13 @@ class DiskTier:
         try:
             await self._open()
         except OSError as error:
-            log.warning("The NVMe tier in %s is off: %s", self._options.directory, error)
+            self.why = str(error)
+            log.error(
+                "The NVMe tier in %s is off: %s. Serving goes on without it; make the directory "
+                "usable and start the store again",
+                self._options.directory,
+                error,
+            )
             self.stats.errors += 1
         except BaseException:
             await self.close()
@@ -284,7 +291,7 @@ class DiskTier:
                 await self._write_all(batch)
             except Exception:
                 log.exception("Writing to NVMe failed in a way that nobody thought of.")
-                self._turn_off()
+                self._turn_off("writing failed: see the log of the store")
             finally:
                 for item in batch:
                     if not item.done.done():
@@ -440,19 +447,28 @@ class DiskTier:
         log.warning("The NVMe tier could not %s: %s", what, error)
         self._strikes += 1
         if self._strikes >= self._options.error_limit and not self._off:
-            self._turn_off()
+            self._turn_off(f"{self._strikes} errors, the last: {error}")
 
     def _pause(self, why: str) -> None:
         self.stats.pauses += 1
         self._resume_at = asyncio.get_running_loop().time() + self._options.pause_s
-        log.warning("The NVMe tier takes no blocks for %g s: %s", self._options.pause_s, why)
+        self.why = why
+        log.warning(
+            "The NVMe tier in %s takes no blocks for %g s: %s. Make room there, or give the store "
+            "a smaller --disk-gib",
+            self._options.directory,
+            self._options.pause_s,
+            why,
+        )
         self._refuse_queued()
 
-    def _turn_off(self) -> None:
+    def _turn_off(self, why: str) -> None:
+        self.why = why
         log.error(
-            "The NVMe tier in %s is off after %d errors; serving goes on without it",
+            "The NVMe tier in %s is off: %s. Serving goes on without it; check the disk and start "
+            "the store again",
             self._options.directory,
-            self._strikes,
+            why,
         )
         self._off = True
         for key in list(self._index):

@@ -147,7 +147,8 @@ class StoreService:
                 (BlockState.ACTIVE, slots[SlotState.FILLING]),
                 (BlockState.CACHED, slots[SlotState.READY] - pinned),
                 (BlockState.LEASED, pinned),
-            )
+            ),
+            store=self._store.figures(),
         )
 
     def check_integrity(self) -> None:

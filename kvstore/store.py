@@ -17,14 +17,15 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from baton.errors import InternalError
+from baton.types.figures import StoreFigures
 from baton.types.kv_events import Tier
 from baton.worker.kv_news import Change
 from kvstore.disk_options import DiskState
 from kvstore.disk_tier import DiskTier
+from kvstore.figures import Refusal, StoreStats, store_figures
 from kvstore.format import NO_PARENT
 from kvstore.journal import Journal
 from kvstore.loads import LoadOptions, Loads, Run
@@ -33,31 +34,11 @@ from kvstore.memory_tier import MemoryTier
 log = logging.getLogger(__name__)
 
 
-class Refusal(StrEnum):
-    """Why a block that was offered is not taken."""
-
-    PRESENT = "present"  # in CPU memory already
-    BUSY = "busy"  # being put, or on its way up from NVMe
-    PRESSURE = "pressure"  # every slot is being filled or read
-
-
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
     spare_slots: int = 32  # kept FREE by demoting ahead of need; at most an eighth of all
     demotions: int = 32  # blocks that are written to NVMe at a time
     loads: LoadOptions = field(default_factory=LoadOptions)
-
-
-@dataclass(slots=True)
-class StoreStats:
-    """Blocks, counted since the start."""
-
-    stored: int = 0
-    refused: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))
-    hits: dict[Tier, int] = field(default_factory=lambda: {Tier.CPU: 0, Tier.NVME: 0})
-    demoted: int = 0  # written to NVMe, then evicted
-    evicted: int = 0  # on NVMe already, or there is no NVMe tier
-    lost: int = 0  # evicted under pressure, before NVMe had them
 
 
 class Store:
@@ -143,6 +124,7 @@ class Store:
     def abort_put(self, key: bytes) -> None:
         """Nobody writes to the slot any more, and it is not complete."""
         self._memory.abort(key)
+        self.stats.aborted += 1
 
     # Getting
 
@@ -188,6 +170,10 @@ class Store:
         if self._disk is not None:
             tiers.append((Tier.NVME, self._disk))
         return [(tier, b"".join(keys)) for tier, keys in tiers]
+
+    def figures(self) -> StoreFigures:
+        """For metrics."""
+        return store_figures(self.stats, self._memory, self._disk)
 
     def check_integrity(self) -> None:
         """Raise InternalError unless all accounts agree. O(slots + blocks on disk)."""

@@ -30,7 +30,7 @@ class PrefillService:
     def __init__(self, parts: WorkerParts, blocks: BlocksDialer) -> None:
         self._engine = parts.make_engine(self)
         self.sharing = Sharing(parts, self._engine, blocks, self._load_changed)
-        self.links = LinkServer(self, self._engine.load, self.sharing.news)
+        self.links = LinkServer(self, self.load, self.sharing.news)
         self._pairs: set[Duplex[PrefillMessage, DecodeMessage]] = set()
         self._endings = Endings(self._engine, self.links.report)
         self._publisher = HandoffPublisher(
@@ -64,7 +64,7 @@ class PrefillService:
         self._engine.stop()
 
     def load(self) -> WorkerLoad:
-        return self._engine.load()
+        return self.sharing.counted(self._engine.load())
 
     def _load_changed(self) -> None:
         self.links.load_changed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from baton.errors import InternalError
+from baton.rpc.codec_figures import offers_from_pb, offers_to_pb, store_from_pb, store_to_pb
 from baton.types.fleet import BlockState, FleetLease, KvLayout, Peer, Role, WorkerInfo, WorkerLoad
 from baton.v1 import common_pb2 as common
 from baton.v1 import fleet_pb2 as pb
@@ -55,6 +56,8 @@ def load_to_pb(value: WorkerLoad) -> common.WorkerLoad:
         blocks=[
             common.BlockCount(state=_STATES[state], count=count) for state, count in value.blocks
         ],
+        offers=None if value.offers is None else offers_to_pb(value.offers),
+        store=None if value.store is None else store_to_pb(value.store),
     )
 
 
@@ -64,6 +67,8 @@ def load_from_pb(message: common.WorkerLoad) -> WorkerLoad:
         waiting=message.waiting,
         waiting_tokens=message.waiting_tokens,
         blocks=tuple((_state_from_pb(item.state), item.count) for item in message.blocks),
+        offers=offers_from_pb(message.offers) if message.HasField("offers") else None,
+        store=store_from_pb(message.store) if message.HasField("store") else None,
     )
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from baton.errors import InternalError
 from baton.types.kv_events import KvEvents, KvSnapshot, Tier
+from baton.v1 import common_pb2 as common
 from baton.v1 import worker_pb2 as pb
 
-_TIERS = {Tier.GPU: pb.TIER_GPU, Tier.CPU: pb.TIER_CPU, Tier.NVME: pb.TIER_NVME}
+_TIERS = {Tier.GPU: common.TIER_GPU, Tier.CPU: common.TIER_CPU, Tier.NVME: common.TIER_NVME}
 _TIERS_BACK = {number: tier for tier, number in _TIERS.items()}
 
 
-def tier_to_pb(value: Tier) -> pb.Tier:
+def tier_to_pb(value: Tier) -> common.Tier:
     return _TIERS[value]
 
 
-def tier_from_pb(number: pb.Tier) -> Tier:
+def tier_from_pb(number: common.Tier) -> Tier:
     try:
         return _TIERS_BACK[number]
     except KeyError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from baton.types.figures import OfferCounts, StoreFigures
+
 
 class Role(StrEnum):
     PREFILL = "prefill"
@@ -77,6 +79,8 @@ class WorkerLoad:
     waiting: int = 0  # sequences that do not yet
     waiting_tokens: int = 0  # prompt tokens still to be computed, running and waiting
     blocks: tuple[tuple[BlockState, int], ...] = ()  # sums to the pool size
+    offers: OfferCounts | None = None  # of a worker with a store
+    store: StoreFigures | None = None  # of a store
 
     def blocks_in(self, *states: BlockState) -> int:
         return sum(count for state, count in self.blocks if state in states)

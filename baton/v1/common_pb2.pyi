@@ -15,12 +15,34 @@ class BlockState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BLOCK_STATE_CACHED: _ClassVar[BlockState]
     BLOCK_STATE_LEASED: _ClassVar[BlockState]
     BLOCK_STATE_QUARANTINED: _ClassVar[BlockState]
+
+class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TIER_UNSPECIFIED: _ClassVar[Tier]
+    TIER_GPU: _ClassVar[Tier]
+    TIER_CPU: _ClassVar[Tier]
+    TIER_NVME: _ClassVar[Tier]
+
+class TierState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TIER_STATE_UNSPECIFIED: _ClassVar[TierState]
+    TIER_STATE_ON: _ClassVar[TierState]
+    TIER_STATE_PAUSED: _ClassVar[TierState]
+    TIER_STATE_OFF: _ClassVar[TierState]
 BLOCK_STATE_UNSPECIFIED: BlockState
 BLOCK_STATE_FREE: BlockState
 BLOCK_STATE_ACTIVE: BlockState
 BLOCK_STATE_CACHED: BlockState
 BLOCK_STATE_LEASED: BlockState
 BLOCK_STATE_QUARANTINED: BlockState
+TIER_UNSPECIFIED: Tier
+TIER_GPU: Tier
+TIER_CPU: Tier
+TIER_NVME: Tier
+TIER_STATE_UNSPECIFIED: TierState
+TIER_STATE_ON: TierState
+TIER_STATE_PAUSED: TierState
+TIER_STATE_OFF: TierState
 
 class AttemptId(_message.Message):
     __slots__ = ("request_id", "number")
@@ -146,17 +168,75 @@ class BlockCount(_message.Message):
     count: int
     def __init__(self, state: _Optional[_Union[BlockState, str]] = ..., count: _Optional[int] = ...) -> None: ...
 
+class TierFigures(_message.Message):
+    __slots__ = ("tier", "state", "blocks", "capacity", "hits", "why")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    state: TierState
+    blocks: int
+    capacity: int
+    hits: int
+    why: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., state: _Optional[_Union[TierState, str]] = ..., blocks: _Optional[int] = ..., capacity: _Optional[int] = ..., hits: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
+
+class StoreFigures(_message.Message):
+    __slots__ = ("tiers", "stored", "present", "busy", "pressure", "aborted", "demoted", "evicted", "lost", "bad_blocks", "disk_errors")
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    PRESSURE_FIELD_NUMBER: _ClassVar[int]
+    ABORTED_FIELD_NUMBER: _ClassVar[int]
+    DEMOTED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    BAD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    tiers: _containers.RepeatedCompositeFieldContainer[TierFigures]
+    stored: int
+    present: int
+    busy: int
+    pressure: int
+    aborted: int
+    demoted: int
+    evicted: int
+    lost: int
+    bad_blocks: int
+    disk_errors: int
+    def __init__(self, tiers: _Optional[_Iterable[_Union[TierFigures, _Mapping]]] = ..., stored: _Optional[int] = ..., present: _Optional[int] = ..., busy: _Optional[int] = ..., pressure: _Optional[int] = ..., aborted: _Optional[int] = ..., demoted: _Optional[int] = ..., evicted: _Optional[int] = ..., lost: _Optional[int] = ..., bad_blocks: _Optional[int] = ..., disk_errors: _Optional[int] = ...) -> None: ...
+
+class OfferCounts(_message.Message):
+    __slots__ = ("read", "dropped", "gone", "failed")
+    READ_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    read: int
+    dropped: int
+    gone: int
+    failed: int
+    def __init__(self, read: _Optional[int] = ..., dropped: _Optional[int] = ..., gone: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
+
 class WorkerLoad(_message.Message):
-    __slots__ = ("running", "waiting", "waiting_tokens", "blocks")
+    __slots__ = ("running", "waiting", "waiting_tokens", "blocks", "offers", "store")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     waiting_tokens: int
     blocks: _containers.RepeatedCompositeFieldContainer[BlockCount]
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[BlockCount, _Mapping]]] = ...) -> None: ...
+    offers: OfferCounts
+    store: StoreFigures
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[BlockCount, _Mapping]]] = ..., offers: _Optional[_Union[OfferCounts, _Mapping]] = ..., store: _Optional[_Union[StoreFigures, _Mapping]] = ...) -> None: ...
 
 class Peer(_message.Message):
     __slots__ = ("name", "incarnation", "address")

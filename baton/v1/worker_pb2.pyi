@@ -8,13 +8,6 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    TIER_UNSPECIFIED: _ClassVar[Tier]
-    TIER_GPU: _ClassVar[Tier]
-    TIER_CPU: _ClassVar[Tier]
-    TIER_NVME: _ClassVar[Tier]
-
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -23,10 +16,6 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_ERROR: _ClassVar[FinishReason]
     FINISH_REASON_HANDED_OFF: _ClassVar[FinishReason]
-TIER_UNSPECIFIED: Tier
-TIER_GPU: Tier
-TIER_CPU: Tier
-TIER_NVME: Tier
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -43,8 +32,8 @@ class FetchPart(_message.Message):
     source: _common_pb2.Peer
     first_block: int
     num_blocks: int
-    tier: Tier
-    def __init__(self, source: _Optional[_Union[_common_pb2.Peer, _Mapping]] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ...) -> None: ...
+    tier: _common_pb2.Tier
+    def __init__(self, source: _Optional[_Union[_common_pb2.Peer, _Mapping]] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tier: _Optional[_Union[_common_pb2.Tier, str]] = ...) -> None: ...
 
 class StartPrefill(_message.Message):
     __slots__ = ("task", "fetch")
@@ -157,10 +146,10 @@ class KvEvents(_message.Message):
     ADDED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
     number: int
-    tier: Tier
+    tier: _common_pb2.Tier
     added: bytes
     removed: bytes
-    def __init__(self, number: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., added: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., added: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...
 
 class KvSnapshot(_message.Message):
     __slots__ = ("number", "tier", "keys", "first", "last")
@@ -170,11 +159,11 @@ class KvSnapshot(_message.Message):
     FIRST_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     number: int
-    tier: Tier
+    tier: _common_pb2.Tier
     keys: bytes
     first: bool
     last: bool
-    def __init__(self, number: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., keys: _Optional[bytes] = ..., first: _Optional[bool] = ..., last: _Optional[bool] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., keys: _Optional[bytes] = ..., first: _Optional[bool] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
     __slots__ = ("step_report", "kv_events", "kv_snapshot")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 
 from baton.engine.events import KvFilled, KvWanted
 from baton.engine.loans import Loans
@@ -22,7 +23,7 @@ from baton.kv.blocks.options import BlocksOptions
 from baton.kv.blocks.server import BlocksServer
 from baton.rpc.grpc_server import RpcServer
 from baton.rpc.services import BlocksDialer
-from baton.types.fleet import Peer
+from baton.types.fleet import Peer, WorkerLoad
 from baton.types.link import FetchPart
 from baton.types.request import AttemptId, AttemptOutput
 from baton.worker.fetcher import Fetcher
@@ -91,6 +92,10 @@ class Sharing:
     async def aclose(self) -> None:
         """Lend nothing any more."""
         await self.server.aclose()
+
+    def counted(self, load: WorkerLoad) -> WorkerLoad:
+        """With what has become of the offers so far."""
+        return load if self._offers is None else replace(load, offers=self._offers.counts)
 
     def plan(self, attempt: AttemptId, parts: tuple[FetchPart, ...]) -> int:
         """Leading blocks that may be had elsewhere, for `Engine.submit`."""

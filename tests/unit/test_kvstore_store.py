@@ -13,9 +13,10 @@ import pytest
 from baton.errors import DigestMismatch
 from baton.types.kv_events import Tier
 from kvstore.disk_options import DiskState
+from kvstore.figures import Refusal
 from kvstore.format import ALIGN
 from kvstore.loads import LoadOptions
-from kvstore.store import Refusal, StoreOptions
+from kvstore.store import StoreOptions
 from tests.unit.kvstore_kit import (
     BLOCK,
     BROKEN,

@@ -32,6 +32,7 @@ from baton.types.blocks import (
     Return,
     Returned,
 )
+from baton.types.figures import OfferCounts, StoreFigures, TierFigures, TierState
 from baton.types.fleet import BlockState, FleetLease, KvLayout, Peer, WorkerInfo, WorkerLoad
 from baton.types.handoff import (
     Abort,
@@ -45,7 +46,7 @@ from baton.types.handoff import (
     Released,
     Renew,
 )
-from baton.types.kv_events import KvEvents, KvSnapshot
+from baton.types.kv_events import KvEvents, KvSnapshot, Tier
 from baton.types.link import (
     Adopt,
     Cancel,
@@ -124,8 +125,22 @@ outputs = st.builds(
     finish=st.none() | finishes,
 )
 layouts = st.builds(KvLayout, text, text, u32, u32, u32, u32, text)
+u64 = st.integers(0, 2**64 - 1)
+tiers = st.builds(
+    TierFigures,
+    tier=st.sampled_from(Tier),
+    state=st.sampled_from(TierState),
+    blocks=u64,
+    capacity=u64,
+    hits=u64,
+    why=text,
+)
+counts = {name: u64 for name in StoreFigures.__dataclass_fields__ if name != "tiers"}
+store_figures = st.builds(StoreFigures, tiers=st.lists(tiers, max_size=2).map(tuple), **counts)
 loads = st.builds(
     WorkerLoad,
+    offers=st.none() | st.builds(OfferCounts, u64, u64, u64, u64),
+    store=st.none() | store_figures,
     running=u32,
     waiting=u32,
     waiting_tokens=st.integers(0, 2**63),
@@ -377,6 +392,9 @@ def test_unknown_enum_values_are_clear_errors() -> None:
         codec_fleet.info_from_pb(fleet_pb2.WorkerInfo())
     with pytest.raises(InternalError, match="tier 0"):
         codec_kv.events_from_pb(worker_pb2.KvEvents())
+    figures = common_pb2.StoreFigures(tiers=[common_pb2.TierFigures(state=77)])  # type: ignore[arg-type]
+    with pytest.raises(InternalError, match="tier state 77"):
+        codec_fleet.load_from_pb(common_pb2.WorkerLoad(store=figures))
     output = worker_pb2.AttemptOutput(finish=worker_pb2.Finish())
     report = worker_pb2.StepReport(outputs=[output])
     with pytest.raises(InternalError, match="finish message"):

@@ -15,7 +15,7 @@ import itertools
 import logging
 from collections import deque
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from baton.errors import BatonError, InternalError, PeerGone
@@ -31,19 +31,10 @@ from baton.kv.transport.shared import SharedTransport
 from baton.rpc.errors import from_wire
 from baton.rpc.services import BlocksDialer
 from baton.types.blocks import BlocksRefused, Offer, RenewLoans, Return
+from baton.types.figures import OfferCounts
 from baton.types.fleet import Peer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class OfferCounts:
-    """Of offers, since the start. Those that are in none of these wait or are under way."""
-
-    read: int = 0  # the store has read what it wanted
-    dropped: int = 0  # the queue was full
-    gone: int = 0  # the blocks were not there any more
-    failed: int = 0  # the lease ran out, the store refused, or the stream broke
 
 
 class Offers:
@@ -78,7 +69,7 @@ class Offers:
             raise InternalError(f"{len(keys)} bytes of keys were offered")
         if len(self._queue) >= self._options.max_queued_offers:
             self._queue.popleft()
-            self.counts.dropped += 1
+            self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
         self._queue.append((keys, depth))
         self._waiting.set()
 
@@ -153,13 +144,14 @@ class Offers:
         return True
 
     def _count(self, outcome: bool | None) -> None:
+        counts = self.counts
         match outcome:
             case True:
-                self.counts.read += 1
+                self.counts = replace(counts, read=counts.read + 1)
             case False:
-                self.counts.failed += 1
+                self.counts = replace(counts, failed=counts.failed + 1)
             case None:
-                self.counts.gone += 1
+                self.counts = replace(counts, gone=counts.gone + 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
