@@ -14,7 +14,11 @@ from rich.text import Text
 
 from baton.cli.options import Json, Url, connect
 from baton.client.http import DEFAULT_URL
+from baton.types.figures import TierState
 from baton.types.fleet import BlockState
+from baton.types.kv_events import Tier
+
+MIB = 1 << 20
 
 _IDLE = (BlockState.FREE, BlockState.CACHED)
 _STATE_COLOURS = {"live": "green", "draining": "yellow", "suspect": "yellow", "dead": "red"}
@@ -26,7 +30,10 @@ def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     if as_json:
         sys.stdout.write(orjson.dumps(cluster).decode() + "\n")
     else:
-        Console().print(fleet_table(cluster))
+        console = Console()
+        console.print(fleet_table(cluster))
+        for line in store_lines(cluster):
+            console.print(line, soft_wrap=True)
 
 
 async def _fetch(url: str) -> dict[str, Any]:
@@ -63,6 +70,27 @@ def fleet_table(cluster: Mapping[str, Any]) -> Table:
             *_block_cells(member.get("blocks") or {}),
         )
     return table
+
+
+def store_lines(cluster: Mapping[str, Any]) -> list[Text]:
+    """How full each tier of each store is; one that takes no blocks stands out, with its reason."""
+    return [
+        _tier_line(str(store["name"]), tier)
+        for store in cluster.get("stores") or ()
+        for tier in (store.get("store") or {}).get("tiers", ())
+    ]
+
+
+def _tier_line(store: str, tier: Mapping[str, Any]) -> Text:
+    held, room = tier["bytes"] / MIB, tier["capacity_bytes"] / MIB
+    text = f"{store}: {tier['tier']} {tier['blocks']} blocks, {held:,.1f} of {room:,.1f} MiB"
+    if tier["state"] == TierState.ON:
+        return Text(text)
+    return Text(f"{text}; {_tier_name(tier)} {tier['state']}: {tier['why']}", style="red")
+
+
+def _tier_name(tier: Mapping[str, Any]) -> str:
+    return "disk tier" if tier["tier"] == Tier.NVME else "memory tier"
 
 
 def blocks_in_use(blocks: Mapping[str, int]) -> int:

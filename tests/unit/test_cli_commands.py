@@ -23,7 +23,7 @@ from baton.cli.bench_handoff import BenchHandoffOptions, bench_handoff
 from baton.cli.doctor import Check, Verdict
 from baton.cli.report import Reporter
 from baton.cli.serve import ServeOptions, make_plan, new_environ, place_conductor, place_workers
-from baton.cli.status import fleet_table
+from baton.cli.status import fleet_table, store_lines
 from baton.cli.supervisor import Addresses
 from baton.cli.top import view
 from baton.cli.trace import bar, render
@@ -300,6 +300,16 @@ def test_status_table_has_every_member() -> None:
         *("decode-0", "2", "127.0.0.1:2", "suspect", "3", "0", "3", "2", "10")
     ]
     assert lines[3].strip() == "CPUs: decode-0 4-7"
+
+
+def test_status_says_how_full_a_store_is_and_which_tier_is_off() -> None:
+    cpu = {"tier": "cpu", "state": "on", "blocks": 3, "bytes": 3 << 20, "capacity_bytes": 8 << 20}
+    disk = {**cpu, "tier": "nvme", "state": "off", "blocks": 0, "bytes": 0, "why": "disk on fire"}
+    store = {"name": "store-a", "store": {"tiers": [cpu, disk]}}
+    assert [line.plain for line in store_lines({"stores": [store, {"name": "store-b"}]})] == [
+        "store-a: cpu 3 blocks, 3.0 of 8.0 MiB",
+        "store-a: nvme 0 blocks, 0.0 of 8.0 MiB; disk tier off: disk on fire",
+    ]
 
 
 @pytest.mark.parametrize("show", [fleet_table, lambda cluster: view("http://x", cluster)])
