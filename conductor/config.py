@@ -31,6 +31,9 @@ class ConductorConfig:
         "how workers are chosen",
         choices=tuple(policy.value for policy in RoutePolicy),
     )
+    kv_fetch: bool = option(
+        True, "let workers fetch what others and stores hold of a prefix; off: own caches only"
+    )
     local_prefill_tokens: str = option(
         AUTO,
         "prompts with at most so many tokens to compute are prefilled by the decode worker itself; "
@@ -71,7 +74,8 @@ class ConductorConfig:
     @property
     def routing(self) -> RouteOptions:
         local = self.local_prefill_tokens
-        return RouteOptions(RoutePolicy(self.policy), None if local == AUTO else int(local))
+        tokens = None if local == AUTO else int(local)
+        return RouteOptions(RoutePolicy(self.policy), tokens, self.kv_fetch)
 
     @property
     def slos(self) -> Slos:

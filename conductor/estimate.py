@@ -84,6 +84,10 @@ class Prefix:
         """Workers with the longest match first."""
         return sorted(self.own, key=lambda name: (-self.own[name], name))
 
+    def without_sources(self) -> Prefix:
+        """The same, where nobody may fetch."""
+        return Prefix(self.prompt_tokens, self.own)
+
 
 def find_prefix(
     prompt_tokens: int,

@@ -32,10 +32,12 @@ LOCAL_TOKENS = 512  # most that a decode worker prefills itself when the costs d
 @dataclass(frozen=True, slots=True)
 class RouteOptions:
     """`local_tokens`: most tokens of a prompt, cached ones aside, that go to the decode worker
-    although there are prefill workers. 0 = none; None = where the costs say so."""
+    although there are prefill workers. 0 = none; None = where the costs say so. Without `fetch`,
+    workers use what they hold themselves, as schedulers that know no prefix map do."""
 
     policy: RoutePolicy = RoutePolicy.CACHE_AWARE
     local_tokens: int | None = None
+    fetch: bool = True
 
 
 DEFAULTS = RouteOptions()
@@ -136,6 +138,8 @@ def route(
     if not decoders:
         raise NoWorker(_why_none(fleet))
     prefix = find_prefix(prompt_tokens, request.matches, fleet, request.avoid)
+    if not options.fetch:
+        prefix = prefix.without_sources()
     question = Question(
         request.key, request.number, request.group, request.priority, prefix, fleet, now
     )

@@ -30,6 +30,7 @@ T = TypeVar("T")
 # Shared prefix and turns of a workload, when nothing else is asked for.
 _WORKLOADS = {"plain": (0, 1), "shared-prefix": (1024, 1), "multi-turn": (0, 5), "trace": (0, 1)}
 
+LOCAL = "+local"  # after a policy: workers fetch no KV, what each holds itself is its cache
 CLUSTER = "Own cluster (when no --url is given)"
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result there; - = stdout.")
@@ -104,7 +105,9 @@ class BenchServeOptions:
     policies: Annotated[
         str | None,
         typer.Option(
-            metavar="A,B", help="One cluster for each routing policy.", rich_help_panel=CLUSTER
+            metavar="A,B",
+            help="One cluster for each routing policy; A+local: without fetching KV.",
+            rich_help_panel=CLUSTER,
         ),
     ] = None
     store_memory_mib: Annotated[
@@ -157,15 +160,15 @@ class BenchServeOptions:
             "num_blocks": self.num_blocks,
         }
         if self.policies is not None:
+            shape = {"prefill": self.prefill, "decode": self.decode, "colocated": self.colocated}
             return {
-                policy: ServeOptions(
-                    prefill=self.prefill,
-                    decode=self.decode,
-                    colocated=self.colocated,
-                    policy=policy,
+                entry: ServeOptions(
+                    policy=entry.removesuffix(LOCAL),
+                    kv_fetch=not entry.endswith(LOCAL),
+                    **shape,
                     **common,
                 )
-                for policy in self.policies.split(",")
+                for entry in self.policies.split(",")
             }
         split = ServeOptions(prefill=self.prefill, decode=self.decode, **common)
         workers = self.prefill + self.decode

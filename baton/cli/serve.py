@@ -128,6 +128,13 @@ class ServeOptions:
             rich_help_panel=_STORE,
         ),
     ] = None
+    kv_fetch: Annotated[
+        bool,
+        typer.Option(
+            help="Let workers fetch what others and the store hold of a prefix.",
+            rich_help_panel=_STORE,
+        ),
+    ] = True
     local_prefill_tokens: Annotated[
         str | None,
         typer.Option(
@@ -244,6 +251,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
                 *("--grpc-port", str(grpc_port), "--announce", *common),
                 *(("--cpus", conductor_cpus) if conductor_cpus else ()),
                 *(text for name in _CONDUCTOR_FLAGS for text in _flag(options, name)),
+                *(("--no-kv-fetch",) if not options.kv_fetch else ()),
                 *("--drain-timeout", str(options.drain_timeout)),
             ),
             environ,

@@ -401,6 +401,23 @@ def test_bench_compares_with_as_many_colocated_workers() -> None:
     assert BenchServeOptions(slo_ttft=250.0).plan().slo.ttft_s == 0.25
 
 
+def test_bench_compares_policies_with_and_without_fetching() -> None:
+    clusters = BenchServeOptions(prefill=2, policies="random,random+local,cache-aware").clusters()
+    assert {name: (c.policy, c.kv_fetch, c.prefill) for name, c in clusters.items()} == {
+        "random": ("random", True, 2),
+        "random+local": ("random", False, 2),
+        "cache-aware": ("cache-aware", True, 2),
+    }
+
+
+def test_fetching_kv_can_be_turned_off() -> None:
+    def conductor(**options: Any) -> tuple[str, ...]:
+        return make_plan(ServeOptions(**options), Path("m"), {}).conductor(None).argv
+
+    assert "--no-kv-fetch" in conductor(kv_fetch=False)
+    assert "--no-kv-fetch" not in conductor()
+
+
 def test_bench_handoff_takes_whole_numbers() -> None:
     for flag in ("block_kib", "input_tokens"):
         options = BenchHandoffOptions(**{flag: "64,big"})  # type: ignore[arg-type]

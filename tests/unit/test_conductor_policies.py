@@ -91,6 +91,7 @@ def ask(
     costs: TransferCosts | None = None,
     group: bytes = b"",
     ring: bool = True,
+    fetch: bool = True,
     **request: object,
 ) -> Decision:
     """Route a prompt of `blocks` full blocks and a tail, of which `held` says who has how much."""
@@ -109,7 +110,7 @@ def ask(
         matches=tuple(matches),
         **request,  # type: ignore[arg-type]
     )
-    return route(wanted, fleet, 0.0, RouteOptions(policy, local))
+    return route(wanted, fleet, 0.0, RouteOptions(policy, local, fetch))
 
 
 def chosen(decision: Decision) -> str:
@@ -336,6 +337,24 @@ def test_other_policies_fetch_as_well() -> None:
     decision = ask(*workers, policy=RoutePolicy.LEAST_LOADED, held={"p0": 8})
     assert chosen(decision) == "p1"
     assert len(decision.fetch_plan) == 1
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_without_fetching_a_worker_computes_what_it_lacks(policy: RoutePolicy) -> None:
+    held = {"p0": 10, "s0": 10}
+    busy = prefill("p0", 50.0, state=WorkerState.DRAINING)
+    workers = (busy, prefill("p1"), store("s0"), decode())
+    assert ask(*workers, held=held, policy=policy).fetch_plan
+    decision = ask(*workers, held=held, policy=policy, fetch=False)
+    assert decision.fetch_plan == ()
+    assert decision.chosen.prefill_s == MEASURED.prefill.seconds(10 * BLOCK_SIZE + 8)
+
+
+def test_without_fetching_the_holder_is_worth_waiting_for() -> None:
+    workers = (prefill("p0", 2 * BLOCK_S), prefill("p1"), decode())
+    decision = ask(*workers, held={"p0": 8}, fetch=False)
+    assert chosen(decision) == "p0"
+    assert decision.chosen.cached_tokens == 8 * BLOCK_SIZE
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=5), st.integers(0, 99))

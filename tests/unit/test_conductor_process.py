@@ -146,8 +146,9 @@ def test_routing_options() -> None:
     config = parse_config(ConductorConfig, [], {}, "conductor")
     assert (config.routing, config.slos) == (RouteOptions(), Slos())
     flags = ["--policy", "random", "--local-prefill-tokens", "0", "--slo-ttft-ms", "250"]
+    flags.append("--no-kv-fetch")
     config = parse_config(ConductorConfig, flags, {"BATON_SLO_TPOT_MS": "40"}, "conductor")
-    assert config.routing == RouteOptions(RoutePolicy.RANDOM, 0)
+    assert config.routing == RouteOptions(RoutePolicy.RANDOM, 0, fetch=False)
     assert config.slos == Slos(0.25, 0.04)
 
 
