@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from baton import __version__
-from baton.bench.balance import Balance, measure_balance
 from baton.bench.ideal import InfiniteCache
 from baton.bench.load import Load, poisson_arrivals
 from baton.bench.sessions import Session, Shape, TraceScale, make_sessions, trace_sessions
 from baton.bench.stats import Distribution, LoadSummary, Slo, summarize
+from baton.bench.timelines import Timelines, read_timelines
 from baton.bench.trace import read_trace
 from baton.client.http import Client
 from baton.errors import ConfigError
@@ -52,7 +52,7 @@ class Run:
     """What one cluster made of a load."""
 
     load: LoadSummary
-    balance: Balance | None  # None when the cluster no longer knew its requests' traces
+    timelines: Timelines | None  # None when the cluster no longer knew its requests' traces
 
 
 async def measure(url: str, plan: LoadPlan, on_progress: OnProgress, api_key: str = "") -> Run:
@@ -82,7 +82,7 @@ async def measure(url: str, plan: LoadPlan, on_progress: OnProgress, api_key: st
         summary = summarize(outcomes, plan.slo)
         if summary.failed == summary.requests:
             raise ConfigError(f"every request failed, mostly with: {summary.errors[0][0]}")
-        return Run(summary, await measure_balance(client, outcomes))
+        return Run(summary, await read_timelines(client, outcomes))
 
 
 def _arrivals(plan: LoadPlan, sessions: Sequence[Session]) -> Iterator[float] | None:
@@ -112,12 +112,13 @@ def as_json(plan: LoadPlan, runs: Mapping[str, Run], argv: Sequence[str]) -> dic
             "load_1min": os.getloadavg()[0],
         },
         "plan": asdict(plan),
-        "runs": {name: asdict(run.load) | _balance_json(run) for name, run in runs.items()},
+        "runs": {name: asdict(run.load) | _timelines_json(run) for name, run in runs.items()},
     }
 
 
-def _balance_json(run: Run) -> dict[str, Any]:
-    return {"balance": None if run.balance is None else asdict(run.balance)}
+def _timelines_json(run: Run) -> dict[str, Any]:
+    known = {} if run.timelines is None else asdict(run.timelines)
+    return {"balance": known.get("balance"), "ttft_parts": known.get("ttft_parts")}
 
 
 def rows(run: Run) -> list[tuple[str, str]]:
@@ -143,8 +144,12 @@ def rows(run: Run) -> list[tuple[str, str]]:
     if summary.slo != Slo():
         good = f"{summary.good / summary.requests:.0%} good"
         lines.append(("goodput", f"{summary.goodput_per_s:.2f} requests/s ({good})"))
-    if run.balance is not None:
-        lines.append(("prefill load, max / mean", f"{run.balance.max_to_mean:.2f}"))
+    if run.timelines is not None:
+        parts = run.timelines.ttft_parts
+        if parts:
+            times = " / ".join(f"{seconds * 1e3:.1f}" for seconds in parts.values())
+            lines.append((f"TTFT mean: {' / '.join(parts)}", f"{times} ms"))
+        lines.append(("prefill load, max / mean", f"{run.timelines.balance.max_to_mean:.2f}"))
     lines += [(f"error × {count}", message) for message, count in summary.errors[:3]]
     return lines
 

@@ -160,7 +160,11 @@ class BenchServeOptions:
             "num_blocks": self.num_blocks,
         }
         if self.policies is not None:
-            shape = {"prefill": self.prefill, "decode": self.decode, "colocated": self.colocated}
+            shape: dict[str, Any] = {
+                "prefill": self.prefill,
+                "decode": self.decode,
+                "colocated": self.colocated,
+            }
             return {
                 entry: ServeOptions(
                     policy=entry.removesuffix(LOCAL),

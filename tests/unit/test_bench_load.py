@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from baton.bench import serve
-from baton.bench.balance import Balance
 from baton.bench.ideal import InfiniteCache
 from baton.bench.load import Load, poisson_arrivals
 from baton.bench.serve import LoadPlan
 from baton.bench.sessions import Session, Shape, TraceScale, Turn, make_sessions, trace_sessions
 from baton.bench.stats import Outcome, Slo, distribution, percentile, summarize
+from baton.bench.timelines import Balance, ttft_parts
 from baton.bench.trace import TraceRequest
 from baton.client.http import Client, Usage
 from baton.client.timing import Timing
@@ -26,7 +26,20 @@ from tests.unit.fake_cluster import EVENTS, sse
 
 SHAPE = Shape(input_tokens=10, output_tokens=4, vocab_size=50, seed=3)
 CLUSTER = {"workers": [{"name": f"{role}-0", "role": role} for role in ("prefill", "decode")]}
-TRACE = {"attempts": [{"prefill": "prefill-0", "decode": "decode-0"}]}
+SPANS = [
+    ("conductor", "first_token", 1.0, 2.0),
+    ("prefill-0", "queue", 1.1, 1.3),
+    ("prefill-0", "prefill", 1.3, 1.9),
+    ("prefill-0", "handoff", 1.9, 2.1),
+    ("decode-0", "queue", 1.0, 1.1),
+]
+TRACE = {
+    "attempts": [{"prefill": "prefill-0", "decode": "decode-0"}],
+    "spans": [
+        {"source": source, "name": name, "start_s": start, "end_s": end}
+        for source, name, start, end in SPANS
+    ],
+}
 
 
 def fake_client(on_post: Callable[[httpx.Request], Awaitable[httpx.Response]]) -> Client:
@@ -189,6 +202,16 @@ def test_balance_of_loads() -> None:
     assert Balance({"a": 0, "b": 0}, {}).max_to_mean == 1.0
 
 
+def test_stages_of_a_ttft() -> None:
+    fetch = {"source": "prefill-0", "name": "fetch", "start_s": 1.3, "end_s": 1.4}
+    spans = [fetch if span["name"] == "queue" else span for span in TRACE["spans"]]
+    assert ttft_parts(TRACE | {"spans": spans}) == {}  # not all is known
+    parts = ttft_parts(TRACE | {"spans": [*TRACE["spans"], fetch]})
+    assert list(parts) == ["route", "queue", "fetch", "prefill", "reply"]
+    assert list(parts.values()) == pytest.approx([0.1, 0.2, 0.1, 0.6, 0.1])
+    assert ttft_parts(TRACE | {"attempts": TRACE["attempts"] * 2}) == {}
+
+
 async def test_failures_are_counted_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = itertools.count()
 
@@ -220,13 +243,16 @@ async def test_measure_warms_up_and_reports_progress(
     plan = LoadPlan(SHAPE, requests=5, concurrency=2, rate_per_s=rate, warmup=2, slo=Slo(60.0))
     run = await serve.measure("x", plan, lambda *step: progress.append(step))
     summary = run.load
-    assert run.balance == Balance({"prefill-0": 10}, {"prefill-0": 5})
+    assert run.timelines is not None
+    assert run.timelines.balance == Balance({"prefill-0": 10}, {"prefill-0": 5})
+    assert run.timelines.ttft_parts["queue"] == pytest.approx(0.2)
     assert len(set(prompts)) == 7  # measured prompts were not warmed up
     assert summary.requests == summary.good == 5
     assert progress == [(n, 5) for n in range(6)]
     result = serve.as_json(plan, {"run": run}, ["bench", "serve", "--rate", "1 2"])
     assert result["command"] == "baton bench serve --rate '1 2'"
     assert result["runs"]["run"]["requests"] == 5
+    assert result["runs"]["run"]["balance"]["requests"] == {"prefill-0": 5}
     assert dict(serve.rows(run))["goodput"].endswith("(100% good)")
 
 
