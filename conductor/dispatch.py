@@ -22,12 +22,13 @@ from baton.types.link import StartDecode, StartPrefill
 from baton.types.request import AttemptId, AttemptOutput, GenerationTask
 from conductor.admission import Admission
 from conductor.answer_run import AnswerRun, Delta, Phase
+from conductor.expected import ExpectedBlocks
 from conductor.fleet import Fleet
 from conductor.link import Assignment
 from conductor.metrics import Metrics, Stopwatch
 from conductor.prompt_keys import prompt_keys
 from conductor.request import Request
-from conductor.router import Decision, RouteOptions, RouteRequest, route
+from conductor.router import Decision, RouteOptions, RouteRequest, group_of, route
 from conductor.trace import Timeline, Traces
 
 MAX_ATTEMPTS = 3
@@ -117,6 +118,7 @@ class Dispatcher:
         self.traces = traces
         self.admission = admission
         self.routing = routing
+        self.expected = ExpectedBlocks()
         self._decisions = 0
 
     def serve(self, request: Request) -> Serving:
@@ -135,6 +137,7 @@ class Dispatcher:
             priority=request.priority,
             keys=keys,
             matches=prefix_map.matches(keys) if keys and prefix_map.num_blocks else (),
+            computing=self.expected.blocks(group_of(keys), keys, request.priority),
         )
         now = asyncio.get_running_loop().time()
         return route(asked, self.fleet.view(), now, self.routing)
@@ -209,12 +212,14 @@ class Serving:
     def on_output(self, duty: Role, worker: str, output: AttemptOutput) -> None:
         """Called by a link. Spans are kept even when the request has already ended."""
         if output.finish is not None:
+            self._parts.expected.done(output.attempt)
             for span in output.finish.spans:
                 self.timeline.add_span(worker, str(output.attempt), span)
         self._inbox.put(_Output(duty, worker, output))
 
     def on_lost(self, duty: Role, worker: str, attempt: AttemptId, reason: str) -> None:
         """Called by a link."""
+        self._parts.expected.done(attempt)
         self._inbox.put(_Lost(duty, worker, attempt, reason))
 
     async def _hash_prompts(self) -> None:
@@ -252,6 +257,10 @@ class Serving:
         if not decision.is_guess:
             self._predicted[answer.index] = (now, decision)
         self._start(task, decision)
+        worker = decision.prefill or decision.decode
+        self._parts.expected.add(
+            run.attempt, group_of(keys), keys, worker.info.name, request.priority
+        )
 
     def _start(self, task: GenerationTask, decision: Decision) -> None:
         fleet, fetch = self._parts.fleet, decision.fetch_plan
@@ -339,6 +348,7 @@ class Serving:
 
     def _cancel(self, attempt: AttemptId, reason: str) -> None:
         decision = self._placed.pop(attempt, None)
+        self._parts.expected.done(attempt)
         if decision is None:
             return
         for worker in (decision.prefill, decision.decode):

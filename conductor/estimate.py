@@ -8,8 +8,9 @@ the prefix, each stretch from the fastest source that has it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from baton.types.kv_events import Tier
@@ -21,6 +22,7 @@ from conductor.views import FleetView, WorkerView
 # Mooncake's kvcache_balancing_threshold. Theirs compares lengths of matches; ours the prefill times
 # without and with the transfer, because behind a long context few blocks are much work.
 BALANCING_THRESHOLD = 1.1
+NOTHING: Mapping[str, int] = MappingProxyType({})
 MAX_SOURCES = 8  # holders of the longest matches that a plan may use
 
 
@@ -28,8 +30,8 @@ MAX_SOURCES = 8  # holders of the longest matches that a plan may use
 class Candidate:
     """A worker that was considered to compute the prompt, and what was expected of it.
 
-    `cached_tokens` are in its own pool, `fetch_tokens` come from others before it computes the
-    rest.
+    `cached_tokens` are in its own pool, the last `expected_tokens` of them once it has computed
+    the prompts before this one; `fetch_tokens` come from others before it computes the rest.
     """
 
     worker: str
@@ -39,6 +41,7 @@ class Candidate:
     prefill_s: float
     cached_tokens: int = 0
     fetch_tokens: int = 0
+    expected_tokens: int = 0
 
     @property
     def ttft_s(self) -> float:
@@ -50,6 +53,8 @@ class Candidate:
             parts.append(f"fetch {self.fetch_tokens} tokens {_ms(self.fetch_s)}")
         parts.append(f"prefill {_ms(self.prefill_s)}")
         cached = f", {self.cached_tokens} tokens cached" if self.cached_tokens else ""
+        if self.expected_tokens:
+            cached += f", {self.expected_tokens} of them by then"
         return f"{' + '.join(parts)} = {_ms(self.ttft_s)}{cached}"
 
 
@@ -72,13 +77,15 @@ class _Stretch(NamedTuple):
 class Prefix:
     """What the cluster holds of a prompt: `own` in workers' pools by name, `sources` to fetch from.
 
-    Counts are in blocks; the prompt's last token is never among them, because somebody has to
-    compute what follows it.
+    The last `expected` blocks of `own` are in prompts that the worker has yet to compute, before
+    this one; nobody can fetch these. Counts are in blocks; the prompt's last token is never among
+    them, because somebody has to compute what follows it.
     """
 
     prompt_tokens: int
     own: dict[str, int]
     sources: tuple[Source, ...] = ()
+    expected: Mapping[str, int] = field(default_factory=lambda: NOTHING)
 
     def holders(self) -> Sequence[str]:
         """Workers with the longest match first."""
@@ -86,7 +93,7 @@ class Prefix:
 
     def without_sources(self) -> Prefix:
         """The same, where nobody may fetch."""
-        return Prefix(self.prompt_tokens, self.own)
+        return Prefix(self.prompt_tokens, self.own, expected=self.expected)
 
 
 def find_prefix(
@@ -94,9 +101,10 @@ def find_prefix(
     matches: Sequence[Match],
     fleet: FleetView,
     avoid: frozenset[str] = frozenset(),
+    computing: Mapping[str, int] = NOTHING,
 ) -> Prefix:
     """`matches` of live holders, longest first, as far as they can be used; nothing is fetched from
-    those to avoid."""
+    those to avoid. `computing`: blocks in prompts that workers have been given, by name."""
     own: dict[str, int] = {}
     sources: list[Source] = []
     for match in matches:
@@ -108,7 +116,16 @@ def find_prefix(
             own[match.holder] = max(blocks, own.get(match.holder, 0))
             if len(sources) < MAX_SOURCES and match.holder not in avoid:
                 sources.append(Source(holder, match.tier, blocks))
-    return Prefix(prompt_tokens, own, tuple(sources))
+    expected: dict[str, int] = {}
+    for name, blocks in computing.items():
+        worker = fleet.find(name)
+        if worker is None:
+            continue
+        more = min(blocks, (prompt_tokens - 1) // worker.info.layout.block_size) - own.get(name, 0)
+        if more > 0:
+            own[name] = own.get(name, 0) + more
+            expected[name] = more
+    return Prefix(prompt_tokens, own, tuple(sources), expected)
 
 
 def estimate(
@@ -142,6 +159,7 @@ def estimate(
         prefill_s=best_s - best_fetch_s,
         cached_tokens=own * size,
         fetch_tokens=(stretches[used - 1].end - own) * size if used else 0,
+        expected_tokens=prefix.expected.get(worker.info.name, 0) * size,
     )
     return candidate, parts
 

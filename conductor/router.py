@@ -6,14 +6,14 @@ blocks of the prompt the worker that computes it should borrow from whom.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from baton.errors import NoWorker
 from baton.hashing import KEY_BYTES
 from baton.types.fleet import Role
 from baton.types.link import FetchPart
-from conductor.estimate import Candidate, estimate, find_prefix
+from conductor.estimate import NOTHING, Candidate, estimate, find_prefix
 from conductor.policies import (
     Choice,
     Question,
@@ -43,12 +43,20 @@ class RouteOptions:
 DEFAULTS = RouteOptions()
 
 
+def group_of(keys: bytes) -> bytes:
+    """The key of the prefix that makes requests belong together; empty for short prompts."""
+    end = min(GROUP_BLOCKS * KEY_BYTES, len(keys))
+    return keys[max(end - KEY_BYTES, 0) : end]
+
+
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
     """What routing may depend on. `avoid` names workers that have just failed this request.
 
     `keys` are of the prompt's first blocks, `matches` what the prefix map knows of them; both are
-    empty when nobody caches. `number` counts the requests of this conductor.
+    empty when nobody caches. `computing`: leading blocks of the prompt, by the worker that has been
+    given a prompt with them and not finished it (`ExpectedBlocks`). `number` counts the requests of
+    this conductor.
     """
 
     key: str
@@ -59,12 +67,11 @@ class RouteRequest:
     priority: int = 0
     keys: bytes = b""
     matches: tuple[Match, ...] = ()
+    computing: Mapping[str, int] = field(default_factory=lambda: NOTHING)
 
     @property
     def group(self) -> bytes:
-        """The key of the prefix that makes requests belong together; empty for short prompts."""
-        end = min(GROUP_BLOCKS * KEY_BYTES, len(self.keys))
-        return self.keys[max(end - KEY_BYTES, 0) : end]
+        return group_of(self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +144,7 @@ def route(
     decoders = _fitting(fleet.live(Role.DECODE), total, request.avoid)
     if not decoders:
         raise NoWorker(_why_none(fleet))
-    prefix = find_prefix(prompt_tokens, request.matches, fleet, request.avoid)
+    prefix = find_prefix(prompt_tokens, request.matches, fleet, request.avoid, request.computing)
     if not options.fetch:
         prefix = prefix.without_sources()
     question = Question(

@@ -314,6 +314,7 @@ class FakeCluster:
         await wait_for(lambda: self.conductor.running == 0)
         views = self.conductor.fleet.view().workers
         assert all(view.own_attempts == 0 and view.own_prompt_tokens == 0 for view in views)
+        assert len(self.conductor._dispatcher.expected) == 0
         async with asyncio.timeout(5):
             await self.conductor.admission.wait_idle()
 

@@ -23,6 +23,7 @@ from tests.fake_worker import (
     fake_cluster,
     layout,
     say,
+    wait_for,
     worker_info,
 )
 from tests.unit.test_conductor_dispatch import ask
@@ -174,6 +175,37 @@ async def test_a_prefix_draws_requests_and_a_salt_does_not() -> None:
         found = {c["worker"]: c["cached_tokens"] for c in attempt["candidates"]}
         assert found["prefill-1"] == 6 * BLOCK_SIZE
         assert max(found.values()) == 6 * BLOCK_SIZE
+
+
+@virtual_time
+async def test_a_prompt_under_way_draws_others_that_begin_alike() -> None:
+    async with fake_cluster(say("ok", hang_at=0), prefill=3) as cluster:
+        prefillers = [cluster.workers[f"prefill-{n}"] for n in range(3)]
+        asked = []
+        for number in (1, 2):
+            asked.append(asyncio.create_task(ask(cluster.conductor, "a" * 100)))
+            await wait_for(lambda n=number: sum(len(w.live) for w in prefillers) == n)
+            await asyncio.sleep(0.02)  # until that one should be nearly done
+        assert sorted(len(worker.live) for worker in prefillers) == [0, 0, 2]
+        assert len(cluster.conductor._dispatcher.expected) == 2
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await cluster.check_nothing_left()
+
+
+@virtual_time
+async def test_nothing_is_expected_of_a_worker_that_was_lost() -> None:
+    async with fake_cluster(say("ok", hang_at=0)) as cluster:
+        worker, expected = cluster.workers["prefill-0"], cluster.conductor._dispatcher.expected
+        asked = asyncio.create_task(ask(cluster.conductor, "a" * 100))
+        await wait_for(lambda: bool(worker.live))
+        assert len(expected) == 1
+        cluster.network.kill("prefill-0:1")
+        await settle()
+        assert len(expected) == 0
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
 
 
 @virtual_time

@@ -216,6 +216,34 @@ def test_the_last_token_is_always_computed() -> None:
     assert decision.chosen.cached_tokens == 9 * BLOCK_SIZE
 
 
+def test_a_prefix_that_is_being_computed_is_worth_waiting_for() -> None:
+    """A second prompt of a burst waits for the first one's blocks, rather than compute them too;
+    no other worker plans to fetch what is not there yet."""
+    workers = (prefill("p0", 8 * BLOCK_S), prefill("p1"), decode())
+    decision = ask(*workers, blocks=12, computing={"p0": 8})
+    assert chosen(decision) == "p0"
+    assert decision.chosen.expected_tokens == decision.chosen.cached_tokens == 8 * BLOCK_SIZE
+    assert "128 of them by then" in decision.chosen.describe()
+    other = next(c for c in decision.candidates if c.worker == "p1")
+    assert (other.fetch_tokens, other.cached_tokens) == (0, 0)
+    assert chosen(ask(*workers, blocks=12)) == "p1"
+
+
+def test_a_prefix_behind_a_long_queue_is_computed_again() -> None:
+    workers = (prefill("p0", 20 * BLOCK_S), prefill("p1"), decode())
+    assert chosen(ask(*workers, blocks=12, computing={"p0": 8})) == "p1"
+
+
+def test_what_is_expected_adds_to_what_is_there() -> None:
+    workers = (prefill("p0"), prefill("p1"), decode())
+    decision = ask(*workers, held={"p0": 4, "p1": 6}, computing={"p0": 9, "gone": 10, "p1": 3})
+    (p0,) = [c for c in decision.candidates if c.worker == "p0"]
+    assert (p0.cached_tokens, p0.expected_tokens) == (9 * BLOCK_SIZE, 5 * BLOCK_SIZE)
+    (p1,) = [c for c in decision.candidates if c.worker == "p1"]
+    assert (p1.cached_tokens, p1.expected_tokens) == (6 * BLOCK_SIZE, 0)
+    assert chosen(decision) == "p0"
+
+
 def test_requests_of_a_group_go_to_its_owner_while_it_is_idle() -> None:
     names = ["p0", "p1", "p2"]
     for name in names:
