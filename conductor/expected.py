@@ -26,8 +26,11 @@ class _Prompt(NamedTuple):
 
 
 class ExpectedBlocks:
-    """As many prompts as there are attempts under way, by their prefix group; of each as much as was
-    hashed, which for a prompt that nobody has is its first stretch (`prompt_keys.py`)."""
+    """As many prompts as there are attempts under way, by their prefix group.
+
+    Of each, it knows what was hashed: of a prompt that nobody has, the first stretch
+    (`prompt_keys.py`).
+    """
 
     def __init__(self) -> None:
         self._groups: dict[bytes, dict[AttemptId, _Prompt]] = {}
