@@ -1,8 +1,9 @@
 """The CPU tier: blocks in fixed-size slots of shared memory, found again after a restart.
 
     FREE     holds nothing
+    CLAIMED  an earlier process filled it, says its header; nobody has verified it yet
     FILLING  belongs to who writes it (a transport's read, a read from disk) until commit or abort
-    READY    keyed and complete; never changes until it is evicted, which no pin allows
+    READY    keyed, complete and verified; never changes until it is evicted, which no pin allows
 
 A pin says that somebody reads the slot. Who pins also unpins, except that `pin_until` ends by
 itself. Every operation is O(1), a victim O(log n). Not thread-safe: belongs to the event loop.
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from baton.errors import DigestMismatch, InternalError
+from baton.errors import InternalError
 from kvstore.eviction import EvictionPolicy
 from kvstore.format import NO_PARENT, BlockInfo, checksum
 from kvstore.journal import TierChanges
@@ -25,11 +26,20 @@ from kvstore.slot_table import SlotTable, StoredSlot
 
 class SlotState(StrEnum):
     FREE = "free"
+    CLAIMED = "claimed"
     FILLING = "filling"
     READY = "ready"
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """What the header of a CLAIMED slot says."""
+
+    slot: int
+    stored: StoredSlot
+
+
+@dataclass(slots=True)  # not frozen: that takes three times as long to make, for every put
 class _Filling:
     slot: int
     depth: int
@@ -57,6 +67,7 @@ class MemoryTier:
         self._changes = changes
         self._generation = 0
         self._free = list(reversed(range(self.num_slots)))  # a stack
+        self._claimed: set[int] = set()
         self._filling: dict[bytes, _Filling] = {}
         self._ready: dict[bytes, int] = {}
         self._infos: list[BlockInfo | None] = [None] * self.num_slots  # of READY slots
@@ -68,27 +79,38 @@ class MemoryTier:
     def free(self) -> int:
         return len(self._free)
 
-    def recover(self) -> int:
-        """Adopt what an earlier process stored and what still verifies; how many blocks that is.
+    def claim(self) -> list[Claim]:
+        """Slots that an earlier process filled, oldest first: CLAIMED, until `settle` of each.
 
-        Reads the whole area, at the speed of memory. Call it once, before anything else.
+        Looks at the headers only. Call it once, before anything else.
         """
-        found = [
-            (stored.generation, slot, stored.info)
+        claims = [
+            Claim(slot, stored)
             for slot in range(self.num_slots)
             if (stored := self._table.read(slot)) is not None
         ]
-        self._free.clear()
-        # Oldest first, as they were put: parents before children, and the policy's order.
-        for generation, slot, info in sorted(found, key=lambda one: one[:2]):
-            self._generation = max(self._generation, generation)
-            if info.key not in self._ready and checksum(self.view(slot)) == info.checksum:
-                self._adopt(slot, info)
-        for slot in reversed(range(self.num_slots)):
-            if self._infos[slot] is None:
-                self._table.clear(slot)
-                self._free.append(slot)
-        return len(self._ready)
+        # As they were put: parents before children, and the policy's order.
+        claims.sort(key=lambda claim: (claim.stored.generation, claim.slot))
+        if claims:
+            self._generation = claims[-1].stored.generation
+        self._claimed = {claim.slot for claim in claims}
+        self._free = [s for s in reversed(range(self.num_slots)) if s not in self._claimed]
+        for slot in self._free:
+            self._table.clear(slot)  # torn, or of another layout
+        return claims
+
+    def settle(self, claim: Claim, found: bytes) -> bool:
+        """The claimed slot's payload has that checksum. It becomes READY; or FREE when the payload
+        is not its block's, or the block came anew meanwhile. Whether it is READY."""
+        self._claimed.remove(claim.slot)
+        info = claim.stored.info
+        good = found == info.checksum and not (info.key in self._ready or info.key in self._filling)
+        if good:
+            self._adopt(claim.slot, info)
+        else:
+            self._table.clear(claim.slot)
+            self._free.append(claim.slot)
+        return good
 
     def view(self, slot: int) -> memoryview:
         """The slot's bytes; writable, for who fills it only."""
@@ -104,17 +126,17 @@ class MemoryTier:
         self._filling[key] = _Filling(slot, depth, parent)
         return slot
 
-    def commit(self, key: bytes, expected: bytes | None = None) -> None:
-        """The payload is complete: FILLING becomes READY, and durable against a killed process.
+    def filling_view(self, key: bytes) -> memoryview:
+        """The bytes of a FILLING slot."""
+        return self.view(self._filling_of(key).slot)
 
-        `expected` is the checksum that the payload must have: then, raises DigestMismatch and frees
-        the slot when it has not.
-        """
+    def commit(self, key: bytes) -> None:
+        """The payload is complete: FILLING becomes READY, and durable against a killed process."""
+        self.commit_hashed(key, checksum(self.filling_view(key)))
+
+    def commit_hashed(self, key: bytes, found: bytes) -> None:
+        """As `commit`, with the payload's checksum."""
         filling = self._filling_of(key)
-        found = checksum(self.view(filling.slot))
-        if expected is not None and found != expected:
-            self.abort(key)
-            raise DigestMismatch("a block that was to be stored is not what was announced")
         self.commit_verified(BlockInfo(key, filling.depth, filling.parent, found))
 
     def commit_verified(self, info: BlockInfo) -> None:
@@ -209,6 +231,7 @@ class MemoryTier:
         """Slots by state; sums to `num_slots`."""
         return (
             (SlotState.FREE, len(self._free)),
+            (SlotState.CLAIMED, len(self._claimed)),
             (SlotState.FILLING, len(self._filling)),
             (SlotState.READY, len(self._ready)),
         )
@@ -225,7 +248,7 @@ class MemoryTier:
     def check_integrity(self) -> None:
         """Raise InternalError unless all accounts agree. O(slots)."""
         filling = [one.slot for one in self._filling.values()]
-        slots = Counter([*self._free, *filling, *self._ready.values()])
+        slots = Counter([*self._free, *self._claimed, *filling, *self._ready.values()])
         _require(slots == Counter(range(self.num_slots)), "a slot is not in exactly one state")
         _require(not self._filling.keys() & self._ready.keys(), "a key is both filling and ready")
         _require(len(self._policy) == len(self._ready), "the policy knows other blocks")
@@ -236,9 +259,10 @@ class MemoryTier:
                 stored is not None and stored.info == self._infos[slot],
                 f"the header of ready slot {slot} differs",
             )
-        for slot in [*self._free, *filling]:
+        for slot in [*self._free, *self._claimed, *filling]:
             _require(self._infos[slot] is None, f"slot {slot} is not ready and described")
             _require(self._pins[slot] == 0, f"slot {slot} is not ready and pinned")
+        for slot in [*self._free, *filling]:
             _require(self._table.read(slot) is None, f"slot {slot} is not ready and has a header")
         _require(self._pinned == len(self.pins()), "pinned slots were miscounted")
         timed = Counter(key for _, key in self._expiries)

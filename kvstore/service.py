@@ -138,13 +138,14 @@ class StoreService:
         self._closed.set()
 
     def load(self) -> WorkerLoad:
-        """Slots of the CPU tier as blocks: filling ones are ACTIVE, pinned ones LEASED."""
+        """Slots of the CPU tier as blocks: pinned ones are LEASED; ACTIVE are those that are being
+        filled, or verified after a restart."""
         slots = dict(self._memory_tier.counts())
         pinned = self._memory_tier.pinned
         return WorkerLoad(
             blocks=(
                 (BlockState.FREE, slots[SlotState.FREE]),
-                (BlockState.ACTIVE, slots[SlotState.FILLING]),
+                (BlockState.ACTIVE, slots[SlotState.FILLING] + slots[SlotState.CLAIMED]),
                 (BlockState.CACHED, slots[SlotState.READY] - pinned),
                 (BlockState.LEASED, pinned),
             ),

@@ -1,6 +1,6 @@
 """The tier policy of one node's KV store: CPU memory in front of NVMe. No network, no torch.
 
-    put       begin_put -> the caller fills the slot -> commit_put                     CPU
+    put       begin_put -> the caller fills the slot -> commit_put -> hashed           CPU
     get       READY slots at once; blocks on NVMe are read into slots (promotion)      NVMe -> CPU
     demotion  ahead of need, the next victims of the CPU tier are written and freed    CPU -> NVMe
 
@@ -26,10 +26,12 @@ from baton.worker.kv_news import Change
 from kvstore.disk_options import DiskState
 from kvstore.disk_tier import DiskTier
 from kvstore.figures import Refusal, StoreStats, store_figures
+from kvstore.files import ThreadPool, Threads
 from kvstore.format import NO_PARENT
 from kvstore.journal import Journal
 from kvstore.loads import LoadOptions, Loads, Run
 from kvstore.memory_tier import MemoryTier
+from kvstore.sealing import Sealer, SealOptions
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class StoreOptions:
     spare_slots: int = 32  # kept FREE by demoting ahead of need; at most an eighth of all
     demotions: int = 32  # blocks that are written to NVMe at a time
     loads: LoadOptions = field(default_factory=LoadOptions)
+    sealing: SealOptions = field(default_factory=SealOptions)
 
 
 class Store:
@@ -50,6 +53,7 @@ class Store:
         disk: DiskTier | None,
         journal: Journal,
         options: StoreOptions | None = None,
+        threads: Threads | None = None,  # to hash in
     ) -> None:
         self.stats = StoreStats()
         self._memory = memory
@@ -58,26 +62,30 @@ class Store:
         self._options = options or StoreOptions()
         self._spare = max(1, min(self._options.spare_slots, memory.num_slots // 8))
         self.loads = Loads(memory, disk, self._slot_for_load, self._options.loads)
+        sealing = self._options.sealing
+        threads = threads or ThreadPool(sealing.threads, "kvstore hash")
+        self._sealer = Sealer(memory, threads, sealing)
         self._demoting: dict[bytes, asyncio.Task[None]] = {}
 
     # Life
 
     async def open(self) -> None:
-        """Find again what both tiers held. Raises what `DiskTier.open` does."""
+        """Find again what both tiers held: blocks in memory come back one after the other, as they
+        are verified; until then they are not there. Raises what `DiskTier.open` does."""
         if self._disk is not None:
             await self._disk.open()
-        if found := self._memory.recover():
-            log.info("Found %d blocks in memory", found)
+        self._sealer.open()
 
     async def settle(self) -> None:
-        """Wait until no block is on its way between tiers."""
-        while tasks := [*self._demoting.values(), *self.loads.tasks]:
+        """Wait until no block is on its way between tiers, or being hashed."""
+        while tasks := [*self._demoting.values(), *self.loads.tasks, *self._sealer.tasks]:
             await asyncio.wait(tasks)
 
     async def close(self) -> None:
         """End what is under way. What is in memory and on disk stays there for the next start."""
         if self._disk is not None:
             await self._disk.close()
+        await self._sealer.close()
         await self.settle()
 
     # Looking
@@ -113,12 +121,10 @@ class Store:
             self.stats.refused[refusal or Refusal.PRESSURE] += 1
         return slot
 
-    def commit_put(self, key: bytes, expected: bytes | None = None) -> None:
-        """The slot is filled. Hashes it, at the speed of memory.
-
-        Raises DigestMismatch when its xxh3_128 is not what was `expected`; the put is then aborted.
-        """
-        self._memory.commit(key, expected)
+    def commit_put(self, key: bytes) -> None:
+        """The slot is filled. The block can be found once it is hashed: at once if it is small,
+        else off the event loop, in the order of commits."""
+        self._sealer.commit(key)
         self.stats.stored += 1
 
     def abort_put(self, key: bytes) -> None:

@@ -178,6 +178,11 @@ def make_memory(
     )
 
 
+def recover(memory: MemoryTier) -> int:
+    """Verify all that an earlier process left; how many blocks are whole."""
+    return sum(memory.settle(one, checksum(memory.view(one.slot))) for one in memory.claim())
+
+
 @dataclass
 class Rig:
     """A store and its parts."""
@@ -223,12 +228,14 @@ def make_rig(
     journal = Journal()
     memory = make_memory(areas, policy, journal.of(Tier.CPU))
     disk = options and make_disk(options, files, threads, changes=journal.of(Tier.NVME))
-    return Rig(Store(memory, disk, journal, store or StoreOptions()), memory, disk)
+    hashing = threads or InlineThreads()
+    return Rig(Store(memory, disk, journal, store or StoreOptions(), hashing), memory, disk)
 
 
 @asynccontextmanager
 async def running(rig: Rig) -> AsyncIterator[Rig]:
     await rig.store.open()
+    await rig.store.settle()
     try:
         yield rig
         rig.store.check_integrity()

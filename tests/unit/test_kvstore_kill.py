@@ -25,6 +25,7 @@ from tests.unit.kvstore_kit import (
     opened,
     payload_of,
     read_block,
+    recover,
 )
 
 ROOT = Path(baton.__file__).parents[1]
@@ -101,7 +102,7 @@ def killed_after(code: str, directory: Path, number: int) -> int:
 def test_memory_survives(tmp_path: Path, number: int) -> None:
     last = killed_after(STORES_IN_MEMORY, tmp_path, number)
     memory = mapped(tmp_path)
-    memory.recover()
+    recover(memory)
     memory.check_integrity()
     for key in memory:
         slot = memory.slot_of(key)

@@ -19,6 +19,8 @@ from baton.types.kv_events import Tier
 from kvstore.eviction import POLICIES
 from kvstore.format import NO_PARENT
 from kvstore.loads import LoadOptions
+from kvstore.memory_tier import SlotState
+from kvstore.sealing import SealOptions
 from kvstore.store import StoreOptions
 from tests.unit.kvstore_kit import (
     ALWAYS,
@@ -36,7 +38,7 @@ from tests.virtual_time import VirtualTimeLoop
 
 SLOTS, CHAINS, LENGTH = 8, 4, 6
 LOADS = LoadOptions(batches_ahead=2, batch_bytes=2 * BLOCK, timeout_s=3.0)
-OPTIONS = StoreOptions(spare_slots=2, demotions=2, loads=LOADS)
+
 
 chains = st.integers(0, CHAINS - 1)
 depths = st.integers(0, LENGTH - 1)
@@ -60,6 +62,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.disks = 0
         self.areas = Areas.of(SLOTS)
         self.policy = "lru"
+        self.hash_inline = True
         self.rig: Rig
         self.fresh()
         self.stored: set[bytes] = set()
@@ -80,12 +83,15 @@ class StoreMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.fresh()
         options = disk_options(self.disk_path, records=3, segments=4)
-        self.rig = make_rig(self.areas, options, OPTIONS, self.files, self.threads, self.policy)
+        sealing = SealOptions(inline_bytes=BLOCK if self.hash_inline else 0, batch_bytes=2 * BLOCK)
+        how = StoreOptions(spare_slots=2, demotions=2, loads=LOADS, sealing=sealing)
+        self.rig = make_rig(self.areas, options, how, self.files, self.threads, self.policy)
         self.runner.run(self.rig.store.open())
 
-    @initialize(policy=st.sampled_from(sorted(POLICIES)))
-    def first_start(self, policy: str) -> None:
+    @initialize(policy=st.sampled_from(sorted(POLICIES)), hash_inline=st.booleans())
+    def first_start(self, policy: str, hash_inline: bool) -> None:
         self.policy = policy
+        self.hash_inline = hash_inline
         self.start()
 
     # Steps
@@ -111,9 +117,14 @@ class StoreMachine(RuleBasedStateMachine):
         view = self.rig.memory.view(slot)
         if commit:
             view[:] = payload_of(key)
-            self.rig.store.commit_put(key)
+
+            async def end() -> None:
+                self.rig.store.commit_put(key)
+
+            self.runner.run(end())
             self.stored.add(key)
-            assert self.rig.store.lookup([key]) == [Tier.CPU]
+            if self.hash_inline:
+                assert self.rig.store.lookup([key]) == [Tier.CPU]
         else:
             view[:100] = b"?" * 100
             self.rig.store.abort_put(key)
@@ -214,16 +225,22 @@ class StoreMachine(RuleBasedStateMachine):
         self.stop()
         self.start()
 
-    @rule()
-    def killed(self) -> None:
+    @rule(wait=st.booleans())
+    def killed(self, wait: bool) -> None:
         """The next process finds the files as they were in the middle of everything."""
         areas, before = self.areas.copy(), set(self.rig.memory)
+        claimed = dict(self.rig.memory.counts())[SlotState.CLAIMED]
         shutil.copytree(self.disk_path, self.directory / str(self.disks + 1))
         self.stop()
         self.areas = areas
         self.disks += 1
         self.start()
-        assert set(self.rig.memory) == before
+        if not wait:
+            return
+        self.runner.run(self.rig.store.settle())
+        found = set(self.rig.memory)
+        assert found >= before
+        assert len(found) <= len(before) + claimed  # what was claimed when it was killed, too
 
     def stop(self) -> None:
         async def stop() -> None:

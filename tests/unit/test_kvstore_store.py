@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from baton.errors import DigestMismatch
 from baton.types.kv_events import Tier
 from kvstore.disk_options import DiskState
 from kvstore.figures import Refusal
@@ -27,7 +26,6 @@ from tests.unit.kvstore_kit import (
     Rig,
     chain_of,
     disk_options,
-    info_of,
     key_of,
     make_rig,
     running,
@@ -62,17 +60,6 @@ async def test_why_a_put_is_refused() -> None:
             Refusal.PRESSURE: 1,
             Refusal.PRESENT: 1,
         }
-
-
-@virtual_time
-async def test_a_put_of_other_bytes_than_announced_leaves_nothing() -> None:
-    async with running(make_rig(Areas.of(1), None)) as rig:
-        rig.store.begin_put(A, 0)
-        with pytest.raises(DigestMismatch):
-            rig.store.commit_put(A, info_of(A).checksum)
-        assert rig.store.lookup([A]) == []
-        assert rig.put(A)
-        assert rig.store.checksum(A) == info_of(A).checksum
 
 
 @virtual_time
