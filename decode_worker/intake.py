@@ -19,7 +19,14 @@ from baton.errors import BatonError, Cancelled, DeadlineExceeded, InternalError
 from baton.kv.handoff.reader import Fetched, HandoffReader, Place
 from baton.rpc.errors import to_wire
 from baton.types.fleet import Peer
-from baton.types.request import AttemptId, AttemptOutput, Finish, FinishReason, GenerationTask
+from baton.types.request import (
+    AttemptId,
+    AttemptOutput,
+    Finish,
+    FinishReason,
+    GenerationTask,
+    SampledToken,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +44,13 @@ class Intake:
         engine: Engine,
         reader: HandoffReader,
         report: Callable[[tuple[AttemptOutput, ...]], None],
+        begun: Callable[[AttemptId, SampledToken], None],
     ) -> None:
+        """`begun` is told of attempts that go on here, and after which token."""
         self._engine = engine
         self._reader = reader
         self._report = report
+        self._begun = begun
         self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[AttemptId, asyncio.Task[None]] = {}
 
@@ -105,6 +115,7 @@ class Intake:
                 raise Cancelled(f"{task.attempt} was cancelled")
             if task.timeout_s is not None and task.timeout_s <= 0:
                 raise DeadlineExceeded("the deadline passed while KV was handed over")
+            self._begun(task.attempt, prefilled.first)  # first: admitting may end it
             self._engine.admit(task, fetched.blocks, prefilled.first, prefilled.cached_tokens)
         except BaseException:
             self._engine.unreserve(task.attempt)  # every read has ended: nothing writes to them

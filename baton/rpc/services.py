@@ -37,7 +37,8 @@ class WorkerService(Protocol):
     """Implemented by prefill and decode workers, called by conductors."""
 
     async def link(self, stream: Duplex[WorkerMessage, ConductorMessage]) -> None:
-        """Serve one conductor until the stream ends; then cancel what it had started."""
+        """Serve one conductor until the stream ends; then cancel what it had started, except what
+        another conductor may adopt."""
 
 
 class HandoffService(Protocol):

@@ -90,6 +90,7 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
         node=config.node or socket.gethostname(),
         shared=SharedTransport(transport),
         store=config.store,
+        orphan_timeout_s=config.orphan_timeout,
     )
 
 

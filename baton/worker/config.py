@@ -9,6 +9,7 @@ from baton.cpus import parse_cpus
 from baton.errors import ConfigError
 from baton.telemetry import LEVELS
 from baton.worker.address import is_address
+from baton.worker.links import ORPHAN_S
 
 KERNELS = ("auto", "native", "reference", "triton", "flash")
 """See `baton.engine.make_runner`."""
@@ -55,13 +56,16 @@ class WorkerConfig:
     prefix_caching: bool = option(True, "reuse the KV of common prefixes")
     log_level: str = option("info", "least level that is logged", choices=LEVELS)
     drain_timeout: float = option(30.0, "seconds that running requests get at SIGTERM")
+    orphan_timeout: float = option(
+        ORPHAN_S, "seconds that an answer goes on after its conductor has gone, for another one"
+    )
     exit_with_parent: bool = option(False, "end when standard input is closed")
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batch_tokens", "max_waiting", "layer_groups"):
             _require(getattr(self, name) >= 1, name, "at least 1")
         bounds = ("num_blocks", "kv_memory_mib", "max_prefill_tokens", "max_model_len")
-        for name in (*bounds, "by_layers_kib", "threads", "drain_timeout"):
+        for name in (*bounds, "by_layers_kib", "threads", "drain_timeout", "orphan_timeout"):
             _require(getattr(self, name) >= 0, name, "at least 0")
         _require(0 < self.memory_share <= 1, "memory_share", "more than 0 and at most 1")
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")

@@ -1,10 +1,12 @@
 """The worker's end of the links: who began which attempt, and what each conductor is told.
 
-    conductor --Start/Cancel--> LinkServer --> Duty (prefill or decode) --> Engine
-    conductor <--StepReport---- LinkServer <-- report(outputs of one step)
+    conductor --Start/Adopt/Cancel--> LinkServer --> Duty (prefill or decode) --> Engine
+    conductor <--StepReport---------- LinkServer <-- report(outputs of one step)
 
-Always true: an attempt belongs to at most one link, from its start to its one Finish. When a link
-ends, everything that was begun on it is cancelled.
+Always true: an attempt belongs to at most one link at a time, and ends with one Finish. When a link
+ends, what has not begun to decode is cancelled. What decodes is *orphaned*: it goes on for
+`orphan_timeout_s`, so that another conductor can adopt it with all its tokens, and is cancelled
+then. An answer that has ended can be adopted, too, for a while.
 """
 
 from __future__ import annotations
@@ -15,11 +17,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.errors import BatonError, Overloaded, PeerGone, StaleAttempt
+from baton.errors import (
+    BatonError,
+    Overloaded,
+    PeerGone,
+    StaleAttempt,
+    UnknownAttempt,
+    WorkerLost,
+)
 from baton.rpc.errors import to_wire
 from baton.rpc.services import Duplex
 from baton.types.fleet import WorkerLoad
 from baton.types.link import (
+    Adopt,
     Cancel,
     ConductorMessage,
     Drain,
@@ -29,11 +39,13 @@ from baton.types.link import (
     StepReport,
     WorkerMessage,
 )
-from baton.types.request import AttemptId, AttemptOutput, Finish, FinishReason
+from baton.types.request import AttemptId, AttemptOutput, Finish, FinishReason, SampledToken
 from baton.worker.kv_news import KvNews, Subscription
+from baton.worker.tails import EndedTails, Tail
 
 log = logging.getLogger(__name__)
 
+ORPHAN_S = 15.0  # how long nobody may have an attempt that decodes
 LAST_REPORT_S = 2.0  # how long a closing link may take to send what is left
 
 
@@ -57,20 +69,40 @@ class _Link:
     said: WorkerLoad | None = None  # the load in the last report
     news: Subscription | None = None
 
+    def tell(self, output: AttemptOutput) -> None:
+        self.pending.append(output)
+        self.wake.set()
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """An attempt that this worker works on."""
+
+    attempt: AttemptId
+    link: _Link | None  # None: orphaned, until `timer` ends it
+    tail: Tail | None  # None: it is not to be decoded here
+    timer: asyncio.TimerHandle | None = None
+
 
 class LinkServer:
     """Implements WorkerService. `load` is asked once per report; `news` is what is to be told of KV
     blocks."""
 
     def __init__(
-        self, duty: Duty, load: Callable[[], WorkerLoad], news: KvNews | None = None
+        self,
+        duty: Duty,
+        load: Callable[[], WorkerLoad],
+        news: KvNews | None = None,
+        orphan_timeout_s: float = ORPHAN_S,
     ) -> None:
         self._duty = duty
         self._load = load
         self._news = news
+        self._orphan_timeout_s = orphan_timeout_s
         self._links: set[_Link] = set()
-        self._owners: dict[AttemptId, _Link] = {}
+        self._held: dict[AttemptId, _Held] = {}
         self._current: dict[str, AttemptId] = {}  # request id -> its live attempt
+        self._ended = EndedTails()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -80,16 +112,24 @@ class LinkServer:
     def report(self, outputs: tuple[AttemptOutput, ...]) -> None:
         """Tell each conductor about its attempts; the outputs of one call go in one message.
 
-        Outputs of attempts that have had their Finish, or whose link has gone, are dropped.
+        Outputs of attempts that have had their Finish, or were cancelled, are dropped.
         """
         for output in outputs:
-            link = self._owners.get(output.attempt)
-            if link is None:
+            held = self._held.get(output.attempt)
+            if held is None:
                 continue
-            link.pending.append(output)
-            link.wake.set()
+            if held.tail is not None:
+                held.tail.add(output.tokens)
+            if held.link is not None:
+                held.link.tell(output)
             if output.finish is not None:
-                self._disown(output.attempt)
+                self._let_go(held, output.finish)
+
+    def begun(self, attempt: AttemptId, first: SampledToken) -> None:
+        """The attempt decodes from now on, after `first`, which comes from the prefill worker."""
+        held = self._held.get(attempt)
+        if held is not None and held.tail is not None:
+            held.tail.add((first,))
 
     def fail(self, attempt: AttemptId, error: BaseException) -> None:
         """Report that the attempt has ended with `error`."""
@@ -112,14 +152,14 @@ class LinkServer:
 
     def abandon(self, error: BatonError) -> None:
         """End every attempt with `error`, and cancel the work for it."""
-        for attempt in tuple(self._owners):
-            self.fail(attempt, error)
-            self._duty.cancel(attempt, error.message)
+        for attempt in tuple(self._held):
+            self._end(attempt, error)
 
     async def aclose(self) -> None:
-        """Send what is left and end all links."""
-        links = tuple(self._links)
-        await asyncio.gather(*(self._close(link) for link in links))
+        """Send what is left, end all links, and cancel what is still worked on."""
+        await asyncio.gather(*(self._close(link) for link in tuple(self._links)))
+        for held in tuple(self._held.values()):
+            self._give_up(held)
 
     # -- serving -------------------------------------------------------------------------------
 
@@ -139,8 +179,7 @@ class LinkServer:
             if link.news is not None:
                 link.news.close()
             for attempt in tuple(link.attempts):
-                self._disown(attempt)
-                self._duty.cancel(attempt, "the link to the conductor ended")
+                self._orphan(self._held[attempt])
             writer.cancel()
             await asyncio.wait([writer])
             await stream.aclose()
@@ -149,8 +188,10 @@ class LinkServer:
         match message:
             case StartPrefill() | StartDecode():
                 self._start(link, message)
+            case Adopt(attempt):
+                self._adopt(link, attempt)
             case Cancel(attempt, reason):
-                if self._owners.get(attempt) is link:
+                if attempt in link.attempts:
                     self._duty.cancel(attempt, reason)
             case Drain():
                 self.drain()
@@ -162,11 +203,15 @@ class LinkServer:
     def _start(self, link: _Link, message: StartPrefill | StartDecode) -> None:
         attempt = message.task.attempt
         try:
-            self._own(attempt, link)
+            self._check_new(attempt)
         except BatonError as error:
-            link.pending.append(_failed(attempt, error))
-            link.wake.set()
+            link.tell(_failed(attempt, error))
             return
+        tail = Tail(message.task) if isinstance(message, StartDecode) else None
+        self._held[attempt] = _Held(attempt, link, tail)
+        self._current[attempt.request_id] = attempt
+        link.attempts.add(attempt)
+        self._idle.clear()
         try:
             self._duty.start(message)
         except BatonError as error:
@@ -175,7 +220,7 @@ class LinkServer:
             log.exception("attempt %s could not be started", attempt)
             self.fail(attempt, error)
 
-    def _own(self, attempt: AttemptId, link: _Link) -> None:
+    def _check_new(self, attempt: AttemptId) -> None:
         """Raises when the attempt may not start here. A newer attempt ends an older one."""
         if self._draining:
             raise Overloaded("this worker is shutting down: use another one")
@@ -183,19 +228,71 @@ class LinkServer:
         if current is not None and current.number >= attempt.number:
             raise StaleAttempt(f"{attempt} is stale: this worker works on {current}")
         if current is not None:
-            error = StaleAttempt(f"{current} was replaced by {attempt}")
-            self.fail(current, error)
-            self._duty.cancel(current, error.message)
-        self._owners[attempt] = link
-        self._current[attempt.request_id] = attempt
-        link.attempts.add(attempt)
-        self._idle.clear()
+            self._end(current, StaleAttempt(f"{current} was replaced by {attempt}"))
 
-    def _disown(self, attempt: AttemptId) -> None:
-        self._owners.pop(attempt).attempts.discard(attempt)
-        del self._current[attempt.request_id]
-        if not self._owners:
+    def _adopt(self, link: _Link, attempt: AttemptId) -> None:
+        current = self._current.get(attempt.request_id)
+        held = self._held.get(attempt)
+        if current is not None and current.number > attempt.number:
+            link.tell(_failed(attempt, StaleAttempt(f"{attempt} was replaced by {current}")))
+        elif held is not None and held.tail is not None:
+            self._move(held, link)
+            link.tell(AttemptOutput(attempt, held.tail.tokens()))
+        else:
+            unknown = UnknownAttempt(f"{attempt} is not decoded here (any more)")
+            link.tell(self._ended.find(attempt) or _failed(attempt, unknown))
+
+    def _move(self, held: _Held, link: _Link) -> None:
+        """Make `link` the owner; whoever was it is told so."""
+        self._unlink(held)
+        if held.link is not None and held.link is not link:
+            error = StaleAttempt(f"{held.attempt} was adopted by another conductor")
+            held.link.tell(_failed(held.attempt, error))
+        held.link = link
+        link.attempts.add(held.attempt)
+
+    def _orphan(self, held: _Held) -> None:
+        """Its link has ended."""
+        decodes = held.tail is not None and held.tail.decodes
+        if not decodes or self._orphan_timeout_s <= 0:
+            self._give_up(held)
+            return
+        self._unlink(held)
+        held.link = None
+        loop = asyncio.get_running_loop()
+        held.timer = loop.call_later(self._orphan_timeout_s, self._on_orphan_timeout, held.attempt)
+
+    def _on_orphan_timeout(self, attempt: AttemptId) -> None:
+        waited = f"no conductor adopted it within {self._orphan_timeout_s:g} s"
+        log.info("attempt %s is cancelled: %s", attempt, waited)
+        self._end(attempt, WorkerLost(waited))
+
+    def _end(self, attempt: AttemptId, error: BatonError) -> None:
+        """Report the error, and stop working on it."""
+        self.fail(attempt, error)
+        self._duty.cancel(attempt, error.message)
+
+    def _give_up(self, held: _Held) -> None:
+        """Stop working on it; there is nobody to tell."""
+        self._let_go(held, None)
+        self._duty.cancel(held.attempt, "the link to the conductor ended")
+
+    def _let_go(self, held: _Held, finish: Finish | None) -> None:
+        self._unlink(held)
+        del self._held[held.attempt]
+        del self._current[held.attempt.request_id]
+        if held.tail is not None and finish and finish.reason is not FinishReason.CANCELLED:
+            self._ended.keep(held.attempt, held.tail, finish)
+        if not self._held:
             self._idle.set()
+
+    def _unlink(self, held: _Held) -> None:
+        """It belongs to no link, and no timer runs for it."""
+        if held.link is not None:
+            held.link.attempts.discard(held.attempt)
+        if held.timer is not None:
+            held.timer.cancel()
+            held.timer = None
 
     async def _write(self, link: _Link) -> None:
         try:

@@ -19,6 +19,7 @@ from baton.kv.identity import Identity
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.kv.transport.shared import SharedTransport
 from baton.types.fleet import Role, WorkerInfo
+from baton.worker.links import ORPHAN_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class WorkerParts:
     node: str
     shared: SharedTransport  # of `transport`
     store: str = ""  # host:port of the node's store
+    orphan_timeout_s: float = ORPHAN_S
     wall_clock: Callable[[], float] = time.time
     make_steps: MakeSteps = StepThreads
 

@@ -3,113 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 import pytest
 
 from baton.errors import Overloaded, PeerGone, WorkerLost
-from baton.rpc.memory import Fault, MemoryNetwork
-from baton.rpc.services import Duplex
+from baton.rpc.memory import Fault
 from baton.types.fleet import WorkerLoad
 from baton.types.link import (
     Cancel,
-    ConductorMessage,
     Drain,
-    StartDecode,
-    StartPrefill,
     StepReport,
-    WorkerMessage,
 )
 from baton.types.request import (
     AttemptId,
     AttemptOutput,
-    Finish,
-    FinishReason,
-    GenerationTask,
-    SampledToken,
-    SamplingParams,
 )
-from baton.worker.links import LinkServer
+from tests.unit.links_kit import DONE, error_of, receive, rig, start, token
 from tests.virtual_time import settle
-
-Link = Duplex[ConductorMessage, WorkerMessage]
-DONE = Finish(FinishReason.STOP)
-
-
-@dataclass
-class FakeDuty:
-    started: list[AttemptId] = field(default_factory=list)
-    cancelled: list[tuple[AttemptId, str]] = field(default_factory=list)
-    refuse: Exception | None = None
-    load: WorkerLoad = field(default_factory=WorkerLoad)
-    called: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def start(self, message: StartPrefill | StartDecode) -> None:
-        if self.refuse is not None:
-            raise self.refuse
-        self.started.append(message.task.attempt)
-        self.called.set()
-
-    def cancel(self, attempt: AttemptId, reason: str) -> None:
-        self.cancelled.append((attempt, reason))
-        self.called.set()
-
-
-@dataclass
-class Rig:
-    duty: FakeDuty
-    links: LinkServer
-    network: MemoryNetwork
-
-    async def connect(self) -> Link:
-        """A new conductor; its first report, which tells the load, is taken."""
-        stream = await self.network.worker_dialer("c").link("w", 1.0)
-        assert await stream.receive() == StepReport((), self.duty.load)
-        return stream
-
-    async def begin(self, stream: Link, attempt: AttemptId) -> None:
-        self.duty.called.clear()
-        await stream.send(start(attempt))
-        await self.call()
-        assert self.duty.started[-1] == attempt
-
-    async def call(self) -> None:
-        """Wait for the next call of the duty (since the flag was cleared)."""
-        async with asyncio.timeout(5):
-            await self.duty.called.wait()
-
-
-def start(attempt: AttemptId) -> StartDecode:
-    return StartDecode(GenerationTask(attempt, (1, 2), SamplingParams()))
-
-
-def token(attempt: AttemptId, index: int = 0, finish: Finish | None = None) -> AttemptOutput:
-    return AttemptOutput(attempt, (SampledToken(7, index),), finish)
-
-
-@asynccontextmanager
-async def rig() -> AsyncIterator[Rig]:
-    duty = FakeDuty()
-    links = LinkServer(duty, lambda: duty.load)
-    async with MemoryNetwork() as network:
-        network.add_worker("w", links)
-        yield Rig(duty, links, network)
-
-
-async def receive(stream: Link) -> StepReport:
-    async with asyncio.timeout(5):
-        return await stream.receive()
-
-
-async def error_of(stream: Link, attempt: AttemptId) -> str:
-    report = await receive(stream)
-    output = report.outputs[0]
-    assert output.attempt == attempt
-    assert output.finish is not None
-    assert output.finish.error is not None
-    return output.finish.error.code
 
 
 async def test_outputs_of_one_step_go_in_one_message_per_conductor() -> None:
@@ -262,7 +172,8 @@ async def test_a_report_that_cannot_be_sent_ends_the_link() -> None:
         a = AttemptId("a")
         await r.begin(stream, a)
         r.network.plan.on_message = unsendable  # type: ignore[method-assign]
-        r.links.report((token(a),))
+        r.duty.load = WorkerLoad(running=1)
+        r.links.load_changed()
         with pytest.raises(PeerGone):
             await receive(stream)
         await settle()

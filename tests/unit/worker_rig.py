@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from baton.types.fleet import BlockState, KvLayout, Peer, WorkerLoad
 from baton.types.kv_events import KvEvents, KvSnapshot
 from baton.types.link import ConductorMessage, StepReport, WorkerMessage
 from baton.types.request import AttemptId, Finish
+from baton.worker.links import ORPHAN_S
 from baton.worker.parts import WorkerParts
 from decode_worker.service import DecodeService
 from prefill_worker.service import PrefillService
@@ -183,12 +184,14 @@ async def running_pair(
     before_prefill: Callable[[Batch], None] = lambda batch: None,
     before_decode: Callable[[Batch], None] = lambda batch: None,
     options: HandoffOptions = OPTIONS,
+    orphan_timeout_s: float = ORPHAN_S,
     **settings: Any,
 ) -> AsyncIterator[Pair]:
     """Both services, linked; afterwards nothing may be left in them."""
     fabric = LoopbackFabric(plan)
     ours = await make_parts("p", fabric, before_prefill, options, **settings)
     theirs = await make_parts("d", fabric, before_decode, options, **settings)
+    theirs = replace(theirs, orphan_timeout_s=orphan_timeout_s)
     async with MemoryNetwork() as network:
         prefill = PrefillService(ours, network.blocks_dialer(PREFILL))
         decode = DecodeService(
