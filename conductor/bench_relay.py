@@ -1,96 +1,98 @@
 """Relay: how many requests and tokens one conductor process passes on, and what it adds to them.
 
-The workers are in the same process and on the same core, speak the real link over the in-memory
-network, and compute nothing: a decode worker sends one token for each of its attempts per step.
-HTTP and gRPC are not in it; `baton bench serve` has them.
+A real conductor on a core of its own, over HTTP and server-sent events to a client, and over gRPC
+to workers that compute nothing (`bench_puppet.py`). Client and workers are in this process, on the
+other cores. A rate *per core* is by the CPU time of the conductor's process, whatever else held
+the load up; a rate by the *clock* is what came through meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from baton.cli.child import Child, ChildSpec
+from baton.cpus import available_cpus
 from baton.demo import demo_model_path
-from baton.errors import PeerGone
+from baton.errors import InternalError
 from baton.model.spec import load_spec
-from baton.rpc.memory import MemoryNetwork
-from baton.rpc.services import Duplex
-from baton.tokenizer import load_tokenizer
-from baton.types.fleet import KvLayout, Role, WorkerInfo, WorkerLoad
-from baton.types.link import (
-    ConductorMessage,
-    StartDecode,
-    StartPrefill,
-    StepReport,
-    WorkerMessage,
-)
-from baton.types.request import AttemptId, AttemptOutput, Finish, FinishReason, SampledToken
+from conductor.bench_client import Connection, Reply, request_bytes
 from conductor.bench_figures import Figure, Plan, latencies
-from conductor.request import Ask, Options
-from conductor.service import Conductor, Policy, ServedModel
+from conductor.bench_puppet import TOKEN_TEXT, Pace, puppets
 
-REQUESTS = 1500
+SHORT_REQUESTS = 2_000
+STREAMED_REQUESTS = 1_000
+ALONE = 500
+WARM_UP = 100
+AT_ONCE = 32
+PROMPT_TOKENS = 128
+SHORT_STREAM = 16  # tokens
 STREAMS = 64
-STREAM_TOKENS = 400
-WORKERS = 2  # of each kind
-PROMPT_TOKENS = 512
-WARM_UP = 50
-_TIMEOUT_S = 120.0
+STREAM_TOKENS = 1_500
+PACED_TOKENS = 800
+STEP_S = 0.01
+PAIRS = 2  # of workers
+
+_SECRET = "bench"
+_START_S = 30.0
+_STOP_S = 5.0
+_TIMEOUT_S = 60.0
+_HZ = os.sysconf("SC_CLK_TCK")
 
 
-class Puppet:
-    """Implements WorkerService: first tokens at once, further ones in steps of all attempts."""
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of a load: seconds of the conductor's CPU time, and by the clock."""
 
-    def __init__(self) -> None:
-        self.started_at = 0.0  # when the last start was received
-        self._going: dict[AttemptId, list[int]] = {}  # next index, end
-        self._wake = asyncio.Event()
+    cpu_s: float
+    clock_s: float
 
-    async def link(self, stream: Duplex[WorkerMessage, ConductorMessage]) -> None:
-        steps = asyncio.create_task(self._step(stream))
-        try:
-            while True:
-                self._take(await stream.receive(), stream)
-        except PeerGone:
-            return
-        finally:
-            steps.cancel()
-            await asyncio.wait([steps])
 
-    def _take(
-        self, message: ConductorMessage, stream: Duplex[WorkerMessage, ConductorMessage]
-    ) -> None:
-        if isinstance(message, (StartPrefill, StartDecode)):
-            self.started_at = time.perf_counter()
-            prefills = isinstance(message, StartPrefill)
-            first = 1 if isinstance(message, StartDecode) and message.prefill is not None else 0
-            end = 1 if prefills else message.task.sampling.max_tokens
-            self._going[message.task.attempt] = [first, end]
-            self._wake.set()
+@dataclass(slots=True)
+class Rig:
+    """A conductor under load."""
 
-    async def _step(self, stream: Duplex[WorkerMessage, ConductorMessage]) -> None:
-        while True:
-            await self._wake.wait()
-            outputs = tuple(self._outputs())
-            if not self._going:
-                self._wake.clear()
-            await stream.send(StepReport(outputs, WorkerLoad(running=len(self._going))))
-            await asyncio.sleep(0)
+    address: str
+    pid: int
+    pace: Pace
+    model: str = "demo"
+    idle: list[Connection] = field(default_factory=list)
 
-    def _outputs(self) -> Iterator[AttemptOutput]:
-        for attempt, state in list(self._going.items()):
-            index, end = state
-            last = index + 1 >= end
-            finish = None
-            if last:
-                del self._going[attempt]
-                whole = end > 1 or index >= end
-                finish = Finish(FinishReason.LENGTH if whole else FinishReason.HANDED_OFF)
-            state[0] += 1
-            tokens = (SampledToken(97, index),) if index < end else ()
-            yield AttemptOutput(attempt, tokens, finish)
+    async def ask(self, tokens: int, stream: bool) -> Reply:
+        """One request, over a connection that is kept alive. Raises InternalError when a token
+        is missing."""
+        connection = await self._connection()
+        reply = await connection.ask(self._request(tokens, stream))
+        self.idle.append(connection)
+        came = reply.body.count(TOKEN_TEXT)
+        if not reply.is_ok or came != tokens:
+            raise InternalError(f"{came} tokens of {tokens}: {reply.body[-500:]!r}")
+        return reply
+
+    async def _connection(self) -> Connection:
+        """One that the conductor, which closes those that were not used for seconds, has open."""
+        while self.idle:
+            if (connection := self.idle.pop()).is_open:
+                return connection
+        return await Connection.open(self.address)
+
+    def _request(self, tokens: int, stream: bool) -> bytes:
+        # Token ids: what a tokenizer takes for a text is no part of the relay.
+        prompt = [33 + at % 90 for at in range(PROMPT_TOKENS)]
+        body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "stream": stream}
+        return request_bytes(self.address, "/v1/completions", {**body, "ignore_eos": True})
+
+    async def cost(self, load: Awaitable[object]) -> Cost:
+        cpu, clock = cpu_seconds(self.pid), time.perf_counter()
+        await load
+        return Cost(cpu_seconds(self.pid) - cpu, time.perf_counter() - clock)
 
 
 def measure_relay(plan: Plan) -> Iterator[Figure]:
@@ -99,88 +101,114 @@ def measure_relay(plan: Plan) -> Iterator[Figure]:
 
 
 async def _measure() -> list[Figure]:
-    async with MemoryNetwork() as network, asyncio.timeout(_TIMEOUT_S):
-        conductor = Conductor(_model(), network.worker_dialer("conductor"), Policy(1e6))
-        running = asyncio.create_task(conductor.run())
-        await asyncio.sleep(0)
-        try:
-            await _join(conductor, network)
-            return [*await _latency(conductor), *await _throughput(conductor)]
-        finally:
-            running.cancel()
-            await asyncio.wait([running])
+    own, others = _share_cpus()
+    async with asyncio.timeout(_TIMEOUT_S):
+        async with _conductor(own) as listening:
+            with _on_cpus(others):
+                return await _figures(listening)
 
 
-async def _latency(conductor: Conductor) -> list[Figure]:
-    """Of a request's way in and out, without anything else going on."""
-    samples = []
-    for number in range(WARM_UP + REQUESTS // 4):
-        begin = time.perf_counter()
-        await _ask(conductor, number, tokens=2)
-        samples.append(time.perf_counter() - begin)
-    name = f"{PROMPT_TOKENS}-token prompt, two tokens, alone"
-    return list(latencies("relay", name, sorted(samples[WARM_UP:]), ""))
+async def _figures(listening: Mapping[str, Any]) -> list[Figure]:
+    fingerprint, pace = load_spec(demo_model_path()).fingerprint, Pace()
+    async with puppets(listening["grpc"], _SECRET, fingerprint, PAIRS, pace):
+        rig = Rig(listening["http"], listening["pid"], pace)
+        await _many(rig, WARM_UP, SHORT_STREAM, AT_ONCE)
+        return [
+            *await _latency(rig),
+            *await _short(rig, "requests, one token", SHORT_REQUESTS, 1),
+            *await _short(rig, "streamed, 16 tokens", STREAMED_REQUESTS, SHORT_STREAM),
+            *await _streams(rig, "steps of 10 ms", PACED_TOKENS, STEP_S),
+            *await _streams(rig, "as fast as it goes", STREAM_TOKENS, 0.0),
+        ]
 
 
-async def _throughput(conductor: Conductor) -> list[Figure]:
-    seconds = await _many(conductor, REQUESTS, 2)
-    figures = [Figure("relay", "short requests", REQUESTS / seconds, "/s", ">= 300/s")]
-    for streams in (STREAMS // 4, STREAMS):
-        seconds = await _many(conductor, streams, STREAM_TOKENS, streams)
-        rate = streams * STREAM_TOKENS / seconds
-        name = f"streamed tokens, {streams} streams"
-        figures.append(Figure("relay", name, rate, "/s", ">= 30,000/s"))
-    return figures
+async def _latency(rig: Rig) -> list[Figure]:
+    """Of a request's way in and out, without anything else going on: the time to its first token
+    at the client but for what the worker took. Both ends of the client's and the worker's
+    connections are in it."""
+    added, whole = [], []
+    for number in range(WARM_UP + ALONE):
+        reply = await rig.ask(SHORT_STREAM, stream=True)
+        if number >= WARM_UP:
+            added.append(reply.first_s - rig.pace.prefill_s)
+            whole.append(reply.end_s)
+    return [
+        *latencies("relay", "added to TTFT, one request at a time", sorted(added), ""),
+        *latencies("relay", f"the whole of it, {SHORT_STREAM} tokens", sorted(whole), ""),
+    ]
 
 
-async def _many(conductor: Conductor, count: int, tokens: int, at_once: int = 32) -> float:
-    """Seconds of CPU for `count` requests."""
-    places = asyncio.Semaphore(at_once)
-
-    async def one(number: int) -> None:
-        async with places:
-            await _ask(conductor, number, tokens)
-
-    begin = time.process_time()
-    await asyncio.gather(*(one(number) for number in range(count)))
-    return time.process_time() - begin
+async def _short(rig: Rig, name: str, count: int, tokens: int) -> list[Figure]:
+    rig.pace.step_s = STEP_S if tokens > 1 else 0.0
+    cost = await rig.cost(_many(rig, count, tokens, AT_ONCE))
+    rig.pace.step_s = 0.0
+    return [
+        Figure("relay", f"{name}, per core", count / cost.cpu_s, "/s", ">= 300/s"),
+        Figure("relay", f"{name}, by the clock", count / cost.clock_s, "/s"),
+    ]
 
 
-async def _ask(conductor: Conductor, number: int, tokens: int) -> None:
-    # Token ids: what a tokenizer takes for a text is no part of the relay.
-    prompt = tuple((number + at) % 90 + 33 for at in range(PROMPT_TOKENS))
-    options = Options(max_tokens=tokens, ignore_eos=True)
-    request = await conductor.prepare(Ask(conductor.model.name, (prompt,), options), "bench")
-    async with aclosing(conductor.generate(request)) as results:
-        async for _ in results:
-            pass
+async def _streams(rig: Rig, name: str, tokens: int, step_s: float) -> list[Figure]:
+    rig.pace.step_s = step_s
+    cost = await rig.cost(_many(rig, STREAMS, tokens, STREAMS))
+    rig.pace.step_s = 0.0
+    total = STREAMS * tokens
+    name = f"streamed tokens, {STREAMS} streams, {name}"
+    return [
+        Figure("relay", f"{name}, per core", total / cost.cpu_s, "/s", ">= 30,000/s"),
+        Figure("relay", f"{name}, by the clock", total / cost.clock_s, "/s"),
+    ]
 
 
-async def _join(conductor: Conductor, network: MemoryNetwork) -> None:
-    fingerprint = conductor.model.fingerprint or ""
-    layout = KvLayout(fingerprint, "bfloat16", 36, 8, 128, 32)
-    for number in range(2 * WORKERS):
-        role = (Role.PREFILL, Role.DECODE)[number % 2]
-        name = f"{role.value}-{number // 2}"
-        info = WorkerInfo(
-            name=name,
-            role=role,
-            incarnation="1",
-            address=f"{name}:1",
-            pid=1,
-            model_name="bench",
-            layout=layout,
-            num_blocks=100_000,
-            max_model_len=100_000,
-            transport="loopback",
-        )
-        network.add_worker(info.address, Puppet())
-        await conductor.fleet.register(info)
-    while not (conductor.ready and len(conductor.fleet.view().live(Role.PREFILL)) == WORKERS):  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
+async def _many(rig: Rig, count: int, tokens: int, at_once: int) -> None:
+    left = iter(range(count))
+
+    async def ask_on() -> None:
+        for _ in left:
+            await rig.ask(tokens, stream=tokens > 1)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(at_once):
+            group.create_task(ask_on())
 
 
-def _model() -> ServedModel:
-    path = demo_model_path()
-    spec = load_spec(path)
-    return ServedModel("bench", load_tokenizer(path), spec.vocab_size, 100_000, (), "0" * 32)
+@asynccontextmanager
+async def _conductor(cpus: str) -> AsyncIterator[Mapping[str, Any]]:
+    """A conductor's process on these CPUs: what it announced."""
+    argv = [sys.executable, "-m", "conductor", "--port", "0", "--grpc-port", "0", "--announce"]
+    argv += ["--exit-with-parent", "--cpus", cpus, "--lease-ttl", "3600", "--log-level", "warning"]
+    argv += ["--local-prefill-tokens", "0"]  # every request goes to two workers
+    environ = {**os.environ, "BATON_CLUSTER_TOKEN": _SECRET}
+    child = Child(ChildSpec("conductor", argv, environ), _tell)
+    running = asyncio.create_task(child.run(), name="conductor")
+    try:
+        yield await child.announcement(_START_S)
+    finally:
+        await child.stop(_STOP_S, asyncio.Event())
+        await running
+
+
+def _tell(name: str, line: str) -> None:
+    sys.stderr.write(f"{name}: {line}\n")
+
+
+def _share_cpus() -> tuple[str, tuple[int, ...]]:
+    """The conductor's, as its flag takes it, and ours; the same one where there is only one."""
+    first, *others = available_cpus()
+    return str(first), tuple(others) or (first,)
+
+
+@contextmanager
+def _on_cpus(cpus: tuple[int, ...]) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and all of its threads so far, in user mode and in the kernel."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _HZ

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import orjson
@@ -9,8 +11,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from baton.errors import InternalError
 from conductor import bench_decisions, bench_keys, bench_map, bench_relay
+from conductor.bench_puppet import TOKEN_TEXT, Pace
+from conductor.bench_relay import Rig
 from conductor.bench_router import PARTS, bench_router
+from tests.fake_worker import Script, fake_server
 
 app = typer.Typer()
 app.command()(bench_router)
@@ -22,10 +28,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_map, "SINGLE_EVENTS", 10)
     monkeypatch.setattr(bench_map, "STEADY_EVENTS", 20)
     monkeypatch.setattr(bench_decisions, "ROUNDS", 10)
-    monkeypatch.setattr(bench_relay, "REQUESTS", 16)
-    monkeypatch.setattr(bench_relay, "STREAM_TOKENS", 5)
+    for name in ("SHORT_REQUESTS", "STREAMED_REQUESTS", "ALONE", "STREAM_TOKENS", "PACED_TOKENS"):
+        monkeypatch.setattr(bench_relay, name, 8)
     monkeypatch.setattr(bench_relay, "STREAMS", 4)
     monkeypatch.setattr(bench_relay, "WARM_UP", 1)
+    monkeypatch.setattr(bench_relay, "cpu_seconds", lambda pid: time.perf_counter())  # has 10 ms
     monkeypatch.setattr(bench_keys, "GROUPS", 200)
     monkeypatch.setattr(bench_keys, "ROUNDS", 3)
 
@@ -54,3 +61,13 @@ def test_an_unknown_part_is_refused() -> None:
     result = CliRunner().invoke(app, ["--parts", "map,engine"])
     assert result.exit_code == 2
     assert "engine" in result.output
+
+
+async def test_an_answer_that_lacks_tokens_is_no_figure() -> None:
+    async with fake_server(script=lambda task: Script((*TOKEN_TEXT, 65))) as cluster:
+        rig = Rig(cluster.http, os.getpid(), Pace(), model="tiny")
+        with pytest.raises(InternalError, match="1 tokens of 2"):
+            await rig.ask(tokens=2, stream=True)
+        assert (await rig.ask(tokens=1, stream=False)).is_ok
+        for connection in rig.idle:
+            connection.close()
