@@ -112,10 +112,11 @@ async def test_costs_are_learned_and_then_kept_to() -> None:
         assert len(early) == 6  # nothing is known yet: nobody is turned away
         for _ in range(12):
             await ask(cluster.conductor, "a" * 64)
-        waiting = [asyncio.create_task(ask(cluster.conductor, "a" * 64)) for _ in range(3)]
+        # Different ones: of equal prompts the worker would be expected to compute the first only.
+        waiting = [asyncio.create_task(ask(cluster.conductor, c * 64)) for c in "abc"]
         await wait_for(lambda: cluster.conductor.running == 3)
         with pytest.raises(Overloaded, match="first token"):
-            await ask(cluster.conductor, "a" * 64)
+            await ask(cluster.conductor, "d" * 64)
         text = cluster.conductor.metrics.render().decode()
         assert 'baton_rejections_total{reason="ttft"} 1.0' in text
         assert "baton_ttft_prediction_ratio_count" in text
