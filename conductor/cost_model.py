@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from baton.types.kv_events import Tier
 
@@ -80,8 +81,7 @@ class TransferCost:
         return self.latency_s + self.byte_s * num_bytes if num_bytes > 0 else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """Where blocks come from: the tier that has them, and whether that is on the same node."""
 
     tier: Tier

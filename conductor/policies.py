@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import attrgetter
+from typing import NamedTuple
 
 import xxhash
 
@@ -51,8 +52,7 @@ class Choice:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """What policies may look at. `group` is empty for a prompt without a full block."""
 
     key: str
@@ -124,26 +124,18 @@ def least_queued(workers: Workers, question: Question) -> WorkerView:
 
 def _by_ttft(workers: Workers, question: Question) -> Choice:
     """Algorithm 1 on those that can win: owners of the group, holders, and the least loaded."""
-    considered = _consider(workers, question)
-    plans = {}
-    for worker, why in considered.values():
-        plans[worker.info.name] = estimate(
-            worker,
-            question.prefix,
-            question.fleet.transfers,
-            question.now,
-            question.priority,
-            why,
-        )
-    best = min(plans[name][0].ttft_s for name in plans)
+    prefix, transfers = question.prefix, question.fleet.transfers
+    plans = [
+        (worker, *estimate(worker, prefix, transfers, question.now, question.priority, why))
+        for worker, why in _consider(workers, question).values()
+    ]
+    best = min([candidate.ttft_s for _, candidate, _ in plans])
     limit = best + max(TIE_S, TIE_SHARE * best)
     # Equal estimates: whoever has the prefix, then the owner, who comes first of the rest.
-    tied = [name for name in plans if plans[name][0].ttft_s <= limit]
-    name = max(tied, key=lambda name: plans[name][0].cached_tokens)
-    candidate, fetch = plans[name]
-    reason = "fetch" if fetch else "cached" if candidate.cached_tokens else candidate.why
-    candidates = tuple(plan[0] for plan in plans.values())
-    return Choice(considered[name][0], candidate, candidates, fetch, reason)
+    tied = [plan for plan in plans if plan[1].ttft_s <= limit]
+    worker, chosen, fetch = max(tied, key=lambda plan: plan[1].cached_tokens)
+    reason = "fetch" if fetch else "cached" if chosen.cached_tokens else chosen.why
+    return Choice(worker, chosen, tuple([candidate for _, candidate, _ in plans]), fetch, reason)
 
 
 def _consider(workers: Workers, question: Question) -> dict[str, tuple[WorkerView, str]]:
@@ -215,6 +207,8 @@ def _just(worker: WorkerView, reason: str, question: Question) -> Choice:
 
 
 def _with_least(workers: Workers, attribute: str) -> Workers:
+    if len(workers) == 1:
+        return workers
     value = attrgetter(attribute)
     least = min(map(value, workers))
     return [worker for worker in workers if value(worker) == least]

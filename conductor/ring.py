@@ -109,7 +109,7 @@ class Ring:
     def _clockwise(self, group: bytes) -> Iterator[str]:
         """All names, in the order in which their first points follow the group's."""
         seen = set()
-        start = int(np.searchsorted(self.points, np.uint64(xxhash.xxh3_64_intdigest(group))))
+        start = int(self.points.searchsorted(np.uint64(xxhash.xxh3_64_intdigest(group))))
         wanted = len(self)
         for begin, end in _chunks(start, self.points.size):
             for index in self.owner_of[begin:end].tolist():
