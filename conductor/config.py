@@ -24,6 +24,11 @@ class ConductorConfig:
     model: str = option("", "model directory or hub id; empty = the built-in demo model")
     model_name: str = option("", "served name; empty = the last part of --model")
     name: str = option("conductor-0", "name in logs and in the fleet")
+    advertise: str = option("", "host that workers reach this conductor by; empty: what it bound")
+    redis: str = option(
+        "", "redis://[:password@]host:port, where several conductors of a cluster find one another"
+    )
+    cluster_name: str = option("default", "which of the clusters in that Redis this one is")
     lease_ttl: float = option(10.0, "seconds after which a silent worker is dead")
     max_queue: int = option(1024, "answers being worked on at most; more get 429")
     policy: str = option(

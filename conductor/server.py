@@ -20,7 +20,11 @@ from starlette.types import ASGIApp
 from baton.errors import ConfigError, NoWorker
 from baton.rpc.grpc_client import GrpcWorkerDialer
 from baton.rpc.grpc_server import RpcServer
+from baton.rpc.registry import Registry, open_registry
 from baton.rpc.services import WorkerDialer
+from baton.types.registry import ConductorInfo
+from baton.worker.address import reachable_address
+from conductor.announce import announce
 from conductor.cluster import ConductorIdentity
 from conductor.config import ConductorConfig
 from conductor.grpc_inference import SERVICE_NAME, add_inference
@@ -38,7 +42,8 @@ log = logging.getLogger(__name__)
 class Server:
     """One conductor with its servers. `run` owns everything; `stop` may be called from a signal.
 
-    `dialer` is how workers are reached; by default gRPC with the cluster token.
+    `dialer` is how workers are reached, by default gRPC with the cluster token; `registry` is what
+    several conductors share, by default the one of `--redis`.
     """
 
     def __init__(
@@ -47,11 +52,15 @@ class Server:
         model: ServedModel,
         token: str,
         dialer: WorkerDialer | None = None,
+        registry: Registry | None = None,
     ) -> None:
         self._config = config
         self._model = model
         self._token = token
         self._dialer = dialer or GrpcWorkerDialer(token)
+        if registry is None and config.redis:
+            registry = open_registry(config.redis, config.cluster_name)
+        self._registry = registry
         self._stopping = asyncio.Event()
         self._drain_s = config.drain_timeout
         self._draining: asyncio.Timeout | None = None
@@ -66,6 +75,7 @@ class Server:
                 slos=config.slos,
                 map_blocks=config.prefix_map_blocks,
             ),
+            registry=registry,
         )
 
     @property
@@ -101,7 +111,9 @@ class Server:
                     health = tasks.create_task(self._follow_health(rpc), name="health")
                     await http.listening.wait()
                     on_listening(identity)
+                    lease = tasks.create_task(self._announce(identity), name="lease")
                     await self._stopping.wait()
+                    lease.cancel()
                     await self._drain()
                     log.info("closing")
                     http.should_exit = True
@@ -110,6 +122,20 @@ class Server:
                     core.cancel()
             finally:
                 await rpc.stop(CLOSE_S)
+                if self._registry is not None:
+                    await self._registry.aclose()
+
+    async def _announce(self, identity: ConductorIdentity) -> None:
+        if self._registry is None:
+            return
+        advertise = self._config.advertise
+        info = ConductorInfo(
+            name=identity.name,
+            incarnation=identity.incarnation,
+            http=reachable_address(advertise, identity.http),
+            grpc=reachable_address(advertise, identity.grpc),
+        )
+        await announce(self._registry, info, self._config.lease_ttl)
 
     async def _drain(self) -> None:
         admission = self.conductor.admission

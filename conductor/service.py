@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from baton.errors import BatonError, Cancelled, InternalError
+from baton.rpc.registry import Registry
 from baton.rpc.services import WorkerDialer
 from baton.tokenizer import Tokenizer
 from baton.types.fleet import Role
@@ -69,8 +70,10 @@ class Conductor:
         dialer: WorkerDialer,
         policy: Policy,
         make_id: Callable[[], str] | None = None,
+        registry: Registry | None = None,
     ) -> None:
         self.model = model
+        self.registry = registry  # None: this is the only conductor
         self.policy = policy
         self._make_id = make_id or functools.partial(secrets.token_hex, 12)
         self.fleet = Fleet(dialer, policy.lease_ttl_s, model.fingerprint, policy.map_blocks)
