@@ -30,7 +30,7 @@ class StoreCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         views = self._fleet.view().workers
         stores = [(view, view.load.store) for view in views if view.load.store is not None]
-        return *_tiers(stores), *_counters(stores), _offers(views)
+        return *_tiers(stores), *_counters(stores), *_pins(stores), _offers(views)
 
 
 def _tiers(stores: list[tuple[WorkerView, StoreFigures]]) -> Iterable[Metric]:
@@ -57,6 +57,19 @@ def _tiers(stores: list[tuple[WorkerView, StoreFigures]]) -> Iterable[Metric]:
             up.add_metric(names, int(is_up))
             hits.add_metric(names, tier.hits)
     return held, blocks, room, up, hits
+
+
+def _pins(stores: list[tuple[WorkerView, StoreFigures]]) -> Iterable[Metric]:
+    pinned = GaugeMetricFamily(
+        "baton_store_pinned_bytes", "KV that stays in the CPU tier for a time.", labels=["store"]
+    )
+    refused = CounterMetricFamily(
+        "baton_store_pins_refused", "KV blocks that could not be pinned.", labels=["store"]
+    )
+    for view, figures in stores:
+        pinned.add_metric([view.info.name], figures.pinned * view.info.layout.block_bytes)
+        refused.add_metric([view.info.name], figures.pins_refused)
+    return pinned, refused
 
 
 def _counters(stores: list[tuple[WorkerView, StoreFigures]]) -> Iterable[Metric]:

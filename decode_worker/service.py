@@ -82,6 +82,7 @@ class DecodeService:
         attempt = message.task.attempt
         try:
             self._engine.submit(message.task, fetchable=self.sharing.plan(attempt, message.fetch))
+            self.sharing.pin(message.task)
         except BatonError:
             self.sharing.forget(attempt)
             raise

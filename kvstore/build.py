@@ -31,7 +31,7 @@ from kvstore.journal import Journal
 from kvstore.memory_tier import MemoryTier
 from kvstore.service import StoreService
 from kvstore.slot_table import HEADER_BYTES, SlotTable, map_file
-from kvstore.store import Store
+from kvstore.store import Store, StoreOptions
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -116,7 +116,7 @@ async def build(config: StoreConfig) -> StoreParts:
                 Path(config.disk_dir), int(config.disk_gib * GIB), config.disk_segment_mib * MIB
             )
             disk = DiskTier(options, layout, journal.of(Tier.NVME))
-        store = Store(tier, disk, journal)
+        store = Store(tier, disk, journal, StoreOptions(pin_share=config.pin_share))
         await store.open()
     except BaseException:
         with contextlib.suppress(Exception):

@@ -10,6 +10,7 @@ from baton.types.kv_events import Tier
 from kvstore.disk_options import DiskState
 from kvstore.disk_tier import DiskTier
 from kvstore.memory_tier import MemoryTier
+from kvstore.pins import Pins
 
 _STATES = {
     DiskState.ON: TierState.ON,
@@ -39,7 +40,9 @@ class StoreStats:
     lost: int = 0  # evicted under pressure, before NVMe had them
 
 
-def store_figures(stats: StoreStats, memory: MemoryTier, disk: DiskTier | None) -> StoreFigures:
+def store_figures(
+    stats: StoreStats, memory: MemoryTier, disk: DiskTier | None, pins: Pins
+) -> StoreFigures:
     """A copy of what has been counted, and how full the tiers are."""
     hits = stats.hits
     tiers = [TierFigures(Tier.CPU, TierState.ON, len(memory), memory.num_slots, hits[Tier.CPU])]
@@ -56,6 +59,8 @@ def store_figures(stats: StoreStats, memory: MemoryTier, disk: DiskTier | None) 
         evicted=stats.evicted,
         lost=stats.lost,
         bad_blocks=0 if disk is None else disk.stats.damaged,
+        pinned=len(pins),
+        pins_refused=pins.refused,
         disk_errors=0 if disk is None else disk.stats.errors,
     )
 

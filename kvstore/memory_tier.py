@@ -5,15 +5,14 @@
     FILLING  belongs to who writes it (a transport's read, a read from disk) until commit or abort
     READY    keyed, complete and verified; never changes until it is evicted, which no pin allows
 
-A pin says that somebody reads the slot. Who pins also unpins, except that `pin_until` ends by
-itself. Every operation is O(1), a victim O(log n). Not thread-safe: belongs to the event loop.
+A pin says that somebody reads the slot, or wants it to stay. Who pins also unpins. Every operation
+is O(1), a victim O(log n). Not thread-safe: belongs to the event loop.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -73,7 +72,11 @@ class MemoryTier:
         self._infos: list[BlockInfo | None] = [None] * self.num_slots  # of READY slots
         self._pins = [0] * self.num_slots
         self._pinned = 0  # slots with a pin
-        self._expiries: list[tuple[float, bytes]] = []  # a heap
+        self._settled: Callable[[bytes], None] | None = None
+
+    def watch(self, settled: Callable[[bytes], None]) -> None:
+        """Call `settled` with each key that becomes READY, or was aborted."""
+        self._settled = settled
 
     @property
     def free(self) -> int:
@@ -151,6 +154,8 @@ class MemoryTier:
         """Nobody writes to the FILLING slot any more, and it is not complete."""
         self._free.append(self._filling_of(key).slot)
         del self._filling[key]
+        if self._settled is not None:
+            self._settled(key)
 
     def hit(self, key: bytes) -> None:
         self._policy.on_hit(key)
@@ -197,20 +202,6 @@ class MemoryTier:
             self._pinned -= 1
             self._policy.release(key)
 
-    def pin_until(self, keys: Iterable[bytes], until: float) -> int:
-        """Pin those that are READY until that time of the event loop; how many these are."""
-        count = 0
-        for key in keys:
-            if key in self._ready:
-                self.pin(key)
-                heapq.heappush(self._expiries, (until, key))
-                count += 1
-        return count
-
-    def expire_pins(self, now: float) -> None:
-        while self._expiries and self._expiries[0][0] <= now:
-            self.unpin(heapq.heappop(self._expiries)[1])
-
     def victim(self) -> bytes | None:
         """The block to evict next, by the policy; None when none can be."""
         return self._policy.victim()
@@ -242,7 +233,7 @@ class MemoryTier:
         return self._pinned
 
     def pins(self) -> dict[bytes, int]:
-        """Pins by key, those that expire included."""
+        """Pins by key."""
         return {key: self._pins[slot] for key, slot in self._ready.items() if self._pins[slot]}
 
     def check_integrity(self) -> None:
@@ -265,8 +256,6 @@ class MemoryTier:
         for slot in [*self._free, *filling]:
             _require(self._table.read(slot) is None, f"slot {slot} is not ready and has a header")
         _require(self._pinned == len(self.pins()), "pinned slots were miscounted")
-        timed = Counter(key for _, key in self._expiries)
-        _require(timed <= Counter(self.pins()), "a pin with expiry is not among the pins")
 
     def _filling_of(self, key: bytes) -> _Filling:
         filling = self._filling.get(key)
@@ -279,6 +268,8 @@ class MemoryTier:
         self._infos[slot] = info
         self._policy.on_insert(info.key, info.depth, info.parent)
         self._changes.add(info.key)
+        if self._settled is not None:
+            self._settled(info.key)
 
 
 def _require(holds: bool, message: str) -> None:

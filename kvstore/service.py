@@ -73,13 +73,15 @@ class StoreSink:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def reserve(self, keys: bytes, depth: int) -> Sequence[Slot]:
+    async def reserve(self, keys: bytes, depth: int, pin_s: float | None) -> Sequence[Slot]:
         slots = []
         parent = NO_PARENT
         for index, key in enumerate(split(keys)):
             block = self._store.begin_put(key, depth + index, parent)
             if block is not None:
                 slots.append(Slot(key, index, block, depth + index))
+            if pin_s is not None:  # before the next slot is taken, which could cost this block
+                self._store.keep(key, pin_s)
             parent = key
         return slots
 

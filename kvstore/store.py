@@ -3,6 +3,7 @@
     put       begin_put -> the caller fills the slot -> commit_put -> hashed           CPU
     get       READY slots at once; blocks on NVMe are read into slots (promotion)      NVMe -> CPU
     demotion  ahead of need, the next victims of the CPU tier are written and freed    CPU -> NVMe
+    keep      a block that is pinned for a time is no victim; see kvstore/pins.py
 
 Nobody waits for room: when no slot is free, the next victim is evicted at once, and lost if it is
 not on NVMe yet. How often that happens is counted. Blocks that are being demoted stay readable.
@@ -31,6 +32,7 @@ from kvstore.format import NO_PARENT
 from kvstore.journal import Journal
 from kvstore.loads import LoadOptions, Loads, Run
 from kvstore.memory_tier import MemoryTier
+from kvstore.pins import Pins
 from kvstore.sealing import Sealer, SealOptions
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 class StoreOptions:
     spare_slots: int = 32  # kept FREE by demoting ahead of need; at most an eighth of all
     demotions: int = 32  # blocks that are written to NVMe at a time
+    pin_share: float = 0.5  # of the CPU tier, for blocks that are pinned for a time
     loads: LoadOptions = field(default_factory=LoadOptions)
     sealing: SealOptions = field(default_factory=SealOptions)
 
@@ -61,6 +64,7 @@ class Store:
         self._journal = journal
         self._options = options or StoreOptions()
         self._spare = max(1, min(self._options.spare_slots, memory.num_slots // 8))
+        self._pins = Pins(memory, int(self._options.pin_share * memory.num_slots))
         self.loads = Loads(memory, disk, self._slot_for_load, self._options.loads)
         sealing = self._options.sealing
         threads = threads or ThreadPool(sealing.threads, "kvstore hash")
@@ -160,9 +164,12 @@ class Store:
         for key in keys:
             self._memory.unpin(key)
 
-    def pin(self, keys: Iterable[bytes], until: float) -> int:
-        """Keep those that are in memory there until that time of the event loop; how many."""
-        return self._memory.pin_until(keys, until)
+    def keep(self, key: bytes, seconds: float) -> bool:
+        """Pin the block, if it is in memory or being put, for that time at least. False: it is
+        not, or too many are pinned already; that is counted."""
+        now = asyncio.get_running_loop().time()
+        self._pins.expire(now)
+        return self._pins.pin(key, now + seconds)
 
     # Telling
 
@@ -179,7 +186,8 @@ class Store:
 
     def figures(self) -> StoreFigures:
         """For metrics."""
-        return store_figures(self.stats, self._memory, self._disk)
+        self._pins.expire(asyncio.get_running_loop().time())
+        return store_figures(self.stats, self._memory, self._disk, self._pins)
 
     def check_integrity(self) -> None:
         """Raise InternalError unless all accounts agree. O(slots + blocks on disk)."""
@@ -191,6 +199,7 @@ class Store:
         for key in self._demoting:
             _require(pins.get(key, 0) > 0, "a block is demoted without a pin")
         self.loads.check_integrity()
+        self._pins.check_integrity()
 
     # Slots
 
@@ -206,7 +215,7 @@ class Store:
     def _take_slot(
         self, key: bytes, depth: int = 0, parent: bytes = NO_PARENT, may_lose: bool = True
     ) -> int | None:
-        self._memory.expire_pins(asyncio.get_running_loop().time())
+        self._pins.expire(asyncio.get_running_loop().time())
         slot = self._memory.begin(key, depth, parent)
         if slot is None and self._evict_now(may_lose):
             slot = self._memory.begin(key, depth, parent)

@@ -98,6 +98,7 @@ class PrefillService:
         try:
             fetchable = self.sharing.plan(attempt, message.fetch)
             self._engine.submit(message.task, hand_off=True, fetchable=fetchable)
+            self.sharing.pin(message.task)
         except BatonError as error:
             self.sharing.forget(attempt)
             self._endings.forget(attempt)

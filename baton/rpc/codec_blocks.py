@@ -111,6 +111,7 @@ def _offer_to_pb(value: Offer) -> pb.Offer:
         blocks=value.blocks,
         depth=value.depth,
         digests=value.digests,
+        pin_s=value.pin_s,
     )
 
 
@@ -121,4 +122,5 @@ def _offer_from_pb(message: pb.Offer) -> Offer:
         blocks=tuple(message.blocks),
         depth=message.depth,
         digests=tuple(message.digests),
+        pin_s=message.pin_s if message.HasField("pin_s") else None,
     )

@@ -38,6 +38,8 @@ def store_to_pb(value: StoreFigures) -> pb.StoreFigures:
         lost=value.lost,
         bad_blocks=value.bad_blocks,
         disk_errors=value.disk_errors,
+        pinned=value.pinned,
+        pins_refused=value.pins_refused,
     )
 
 
@@ -54,6 +56,8 @@ def store_from_pb(message: pb.StoreFigures) -> StoreFigures:
         lost=message.lost,
         bad_blocks=message.bad_blocks,
         disk_errors=message.disk_errors,
+        pinned=message.pinned,
+        pins_refused=message.pins_refused,
     )
 
 

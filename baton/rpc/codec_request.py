@@ -70,6 +70,7 @@ def task_to_pb(value: GenerationTask) -> pb.GenerationTask:
         priority=value.priority,
         timeout_s=value.timeout_s,
         cache_salt=value.cache_salt,
+        cache_pin_s=value.cache_pin_s,
     )
 
 
@@ -82,6 +83,7 @@ def task_from_pb(message: pb.GenerationTask) -> GenerationTask:
         priority=message.priority,
         timeout_s=message.timeout_s if message.HasField("timeout_s") else None,
         cache_salt=message.cache_salt,
+        cache_pin_s=message.cache_pin_s if message.HasField("cache_pin_s") else None,
     )
 
 

@@ -52,13 +52,18 @@ class Ask:
 @dataclass(frozen=True, slots=True)
 class Offer:
     """`blocks[i]` of the sender's pool has keys[i], whose chain is `depth + i` blocks long before
-    it; all are leased until the store returns the loan. The store takes what it wants."""
+    it; all are leased until the store returns the loan. The store takes what it wants.
+
+    With `pin_s`, it is asked to keep all of them in its fastest tier that long, also those that it
+    has already.
+    """
 
     number: int
     keys: bytes
     blocks: tuple[int, ...]
     depth: int = 0
     digests: tuple[bytes, ...] = ()
+    pin_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class StoreFigures:
     demoted: int = 0  # written to NVMe for it
     evicted: int = 0  # on NVMe already, or there is no NVMe tier
     lost: int = 0  # NVMe should have had it, and was not fast enough
+    pinned: int = 0  # now: they stay in the CPU tier until a time that somebody asked for
+    pins_refused: int = 0  # too many were pinned, or the block was not stored
     bad_blocks: int = 0  # did not verify when they were read: forgotten
     disk_errors: int = 0  # calls to the disk that failed
 

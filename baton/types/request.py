@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+MAX_PIN_S = 86_400.0  # a day
+
 
 class FinishReason(StrEnum):
     """Why a worker is done with an attempt. Exactly one per attempt and worker."""
@@ -66,6 +68,7 @@ class GenerationTask:
     priority: int = 0  # lower runs first, as in vLLM
     timeout_s: float | None = None  # what is left of the request's deadline when this was sent
     cache_salt: str = ""
+    cache_pin_s: float | None = None  # keep the prompt's KV in the store that long; up to MAX_PIN_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class GenerationTask(_message.Message):
-    __slots__ = ("attempt", "prompt", "sampling", "output", "priority", "timeout_s", "cache_salt")
+    __slots__ = ("attempt", "prompt", "sampling", "output", "priority", "timeout_s", "cache_salt", "cache_pin_s")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,7 @@ class GenerationTask(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_PIN_S_FIELD_NUMBER: _ClassVar[int]
     attempt: AttemptId
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
@@ -108,7 +109,8 @@ class GenerationTask(_message.Message):
     priority: int
     timeout_s: float
     cache_salt: str
-    def __init__(self, attempt: _Optional[_Union[AttemptId, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., output: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    cache_pin_s: float
+    def __init__(self, attempt: _Optional[_Union[AttemptId, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., output: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., cache_pin_s: _Optional[float] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("logprob", "top_ids", "top_logprobs")
@@ -185,7 +187,7 @@ class TierFigures(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., state: _Optional[_Union[TierState, str]] = ..., blocks: _Optional[int] = ..., capacity: _Optional[int] = ..., hits: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
 
 class StoreFigures(_message.Message):
-    __slots__ = ("tiers", "stored", "present", "busy", "pressure", "aborted", "demoted", "evicted", "lost", "bad_blocks", "disk_errors")
+    __slots__ = ("tiers", "stored", "present", "busy", "pressure", "aborted", "demoted", "evicted", "lost", "bad_blocks", "disk_errors", "pinned", "pins_refused")
     TIERS_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     PRESENT_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +199,8 @@ class StoreFigures(_message.Message):
     LOST_FIELD_NUMBER: _ClassVar[int]
     BAD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DISK_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    PINS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     tiers: _containers.RepeatedCompositeFieldContainer[TierFigures]
     stored: int
     present: int
@@ -208,7 +212,9 @@ class StoreFigures(_message.Message):
     lost: int
     bad_blocks: int
     disk_errors: int
-    def __init__(self, tiers: _Optional[_Iterable[_Union[TierFigures, _Mapping]]] = ..., stored: _Optional[int] = ..., present: _Optional[int] = ..., busy: _Optional[int] = ..., pressure: _Optional[int] = ..., aborted: _Optional[int] = ..., demoted: _Optional[int] = ..., evicted: _Optional[int] = ..., lost: _Optional[int] = ..., bad_blocks: _Optional[int] = ..., disk_errors: _Optional[int] = ...) -> None: ...
+    pinned: int
+    pins_refused: int
+    def __init__(self, tiers: _Optional[_Iterable[_Union[TierFigures, _Mapping]]] = ..., stored: _Optional[int] = ..., present: _Optional[int] = ..., busy: _Optional[int] = ..., pressure: _Optional[int] = ..., aborted: _Optional[int] = ..., demoted: _Optional[int] = ..., evicted: _Optional[int] = ..., lost: _Optional[int] = ..., bad_blocks: _Optional[int] = ..., disk_errors: _Optional[int] = ..., pinned: _Optional[int] = ..., pins_refused: _Optional[int] = ...) -> None: ...
 
 class OfferCounts(_message.Message):
     __slots__ = ("read", "dropped", "gone", "failed")

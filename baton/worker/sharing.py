@@ -25,10 +25,11 @@ from baton.rpc.grpc_server import RpcServer
 from baton.rpc.services import BlocksDialer
 from baton.types.fleet import Peer, WorkerLoad
 from baton.types.link import FetchPart
-from baton.types.request import AttemptId, AttemptOutput
+from baton.types.request import AttemptId, AttemptOutput, GenerationTask
 from baton.worker.fetcher import Fetcher
 from baton.worker.kv_news import KvNews, PoolBook
 from baton.worker.parts import WorkerParts
+from baton.worker.pinning import PromptPins
 
 
 class PoolSource:
@@ -68,9 +69,11 @@ class Sharing:
         self._borrower = Borrower(*common, dialer, options)
         self._fetcher = Fetcher(self._borrower, engine.arrived)
         self._offers: Offers | None = None
+        self._pins: PromptPins | None = None
         if parts.store:
             store = Peer("store", "", parts.store)
             self._offers = Offers(store, *common, dialer, source, options)
+            self._pins = PromptPins(parts.identity.layout, self._offers.offer)
 
     def serve_on(self, server: RpcServer) -> None:
         server.add_blocks(self.server)
@@ -101,8 +104,15 @@ class Sharing:
         """Leading blocks that may be had elsewhere, for `Engine.submit`."""
         return self._fetcher.plan(attempt, parts) if parts else 0
 
+    def pin(self, task: GenerationTask) -> None:
+        """The attempt's prompt is computed here: let the store keep it, if that was asked for."""
+        if self._pins is not None:
+            self._pins.begin(task)
+
     def forget(self, attempt: AttemptId) -> None:
         self._fetcher.forget(attempt)
+        if self._pins is not None:
+            self._pins.forget(attempt)
 
     def on_kv_wanted(self, wanted: tuple[KvWanted, ...]) -> None:
         for one in wanted:
@@ -114,6 +124,8 @@ class Sharing:
                 self._offers.offer(one.keys, one.first_block)
 
     def on_outputs(self, outputs: tuple[AttemptOutput, ...]) -> None:
+        if self._pins is not None:
+            self._pins.on_outputs(outputs)
         for output in outputs:
             if output.finish is not None:
                 self._fetcher.forget(output.attempt)

@@ -73,6 +73,7 @@ class Pool:
     reserved: set[Slot] = field(default_factory=set)
     committed: list[int] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
+    pins: list[tuple[int, float]] = field(default_factory=list)  # that were asked for
 
     def block(self, number: int) -> Bytes:
         size = self.layout.block_bytes
@@ -110,7 +111,9 @@ class Pool:
                 self.held = {n: b for n, b in self.held.items() if b != block}
                 self.block(block)[:] = 0
 
-    async def reserve(self, keys: bytes, depth: int) -> Sequence[Slot]:
+    async def reserve(self, keys: bytes, depth: int, pin_s: float | None) -> Sequence[Slot]:
+        if pin_s is not None:
+            self.pins += [(number, pin_s) for number in split(keys)]
         await asyncio.sleep(self.reserve_s)
         taken = set(self.held.values()) | {slot.block for slot in self.reserved}
         free = (block for block in range(BLOCKS) if block not in taken)

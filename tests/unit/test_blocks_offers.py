@@ -16,6 +16,36 @@ from tests.unit.blocks_kit import LAYOUT, OPTIONS, TTL, Plan, key, keys, world
 from tests.virtual_time import settle, virtual_time
 
 
+@virtual_time
+async def test_a_store_hears_how_long_blocks_are_to_stay() -> None:
+    async with world() as w:
+        store, worker = await w.side("s", takes=True), await w.side("w")
+        worker.pool.put(1, 2, 3)
+        store.pool.put(1)
+        offers = w.offers(worker, store.peer)
+        offers.offer(keys(1, 2), 0, pin_s=60.0)
+        offers.offer(key(3), 2)
+        await asyncio.sleep(1)
+        assert store.pool.pins == [(1, 60.0), (2, 60.0)]
+        assert sorted(store.pool.committed) == [2, 3]
+
+
+@pytest.mark.parametrize("pin_s", [0.0, -1.0, 86_401.0, float("nan")])
+def test_a_pin_of_no_sense_ends_the_stream(pin_s: float) -> None:
+    @virtual_time
+    async def run() -> None:
+        async with world() as w:
+            store, worker = await w.side("s", takes=True), await w.side("w")
+            worker.pool.put(1)
+            offers = w.offers(worker, store.peer)
+            offers.offer(key(1), 0, pin_s)
+            await asyncio.sleep(1)
+            assert offers.counts.failed == 1
+            assert store.pool.committed == []
+
+    run()
+
+
 @pytest.mark.parametrize("verify", Verify)
 def test_a_store_takes_what_it_lacks(verify: Verify) -> None:
     @virtual_time

@@ -73,6 +73,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.threads = InlineThreads(0.5)
         self.open_puts: dict[bytes, int] = {}
         self.pins: Counter[bytes] = Counter()
+        self.kept: dict[bytes, float] = {}  # what was in memory, and must stay there until then
         self.gets: list[asyncio.Task[None]] = []
         self.known: dict[Tier, set[bytes]] = {Tier.CPU: set(), Tier.NVME: set()}
 
@@ -190,8 +191,10 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(chain=chains, seconds=st.sampled_from([0.2, 3.0]))
     def pin_for_a_while(self, chain: int, seconds: float) -> None:
         async def pin() -> None:
-            now = asyncio.get_running_loop().time()
-            self.rig.store.pin(keys_of(chain), now + seconds)
+            until = asyncio.get_running_loop().time() + seconds
+            for key in keys_of(chain):
+                if self.rig.store.keep(key, seconds) and key in self.rig.memory:
+                    self.kept[key] = max(until, self.kept.get(key, until))
 
         self.runner.run(pin())
 
@@ -277,6 +280,15 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.rig.memory.pins().get(key, 0) >= count
 
     @invariant()
+    def what_is_kept_is_in_memory(self) -> None:
+        if not hasattr(self, "rig"):
+            return
+        now = self.runner.get_loop().time()
+        self.kept = {key: until for key, until in self.kept.items() if until > now}
+        assert self.kept.keys() <= set(self.rig.memory)
+        assert len(self.rig.store._pins) <= SLOTS // 2
+
+    @invariant()
     def what_was_told_is_so(self) -> None:
         if not hasattr(self, "rig"):
             return
@@ -295,7 +307,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not hasattr(self, "rig") or self.gets:
             return
         store = self.rig.store
-        if not store._demoting and not store.loads.tasks and not self.rig.memory._expiries:
+        if not store._demoting and not store.loads.tasks and not store._pins:
             assert self.rig.memory.pins() == dict(self.pins)
 
 

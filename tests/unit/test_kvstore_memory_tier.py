@@ -89,18 +89,6 @@ def test_pinned_blocks_are_no_victims() -> None:
     assert memory.victim() == A
 
 
-def test_a_pin_with_a_time_ends_by_itself() -> None:
-    memory = make_memory(Areas.of(2))
-    put(memory, A)
-    assert memory.pin_until([A, B], until=10.0) == 1
-    memory.pin_until([A], until=20.0)
-    memory.check_integrity()
-    memory.expire_pins(15.0)
-    assert memory.victim() is None
-    memory.expire_pins(20.0)
-    assert memory.victim() == A
-
-
 @pytest.mark.parametrize("misuse", ["begin", "commit", "abort", "unpin"])
 def test_misuse_is_a_bug_that_is_named(misuse: str) -> None:
     memory = make_memory(Areas.of(2))

@@ -227,23 +227,6 @@ async def test_a_damaged_block_is_a_miss(tmp_path: Path) -> None:
 
 
 @virtual_time
-async def test_pins_with_a_time_keep_blocks_in_memory(tmp_path: Path) -> None:
-    rig = make_rig(Areas.of(8), disk_options(tmp_path, 32))
-    async with running(rig):
-        rig.put(A)
-        assert rig.store.pin([A, B], until=100.0) == 1
-        for n in range(10, 40):
-            rig.put(key_of(n))
-            await rig.store.settle()
-        assert rig.store.lookup([A]) == [CPU]
-        await asyncio.sleep(101)
-        for n in range(40, 60):
-            rig.put(key_of(n))
-            await rig.store.settle()
-        assert rig.store.lookup([A]) == [NVME]
-
-
-@virtual_time
 async def test_serving_goes_on_without_nvme(tmp_path: Path) -> None:
     files = FaultyFiles()
     rig = make_rig(Areas.of(16), disk_options(tmp_path), files=files)

@@ -107,6 +107,7 @@ tasks = st.builds(
     priority=st.integers(-(2**31), 2**31 - 1),
     timeout_s=st.none() | real,
     cache_salt=text,
+    cache_pin_s=st.none() | real,
 )
 logprobs = st.builds(TokenLogprob, logprob=real, top=pairs)
 sampled = st.builds(SampledToken, token_id=u32, index=u32, logprob=st.none() | logprobs)

@@ -185,13 +185,16 @@ async def running_pair(
     before_decode: Callable[[Batch], None] = lambda batch: None,
     options: HandoffOptions = OPTIONS,
     orphan_timeout_s: float = ORPHAN_S,
+    fabric: LoopbackFabric | None = None,
+    store: str = "",
     **settings: Any,
 ) -> AsyncIterator[Pair]:
-    """Both services, linked; afterwards nothing may be left in them."""
-    fabric = LoopbackFabric(plan)
+    """Both services, linked; afterwards nothing may be left in them. `store` is an address."""
+    fabric = fabric or LoopbackFabric(plan)
     ours = await make_parts("p", fabric, before_prefill, options, **settings)
     theirs = await make_parts("d", fabric, before_decode, options, **settings)
-    theirs = replace(theirs, orphan_timeout_s=orphan_timeout_s)
+    ours = replace(ours, store=store)
+    theirs = replace(theirs, store=store, orphan_timeout_s=orphan_timeout_s)
     async with MemoryNetwork() as network:
         prefill = PrefillService(ours, network.blocks_dialer(PREFILL))
         decode = DecodeService(

@@ -58,19 +58,19 @@ class Offers:
         self._dialer = dialer
         self._source = source
         self._options = options
-        self._queue: deque[tuple[bytes, int]] = deque()
+        self._queue: deque[_Blocks] = deque()
         self._waiting = asyncio.Event()  # something is in the queue
         self._greeted = False
 
-    def offer(self, keys: bytes, depth: int) -> None:
+    def offer(self, keys: bytes, depth: int, pin_s: float | None = None) -> None:
         """The blocks of chained `keys` (16 bytes each) are complete; `depth` blocks come before the
-        first of them. Never waits."""
+        first of them; the store is asked to pin them for `pin_s`. Never waits."""
         if not keys or len(keys) % KEY_BYTES:
             raise InternalError(f"{len(keys)} bytes of keys were offered")
         if len(self._queue) >= self._options.max_queued_offers:
             self._queue.popleft()
             self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
-        self._queue.append((keys, depth))
+        self._queue.append(_Blocks(keys, depth, pin_s))
         self._waiting.set()
 
     async def run(self) -> None:
@@ -106,8 +106,7 @@ class Offers:
             while not self._queue:
                 self._waiting.clear()
                 await self._waiting.wait()
-            keys, depth = self._queue.popleft()
-            offer = _Offer(session, loans, number, keys, depth)
+            offer = _Offer(session, loans, number, self._queue.popleft())
             task = tasks.create_task(self._offer(offer), name=f"offer {number} to {session.key}")
             task.add_done_callback(lambda _: room.release())
 
@@ -127,7 +126,8 @@ class Offers:
     async def _say(self, loan: LoanId, offer: _Offer) -> bool:
         """Lease what is still there, and offer it. False when there is nothing."""
         blocks: list[int] = []
-        async with aclosing(self._source.lend(loan, offer.keys)) as runs:
+        offered = offer.blocks
+        async with aclosing(self._source.lend(loan, offered.keys)) as runs:
             async for run in runs:
                 blocks += run
         if not blocks:
@@ -139,8 +139,10 @@ class Offers:
             self._options.verify,
             self._options.inline_digest_bytes,
         )
-        keys = offer.keys[: len(blocks) * KEY_BYTES]
-        offer.session.say(Offer(offer.number, keys, tuple(blocks), offer.depth, digests))
+        keys = offered.keys[: len(blocks) * KEY_BYTES]
+        offer.session.say(
+            Offer(offer.number, keys, tuple(blocks), offered.depth, digests, offered.pin_s)
+        )
         return True
 
     def _count(self, outcome: bool | None) -> None:
@@ -154,13 +156,19 @@ class Offers:
                 self.counts = replace(counts, gone=counts.gone + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    keys: bytes
+    depth: int
+    pin_s: float | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Offer:
     session: Session
     loans: Loans
     number: int
-    keys: bytes
-    depth: int
+    blocks: _Blocks
 
 
 async def _listen(session: Session, loans: Loans) -> None:

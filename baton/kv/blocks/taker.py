@@ -23,6 +23,7 @@ from baton.kv.transport.base import PoolMemory
 from baton.rpc.errors import from_wire, to_wire
 from baton.types.blocks import BlocksRefused, LoanExpired, Offer, Return, Returned
 from baton.types.fleet import KvLayout
+from baton.types.request import MAX_PIN_S
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +42,10 @@ class Sink(Protocol):
     """Who takes blocks: a store's fastest tier. Every slot that it has reserved is committed or
     aborted, exactly once, on the event loop; both must not raise."""
 
-    async def reserve(self, keys: bytes, depth: int) -> Sequence[Slot]:
+    async def reserve(self, keys: bytes, depth: int, pin_s: float | None) -> Sequence[Slot]:
         """Slots for those of `keys` that are wanted; nobody else writes into them. Gives back what
-        it has reserved so far when it is cancelled or raises."""
+        it has reserved so far when it is cancelled or raises. With `pin_s`, all of `keys` should
+        stay that long: those that are there, and those that get slots."""
 
     def commit(self, slot: Slot) -> None:
         """The slot holds the block of its key."""
@@ -83,6 +85,8 @@ class Taker:
             raise InvalidRequest(
                 f"{self._session.key} offered {count} blocks with {len(offer.digests)} digests"
             )
+        if offer.pin_s is not None and not 0 < offer.pin_s <= MAX_PIN_S:
+            raise InvalidRequest(f"{self._session.key} asked for a pin of {offer.pin_s} s")
         if len(self.inboxes) >= self._options.max_loans:
             full = Overloaded(f"{len(self.inboxes)} offers of {self._session.key} are open already")
             self._session.say(BlocksRefused(offer.number, to_wire(full)))
@@ -95,7 +99,7 @@ class Taker:
         try:
             with self.inboxes.open(offer.number) as inbox:
                 async with asyncio.timeout(self._options.take_timeout_s):
-                    slots = await self._sink.reserve(offer.keys, offer.depth)
+                    slots = await self._sink.reserve(offer.keys, offer.depth, offer.pin_s)
                 if slots:
                     await self._fill(offer, slots, inbox)
                     return
