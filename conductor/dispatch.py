@@ -251,6 +251,7 @@ class Serving:
             priority=request.priority,
             timeout_s=max(request.deadline - now, 0.0),
             cache_salt=request.cache_salt,
+            cache_pin_s=request.cache_pin_s,
         )
         self.timeline.add_decision(run.attempt, decision)
         self._placed[run.attempt] = decision

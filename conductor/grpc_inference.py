@@ -144,13 +144,14 @@ def _to_ask(request: pb.GenerateRequest) -> Ask:
         request_id=request.request_id or None,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        cache_pin_s=_given(request, "cache_pin_s"),
         default_max_tokens=None if kind == "chat" else DEFAULT_COMPLETION_TOKENS,
     )
 
 
-def _given(sampling: pb.SamplingOptions, name: str) -> Any:
+def _given(message: Any, name: str) -> Any:
     """The value of an optional field; None when the client did not set it."""
-    return getattr(sampling, name) if sampling.HasField(name) else None
+    return getattr(message, name) if message.HasField(name) else None
 
 
 def _to_prompt(request: Any, kind: str | None) -> Prompt:

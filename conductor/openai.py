@@ -162,6 +162,7 @@ class _Common(_Object):
     logit_bias: Annotated[dict[int, float], BeforeValidator(_as_bias)] | None = None
     skip_special_tokens: bool | None = None
     cache_salt: str | None = None
+    cache_pin_s: float | None = None
     priority: int | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None  # vLLM's: choices also have their tokens' ids
@@ -228,6 +229,7 @@ class _Common(_Object):
             request_id=self.request_id,
             priority=self.priority or 0,
             cache_salt=self.cache_salt or "",
+            cache_pin_s=self.cache_pin_s,
             default_max_tokens=default_max_tokens,
             add_special_tokens=add_special_tokens,
             skip_special_tokens=self.skip_special_tokens is not False,

@@ -58,6 +58,7 @@ class Ask:
     request_id: str | None = None
     priority: int = 0
     cache_salt: str = ""
+    cache_pin_s: float | None = None
     default_max_tokens: int | None = None
     add_special_tokens: bool = True
     skip_special_tokens: bool = True
@@ -90,6 +91,7 @@ class Request:
     skip_special_tokens: bool
     priority: int
     cache_salt: str
+    cache_pin_s: float | None
     received: float
     deadline: float
 

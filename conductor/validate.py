@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from baton.errors import InvalidRequest, ModelNotFound
-from baton.types.request import SamplingParams
+from baton.types.request import MAX_PIN_S, SamplingParams
 from conductor.request import Answer, Ask, Chat, Options, Request
 
 MAX_ANSWERS = 128
@@ -77,6 +77,7 @@ def check_ask(ask: Ask, limits: Limits) -> SamplingParams:
         raise InvalidRequest(
             f"cache_salt must have at most {MAX_SALT_LENGTH} characters", param="cache_salt"
         )
+    _number(ask.cache_pin_s, "cache_pin_s", 0.0, MAX_PIN_S, 0.0, above=True)
     return _check_options(ask.options, ask.names, limits, len(ask.prompts))
 
 
@@ -141,6 +142,7 @@ def build_request(
         skip_special_tokens=ask.skip_special_tokens,
         priority=ask.priority,
         cache_salt=ask.cache_salt,
+        cache_pin_s=ask.cache_pin_s,
         received=received,
         deadline=deadline,
     )

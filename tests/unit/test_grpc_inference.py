@@ -73,10 +73,11 @@ async def test_sampling_options_reach_the_workers(cluster: FakeCluster) -> None:
     sampling = pb.SamplingOptions(
         temperature=0, top_k=4, seed=-5, max_tokens=3, stop_token_ids=[9], logit_bias={7: -1.5}, n=2
     )
-    messages = await generate(cluster, sampling=sampling, priority=4, cache_salt="salt")
+    options = {"priority": 4, "cache_salt": "salt", "cache_pin_s": 0.5}
+    messages = await generate(cluster, sampling=sampling, **options)
     assert {message.index for message in messages} == {0, 1}
     task = cluster.workers["decode-0"].tasks[0]
-    assert (task.priority, task.cache_salt) == (4, "salt")
+    assert (task.priority, task.cache_salt, task.cache_pin_s) == (4, "salt", 0.5)
     assert (task.sampling.temperature, task.sampling.top_k) == (0.0, 4)
     assert task.sampling.seed == 2**64 - 5
     assert task.sampling.logit_bias == ((7, -1.5),)
@@ -110,6 +111,8 @@ async def test_details_with_logprobs(cluster: FakeCluster) -> None:
             "messages.0.role",
         ),
         ({"request_id": "a b"}, grpc.StatusCode.INVALID_ARGUMENT, "request_id"),
+        ({"cache_pin_s": 0.0}, grpc.StatusCode.INVALID_ARGUMENT, "cache_pin_s"),
+        ({"cache_pin_s": float("nan")}, grpc.StatusCode.INVALID_ARGUMENT, "cache_pin_s"),
     ],
 )
 async def test_bad_requests(

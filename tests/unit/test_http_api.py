@@ -113,11 +113,11 @@ async def test_fields_reach_the_workers(cluster: FakeCluster) -> None:
         cluster, prompt="x", temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, seed=-1, max_tokens=7,
         min_tokens=2, presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.5,
         logit_bias={"65": -100, "66": 2.5}, stop_token_ids=[10, 10], ignore_eos=True, priority=-3,
-        cache_salt="tenant", user="somebody", request_id="mine-1", logprobs=0,
+        cache_salt="tenant", cache_pin_s=60, user="somebody", request_id="mine-1", logprobs=0,
     )  # fmt: skip
     task = cluster.workers["decode-0"].tasks[0]
     assert task.attempt.request_id.startswith("mine-1~")
-    assert (task.priority, task.cache_salt) == (-3, "tenant")
+    assert (task.priority, task.cache_salt, task.cache_pin_s) == (-3, "tenant", 60.0)
     sampling = task.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 5)
     assert (sampling.min_p, sampling.seed) == (0.1, 2**64 - 1)
