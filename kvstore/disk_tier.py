@@ -173,10 +173,6 @@ class DiskTier:
             await asyncio.wait([item.done])  # a thread may be reading the payload
             raise
 
-    async def read(self, key: bytes, into: memoryview) -> BlockInfo | None:
-        """As `read_many`, of one block."""
-        return (await self.read_many([(key, into)]))[0]
-
     async def read_many(self, wanted: Sequence[tuple[bytes, memoryview]]) -> list[BlockInfo | None]:
         """Blocks, verified, each into its buffer (of `block_bytes`; address a multiple of ALIGN),
         by one thread. None: not stored, damaged or not readable; its buffer may have any bytes.

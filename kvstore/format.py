@@ -17,7 +17,6 @@ from baton.types.fleet import KvLayout
 ALIGN = 4096
 """Bytes. O_DIRECT wants offsets, lengths and addresses that are multiples of it."""
 
-CHECKSUM_BYTES = 16
 NO_PARENT = bytes(KEY_BYTES)
 _PERSON = b"baton layout v1"
 

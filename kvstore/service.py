@@ -153,7 +153,3 @@ class StoreService:
             ),
             store=self._store.figures(),
         )
-
-    def check_integrity(self) -> None:
-        """Raises InternalError unless all accounts agree."""
-        self._store.check_integrity()

@@ -107,10 +107,6 @@ class Store:
                 break
         return run
 
-    def checksum(self, key: bytes) -> bytes:
-        """xxh3_128 of a pinned block, for who reads it from elsewhere."""
-        return self._memory.info(key).checksum
-
     # Putting
 
     def begin_put(self, key: bytes, depth: int, parent: bytes = NO_PARENT) -> int | None:

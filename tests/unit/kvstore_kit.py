@@ -149,7 +149,7 @@ async def write_blocks(disk: DiskTier, keys: Sequence[bytes]) -> list[bool]:
 
 async def read_block(disk: DiskTier, key: bytes) -> bytes | None:
     buffer = bytearray(BLOCK)
-    info = await disk.read(key, memoryview(buffer))
+    (info,) = await disk.read_many([(key, memoryview(buffer))])
     assert info is None or info.key == key
     return bytes(buffer) if info else None
 

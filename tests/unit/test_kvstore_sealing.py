@@ -71,7 +71,7 @@ async def test_blocks_become_ready_in_the_order_of_commits() -> None:
         rig.store.check_integrity()
         await rig.store.settle()
         assert await rig.get([A, B, C, D]) == 4
-        assert rig.store.checksum(A) == info_of(A).checksum
+        assert rig.memory.info(A).checksum == info_of(A).checksum
 
 
 @virtual_time
