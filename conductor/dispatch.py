@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from baton.errors import BatonError, DeadlineExceeded, InternalError, Overloaded
 from baton.tokenizer import Tokenizer
@@ -24,6 +23,7 @@ from conductor.admission import Admission
 from conductor.answer_run import AnswerRun, Delta, Phase
 from conductor.expected import ExpectedBlocks
 from conductor.fleet import Fleet
+from conductor.inbox import Abort, Event, Inbox, Late, Lost, Output
 from conductor.link import Assignment
 from conductor.metrics import Metrics, Stopwatch
 from conductor.prompt_keys import prompt_keys
@@ -41,61 +41,6 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-
-
-class _Output(NamedTuple):
-    """One for every token: cheaper to make than a frozen dataclass."""
-
-    duty: Role
-    worker: str
-    output: AttemptOutput
-
-
-@dataclass(frozen=True, slots=True)
-class _Lost:
-    duty: Role
-    worker: str
-    attempt: AttemptId
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Late:
-    """An attempt has been in a phase for as long as it may."""
-
-    attempt: AttemptId
-    phase: Phase
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    """The whole request ends with this error."""
-
-    error: BatonError
-
-
-_Event = _Output | _Lost | _Late | _Abort
-
-
-class _Inbox:
-    """Events for one request; `take` returns all that have arrived."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._events: list[_Event] = []
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, event: _Event) -> None:
-        self._events.append(event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def take(self) -> list[_Event]:
-        while not self._events:
-            self._waiter = self._loop.create_future()
-            await self._waiter
-        events, self._events = self._events, []
-        return events
 
 
 class Dispatcher:
@@ -149,7 +94,7 @@ class Serving:
     def __init__(self, parts: Dispatcher, request: Request) -> None:
         self._parts = parts
         self._request = request
-        self._inbox = _Inbox()
+        self._inbox = Inbox()
         self._runs = {
             f"{request.key}.{answer.index}": AnswerRun(
                 request, answer, parts.tokenizer, parts.eos_ids
@@ -162,7 +107,7 @@ class Serving:
         self._placed: dict[AttemptId, Decision] = {}
         self._avoid: set[str] = set()
         self._timers: list[asyncio.TimerHandle] = []
-        self._armed: set[_Late] = set()
+        self._armed: set[Late] = set()
         self._stopwatch = Stopwatch(parts.metrics, request.received)
         self.timeline: Timeline = parts.traces.begin(request.id, request.model, request.received)
         self.timeline.prompt_tokens = request.prompt_tokens
@@ -187,7 +132,7 @@ class Serving:
         """
         try:
             late = DeadlineExceeded("the request's deadline passed before it was answered")
-            self._arm(self._request.deadline, _Abort(late))
+            self._arm(self._request.deadline, Abort(late))
             await self._hash_prompts()
             for run in self._runs.values():
                 self._begin(run, 0)
@@ -207,7 +152,7 @@ class Serving:
 
     def abort(self, error: BatonError) -> None:
         """End the request with `error`."""
-        self._inbox.put(_Abort(error))
+        self._inbox.put(Abort(error))
 
     def on_output(self, duty: Role, worker: str, output: AttemptOutput) -> None:
         """Called by a link. Spans are kept even when the request has already ended."""
@@ -215,12 +160,12 @@ class Serving:
             self._parts.expected.done(output.attempt)
             for span in output.finish.spans:
                 self.timeline.add_span(worker, str(output.attempt), span)
-        self._inbox.put(_Output(duty, worker, output))
+        self._inbox.put(Output(duty, worker, output))
 
     def on_lost(self, duty: Role, worker: str, attempt: AttemptId, reason: str) -> None:
         """Called by a link."""
         self._parts.expected.done(attempt)
-        self._inbox.put(_Lost(duty, worker, attempt, reason))
+        self._inbox.put(Lost(duty, worker, attempt, reason))
 
     async def _hash_prompts(self) -> None:
         """Each prompt once, whatever the number of its answers and attempts."""
@@ -282,7 +227,7 @@ class Serving:
         duty = Assignment(Role.DECODE, self, 0)
         fleet.start(decision.decode.peer, task.attempt, duty, StartDecode(task, peer))
 
-    def _absorb(self, events: list[_Event], batch: list[Delta]) -> BatonError | None:
+    def _absorb(self, events: list[Event], batch: list[Delta]) -> BatonError | None:
         """Append to `batch` what the events tell; return the error that ends the request."""
         now = asyncio.get_running_loop().time()
         try:
@@ -299,21 +244,21 @@ class Serving:
             return error
         return None
 
-    def _apply(self, run: AnswerRun, event: _Event) -> Delta | None:
-        if isinstance(event, _Output):
+    def _apply(self, run: AnswerRun, event: Event) -> Delta | None:
+        if isinstance(event, Output):
             return run.on_output(event.duty, event.output)
-        if isinstance(event, _Lost):
+        if isinstance(event, Lost):
             self._avoid.add(event.worker)
             run.on_lost(event.duty, event.worker, event.reason)
-        elif isinstance(event, _Late):
+        elif isinstance(event, Late):
             self._on_late(run, event)
         return None
 
-    def _run_of(self, event: _Event) -> AnswerRun | None:
+    def _run_of(self, event: Event) -> AnswerRun | None:
         """The answer an event is about; None for events of attempts that were given up."""
-        if isinstance(event, _Abort):
+        if isinstance(event, Abort):
             raise event.error
-        attempt = event.output.attempt if isinstance(event, _Output) else event.attempt
+        attempt = event.output.attempt if isinstance(event, Output) else event.attempt
         run = self._runs[attempt.request_id]
         return run if run.attempt == attempt else None
 
@@ -356,7 +301,7 @@ class Serving:
             if worker is not None:
                 self._parts.fleet.cancel(worker.peer, attempt, reason)
 
-    def _on_late(self, run: AnswerRun, late: _Late) -> None:
+    def _on_late(self, run: AnswerRun, late: Late) -> None:
         self._armed.discard(late)
         if run.phase is not late.phase:
             return
@@ -366,12 +311,12 @@ class Serving:
             run.fail_awaiting()
 
     def _arm_grace(self, run: AnswerRun, seconds: float) -> None:
-        late = _Late(run.attempt, run.phase)
+        late = Late(run.attempt, run.phase)
         if late not in self._armed:
             self._armed.add(late)
             self._arm(asyncio.get_running_loop().time() + seconds, late)
 
-    def _arm(self, when: float, event: _Event) -> None:
+    def _arm(self, when: float, event: Event) -> None:
         loop = asyncio.get_running_loop()
         self._timers.append(loop.call_at(when, self._inbox.put, event))
 
