@@ -85,6 +85,13 @@ class WorkerLost(BatonError):
     retryable = True
 
 
+class PoisonRequest(BatonError):
+    """Workers died, one after the other, while they computed for the request: it is not tried on
+    more of them."""
+
+    code = "poison_request"
+
+
 class PeerGone(BatonError):
     """The other end of a stream has gone or cannot be reached."""
 

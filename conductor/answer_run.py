@@ -1,11 +1,13 @@
 """One answer in the making: a state machine that workers' outputs go into and text comes out of.
 
     start -> tokens ... -> finish of the worker that ends the answer -> done
-                       \\-> a stop string -> settling: cancelled, waiting for the last words -> done
-                       \\-> error or loss -> failed (dispatch may start another attempt)
+      ^                \\-> a stop string -> settling: cancelled, waiting for the last words -> done
+      |                \\-> error or loss -> failed, or done when only the last word is missing
+      +---- pausing <----------------------+
 
 Tokens come from two workers over two links, so they are ordered by index here and repeats are
-dropped. Nothing here waits or sends: dispatch does.
+dropped. Another attempt goes on behind the tokens that were passed on; those that came too early
+are made again. Nothing here waits or sends: dispatch does.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ class Delta:
 
 
 class Phase(StrEnum):
+    NEW = "new"  # until dispatch begins the first attempt
     RUNNING = "running"
     SETTLING = "settling"  # the client has everything; the workers were told to stop
     DONE = "done"
     FAILED = "failed"
+    PAUSING = "pausing"  # until dispatch begins another attempt
 
 
 class AnswerRun:
@@ -56,10 +60,13 @@ class AnswerRun:
         sampling = answer.sampling
         self.answer = answer
         self.attempt = AttemptId(f"{request.key}.{answer.index}")
-        self.phase = Phase.RUNNING
-        self.error: BatonError | None = None
-        self.num_tokens = 0
+        self.phase = Phase.NEW
+        self.error: BatonError | None = None  # of the last attempt that failed
         self.cached_tokens = 0
+        self._cached_by: int | None = None  # the attempt that told
+        self._ids: list[int] = []  # tokens that were passed on
+        self._begun = 0  # attempts
+        self._resumed_at = 0  # tokens that were passed on before this attempt
         self._split = False
         self._stop_ids = frozenset(sampling.stop_token_ids) | frozenset(
             () if sampling.ignore_eos else eos_ids
@@ -73,11 +80,45 @@ class AnswerRun:
         self._awaiting: str | None = None
         self._prefill_lost: str | None = None
 
-    def begin(self, number: int, split: bool) -> None:
+    @property
+    def num_tokens(self) -> int:
+        """That were passed on."""
+        return len(self._ids)
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """The ids of the tokens that were passed on."""
+        return tuple(self._ids)
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """What the next attempt begins with: the prompt, and the tokens that were passed on."""
+        return (*self.answer.prompt, *self._ids) if self._ids else self.answer.prompt
+
+    @property
+    def progressed(self) -> bool:
+        """Whether this attempt has brought tokens."""
+        return self.num_tokens > self._resumed_at
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every token has come, so that at most the worker's last word is missing."""
+        return self._known_ending() is not None
+
+    @property
+    def handed_off(self) -> bool:
+        """Whether the decode worker has this attempt's KV, as far as the prefill worker said."""
+        return self._prefill_done
+
+    def begin(self, split: bool) -> None:
         """A (new) attempt starts; `split` when a prefill worker takes part."""
-        self.attempt = AttemptId(self.attempt.request_id, number)
+        self.attempt = AttemptId(self.attempt.request_id, self._begun)
+        self._begun += 1
         self.phase = Phase.RUNNING
-        self.error = None
+        self._resumed_at = self.num_tokens
+        if not self._ids:
+            self._cached_by = None
+            self.cached_tokens = 0
         self._split = split
         self._early.clear()
         self._ending = None
@@ -91,14 +132,15 @@ class AnswerRun:
         """One worker has said its last word, and only the other one can end the answer."""
         return self.phase is Phase.RUNNING and self._awaiting is not None
 
-    def fail_awaiting(self) -> None:
+    def fail_awaiting(self) -> Delta | None:
         """The other worker has not ended the answer in time."""
-        self._fail(WorkerLost(self._awaiting or "a worker stopped answering"))
+        self.fail(WorkerLost(self._awaiting or "a worker stopped answering"))
+        return self._make_delta(())
 
     def on_output(self, duty: Role, output: AttemptOutput) -> Delta | None:
         """Take what a worker says about the current attempt."""
         if output.finish is not None:
-            self.cached_tokens = max(self.cached_tokens, output.finish.cached_tokens)
+            self._note_cached(output.finish.cached_tokens)
         if self.phase is Phase.SETTLING:
             if output.finish is not None and self._knows_usage(duty):
                 self.phase = Phase.DONE
@@ -110,24 +152,30 @@ class AnswerRun:
             self._decoding = True
         ready = self._in_order(output.tokens)
         if self._early and self._prefill_lost is not None:
-            self._fail(WorkerLost(self._prefill_lost))  # and the first token with it
-            return None
-        if output.finish is not None:
+            self.fail(WorkerLost(self._prefill_lost))  # and the first token with it
+        elif output.finish is not None:
             self._on_finish(duty, output.finish)
         return self._make_delta(ready)
 
-    def on_lost(self, duty: Role, worker: str, reason: str) -> None:
+    def on_lost(self, duty: Role, worker: str, reason: str) -> Delta | None:
         """The link to a worker broke."""
         if self.phase is Phase.SETTLING:
             self.phase = Phase.DONE
         if self.phase is not Phase.RUNNING:
-            return
+            return None
         lost = f"worker {worker} was lost while it held the request: {reason}"
         if duty is Role.DECODE or self._early:  # early ones waited for the lost worker's token
-            self._fail(WorkerLost(lost))
-        elif not self._prefill_done and not (self._decoding and self.num_tokens):
+            self.fail(WorkerLost(lost))
+        elif not self._prefill_done and not (self._decoding and self.progressed):
             # The KV may have been handed over: the decode worker knows.
             self._awaiting = self._prefill_lost = lost
+        return self._make_delta(())
+
+    def _note_cached(self, tokens: int) -> None:
+        """From the workers of one attempt: later ones may find what this request has computed."""
+        if self._cached_by in (None, self.attempt.number):
+            self._cached_by = self.attempt.number
+            self.cached_tokens = max(self.cached_tokens, tokens)
 
     def _knows_usage(self, duty: Role) -> bool:
         """Whether this worker's last word says how many prompt tokens were cached: a decode worker
@@ -149,7 +197,7 @@ class AnswerRun:
     def _on_finish(self, duty: Role, finish: Finish) -> None:
         if finish.reason is FinishReason.ERROR:
             error = finish.error
-            self._fail(from_wire(error) if error else WorkerLost("a worker failed without a word"))
+            self.fail(from_wire(error) if error else WorkerLost("a worker failed without a word"))
         elif finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._ending = finish.reason
             if self._early:
@@ -160,7 +208,7 @@ class AnswerRun:
             # The first token may have ended the answer: then the prefill worker says so.
             self._awaiting = self._awaiting or "the decode worker gave the request up"
         else:
-            self._fail(WorkerLost(f"the {duty} worker gave the request up ({finish.reason})"))
+            self.fail(WorkerLost(f"the {duty} worker gave the request up ({finish.reason})"))
 
     def _make_delta(self, ready: Sequence[SampledToken]) -> Delta | None:
         text: list[str] = []
@@ -169,6 +217,7 @@ class AnswerRun:
         hidden = 0
         for token in ready:
             shown += 1
+            self._ids.append(token.token_id)
             offsets.append(self._text.length)
             if token.token_id in self._stop_ids:
                 hidden = 1
@@ -176,7 +225,6 @@ class AnswerRun:
             text.append(self._text.push(token.token_id))
             if self._text.stopped:
                 break
-        self.num_tokens += shown
         finish_reason = self._end_of_answer(text)
         if not shown and finish_reason is None:
             return None
@@ -186,14 +234,27 @@ class AnswerRun:
 
     def _end_of_answer(self, text: list[str]) -> str | None:
         if self._text.stopped:
-            self.phase = Phase.DONE if self._ending else Phase.SETTLING
+            ended = self._ending or self.phase is Phase.FAILED
+            self.phase = Phase.DONE if ended else Phase.SETTLING
             return "stop"
-        if self._ending is None or self._early or self.phase is not Phase.RUNNING:
+        if self.phase is Phase.FAILED:
+            self._ending = self._known_ending()
+        elif self._early:
+            return None
+        if self._ending is None:
             return None
         text.append(self._text.flush())
         self.phase = Phase.DONE
         return "stop" if self._text.stopped else self._ending.value
 
-    def _fail(self, error: BatonError) -> None:
+    def _known_ending(self) -> FinishReason | None:
+        """How the answer has ended, when nothing but the worker's word for it is missing."""
+        if self._ids and self._ids[-1] in self._stop_ids:
+            return FinishReason.STOP
+        full = self.num_tokens >= self.answer.sampling.max_tokens
+        return FinishReason.LENGTH if full else None
+
+    def fail(self, error: BatonError) -> None:
+        """The attempt has ended with `error`."""
         self.phase = Phase.FAILED
         self.error = error

@@ -79,6 +79,10 @@ class PromptQueue:
             self.clear()  # nor do roundings add up
         return True
 
+    def has_begun(self, attempt: AttemptId) -> bool:
+        """Whether the prompt is the first in line, or computed: those behind it may wait."""
+        return attempt not in self._pending or attempt == next(iter(self._pending))
+
     def clear(self) -> None:
         self._pending.clear()
         self._levels.clear()

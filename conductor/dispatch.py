@@ -1,8 +1,9 @@
 """One coroutine per request: start attempts, merge what workers say, end exactly once.
 
     route -> StartPrefill + StartDecode -> outputs -> deltas -> end
-                 ^                            |
-                 +---- another attempt -------+  a retryable error before the first token
+      ^                                       |
+      +---- another attempt, behind what -----+  an error that is retryable, or a lost worker
+            the client has
 
 Workers' messages and timers arrive in one inbox, so the coroutine has a single place where it
 waits, and the timer of the deadline is always armed.
@@ -11,29 +12,36 @@ waits, and the timer of the deadline is always armed.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from baton.errors import BatonError, DeadlineExceeded, InternalError, Overloaded
+from baton.errors import (
+    BatonError,
+    DeadlineExceeded,
+    InternalError,
+    NoWorker,
+    Overloaded,
+    WorkerLost,
+)
 from baton.tokenizer import Tokenizer
-from baton.types.fleet import Role
-from baton.types.link import StartDecode, StartPrefill
-from baton.types.request import AttemptId, AttemptOutput, GenerationTask
+from baton.types.fleet import Role, WorkerState
+from baton.types.request import AttemptId, AttemptOutput
 from conductor.admission import Admission
 from conductor.answer_run import AnswerRun, Delta, Phase
-from conductor.expected import ExpectedBlocks
+from conductor.attempts import Attempts, Placer, names
 from conductor.fleet import Fleet
-from conductor.inbox import Abort, Event, Inbox, Late, Lost, Output
-from conductor.link import Assignment
+from conductor.inbox import Abort, Again, Event, Inbox, Late, Lost, Output
+from conductor.link import Stage
 from conductor.metrics import Metrics, Stopwatch
-from conductor.prompt_keys import prompt_keys
 from conductor.request import Request
-from conductor.router import Decision, RouteOptions, RouteRequest, group_of, route
+from conductor.retries import Retries, Tries
+from conductor.router import Decision, RouteOptions
 from conductor.trace import Timeline, Traces
 
-MAX_ATTEMPTS = 3
 PEER_GRACE_S = 5.0  # how long the other worker may take to end an answer after its peer has gone
 SETTLE_GRACE_S = 1.0  # how long the usage waits for the worker's last words after a stop string
+WORKER_POLL_S = 0.1  # between looks whether there is a worker again
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,7 @@ class Dispatcher:
         traces: Traces,
         admission: Admission,
         routing: RouteOptions,
+        retries: Retries,
     ) -> None:
         self.fleet = fleet
         self.tokenizer = tokenizer
@@ -62,30 +71,12 @@ class Dispatcher:
         self.metrics = metrics
         self.traces = traces
         self.admission = admission
-        self.routing = routing
-        self.expected = ExpectedBlocks()
-        self._decisions = 0
+        self.placer = Placer(fleet, routing)
+        self.retries = retries
 
     def serve(self, request: Request) -> Serving:
+        self.retries.budget.deposit()
         return Serving(self, request)
-
-    def decide(self, request: Request, run: AnswerRun, keys: bytes, avoid: set[str]) -> Decision:
-        """Where the next attempt at an answer goes. Raises NoWorker."""
-        answer, prefix_map = run.answer, self.fleet.prefix_map
-        self._decisions += 1
-        asked = RouteRequest(
-            key=run.attempt.request_id,
-            prompt=answer.prompt,
-            max_tokens=answer.sampling.max_tokens,
-            avoid=frozenset(avoid),
-            number=self._decisions,
-            priority=request.priority,
-            keys=keys,
-            matches=prefix_map.matches(keys) if keys and prefix_map.num_blocks else (),
-            computing=self.expected.blocks(group_of(keys), keys, request.priority),
-        )
-        now = asyncio.get_running_loop().time()
-        return route(asked, self.fleet.view(), now, self.routing)
 
 
 class Serving:
@@ -102,10 +93,11 @@ class Serving:
             for answer in request.answers
         }
         self._open = set(self._runs)  # answers that have not ended
-        self._keys: dict[int, bytes] = {}  # by prompt
+        self._tries = {name: Tries(parts.retries, request.id) for name in self._runs}
+        self._due = deque(self._runs.values())  # to begin an attempt at
+        self._attempts = Attempts(parts.placer, request, self)
+        self._failed_at: dict[str, frozenset[str]] = {}  # answer -> workers of its last attempt
         self._predicted: dict[int, tuple[float, Decision]] = {}  # by answer, when, and how
-        self._placed: dict[AttemptId, Decision] = {}
-        self._avoid: set[str] = set()
         self._timers: list[asyncio.TimerHandle] = []
         self._armed: set[Late] = set()
         self._stopwatch = Stopwatch(parts.metrics, request.received)
@@ -133,21 +125,20 @@ class Serving:
         try:
             late = DeadlineExceeded("the request's deadline passed before it was answered")
             self._arm(self._request.deadline, Abort(late))
-            await self._hash_prompts()
-            for run in self._runs.values():
-                self._begin(run, 0)
-            while self._open:
+            error = await self._begin_due()
+            while self._open and error is None:
                 batch: list[Delta] = []
                 error = self._absorb(await self._inbox.take(), batch)
+                if self._due and error is None:
+                    error = await self._begin_due()
                 if batch:
                     yield batch
-                if error is not None:
-                    raise error
+            if error is not None:
+                raise error
         finally:
             for timer in self._timers:
                 timer.cancel()
-            for attempt in list(self._placed):
-                self._cancel(attempt, "the request has ended")
+            self._attempts.cancel_all("the request has ended")
             self._stopwatch.end(asyncio.get_running_loop().time())
 
     def abort(self, error: BatonError) -> None:
@@ -157,75 +148,81 @@ class Serving:
     def on_output(self, duty: Role, worker: str, output: AttemptOutput) -> None:
         """Called by a link. Spans are kept even when the request has already ended."""
         if output.finish is not None:
-            self._parts.expected.done(output.attempt)
+            self._attempts.done(output.attempt)
             for span in output.finish.spans:
                 self.timeline.add_span(worker, str(output.attempt), span)
         self._inbox.put(Output(duty, worker, output))
 
-    def on_lost(self, duty: Role, worker: str, attempt: AttemptId, reason: str) -> None:
+    def on_lost(
+        self, duty: Role, worker: str, attempt: AttemptId, stage: Stage, reason: str
+    ) -> None:
         """Called by a link."""
-        self._parts.expected.done(attempt)
-        self._inbox.put(Lost(duty, worker, attempt, reason))
+        self._attempts.done(attempt)
+        self._inbox.put(Lost(duty, worker, attempt, stage, reason))
 
-    async def _hash_prompts(self) -> None:
-        """Each prompt once, whatever the number of its answers and attempts."""
-        fleet, salt = self._parts.fleet, self._request.cache_salt
-        layout = fleet.layout()
-        if layout is None:
-            return
-        for answer in self._request.answers:
-            if answer.prompt_index not in self._keys:
-                keys = await prompt_keys(answer.prompt, layout, salt, fleet.prefix_map)
-                self._keys[answer.prompt_index] = keys
+    # -- beginning -----------------------------------------------------------------------------
 
-    def _begin(self, run: AnswerRun, number: int) -> None:
-        """Route and start an attempt. Raises NoWorker, WorkerLost, or Overloaded when the first one
-        would miss an SLO."""
-        request, answer = self._request, run.answer
+    async def _begin_due(self) -> BatonError | None:
+        """Begin the attempts whose time has come; return the error that ends the request."""
+        try:
+            while self._due:
+                await self._begin(self._due.popleft())
+        except BatonError as error:
+            return error
+        return None
+
+    async def _begin(self, run: AnswerRun) -> None:
+        """Route and start an attempt, or wait for a worker. Raises the error that ends the request:
+        NoWorker, or Overloaded when the first attempt would miss an SLO."""
+        keys = await self._attempts.hash_context(run)
         now = asyncio.get_running_loop().time()
-        keys = self._keys.get(answer.prompt_index, b"")
-        decision = self._parts.decide(request, run, keys, self._avoid)
-        if not self._placed and not number:
-            self._parts.admission.judge(decision)
-        self._parts.metrics.note_decision(self._parts.routing.policy, decision.reason)
-        run.begin(number, split=decision.prefill is not None)
-        task = GenerationTask(
-            attempt=run.attempt,
-            prompt=answer.prompt,
-            sampling=answer.sampling,
-            priority=request.priority,
-            timeout_s=max(request.deadline - now, 0.0),
-            cache_salt=request.cache_salt,
-            cache_pin_s=request.cache_pin_s,
-        )
-        self.timeline.add_decision(run.attempt, decision)
-        self._placed[run.attempt] = decision
-        if not decision.is_guess:
-            self._predicted[answer.index] = (now, decision)
-        self._start(task, decision)
-        worker = decision.prefill or decision.decode
-        self._parts.expected.add(
-            run.attempt, group_of(keys), keys, worker.info.name, request.priority
-        )
-
-    def _start(self, task: GenerationTask, decision: Decision) -> None:
-        fleet, fetch = self._parts.fleet, decision.fetch_plan
-        computing = Assignment(
-            Role.DECODE if decision.prefill is None else Role.PREFILL,
-            self,
-            len(task.prompt),
-            decision.work_s,
-            task.priority,
-            fetch,
-        )
-        if decision.prefill is None:
-            start = StartDecode(task, fetch=fetch)
-            fleet.start(decision.decode.peer, task.attempt, computing, start)
+        try:
+            decision = self._attempts.decide(run, keys)
+        except NoWorker as error:
+            self._await_worker(run, error, now)
             return
-        peer = decision.prefill.peer
-        fleet.start(peer, task.attempt, computing, StartPrefill(task, fetch))
-        duty = Assignment(Role.DECODE, self, 0)
-        fleet.start(decision.decode.peer, task.attempt, duty, StartDecode(task, peer))
+        self._check(run, decision)
+        self._note_begin(run, decision, now)
+        try:
+            self._attempts.start(run, decision, keys, now)
+        except WorkerLost as error:
+            run.fail(error)
+            self._pause(run)
+
+    def _await_worker(self, run: AnswerRun, error: NoWorker, now: float) -> None:
+        """Look again in a moment, for as long as one may come back; else raise."""
+        begun = run.error is not None or self._attempts.any_placed
+        known = any(
+            worker.info.role is Role.DECODE and worker.state is not WorkerState.DRAINING
+            for worker in self._parts.fleet.view().workers
+        )
+        if not (begun or known) or not self._tries[run.attempt.request_id].may_wait(now):
+            raise run.error or error  # what went wrong first says more
+        self._arm(now + WORKER_POLL_S, Again(run.attempt))
+
+    def _check(self, run: AnswerRun, decision: Decision) -> None:
+        """Raises when the attempt should not begin."""
+        if run.error is None and not self._attempts.any_placed:
+            self._parts.admission.judge(decision)
+        if not isinstance(run.error, Overloaded) or run.num_tokens:
+            return
+        if names(decision) == self._failed_at[run.attempt.request_id]:
+            raise run.error  # nobody else is there to take it
+
+    def _note_begin(self, run: AnswerRun, decision: Decision, now: float) -> None:
+        metrics = self._parts.metrics
+        metrics.note_decision(self._parts.placer.options.policy, decision.reason)
+        if run.error is not None:
+            metrics.retries.labels(run.error.code).inc()
+            if run.num_tokens:
+                metrics.resumes.inc()
+        run.begin(split=decision.prefill is not None)
+        self.timeline.add_attempt(run.attempt, decision, run.num_tokens)
+        self._predicted.pop(run.answer.index, None)
+        if not decision.is_guess:
+            self._predicted[run.answer.index] = (now, decision)
+
+    # -- hearing -------------------------------------------------------------------------------
 
     def _absorb(self, events: list[Event], batch: list[Delta]) -> BatonError | None:
         """Append to `batch` what the events tell; return the error that ends the request."""
@@ -248,10 +245,12 @@ class Serving:
         if isinstance(event, Output):
             return run.on_output(event.duty, event.output)
         if isinstance(event, Lost):
-            self._avoid.add(event.worker)
-            run.on_lost(event.duty, event.worker, event.reason)
-        elif isinstance(event, Late):
-            self._on_late(run, event)
+            self._attempts.avoid(event.worker)
+            return run.on_lost(event.duty, event.worker, event.reason)
+        if isinstance(event, Late):
+            return self._on_late(run, event)
+        if isinstance(event, Again) and run.phase in (Phase.PAUSING, Phase.NEW):
+            self._due.append(run)
         return None
 
     def _run_of(self, event: Event) -> AnswerRun | None:
@@ -260,55 +259,61 @@ class Serving:
             raise event.error
         attempt = event.output.attempt if isinstance(event, Output) else event.attempt
         run = self._runs[attempt.request_id]
+        if isinstance(event, Lost):
+            self._count_loss(run, event)
         return run if run.attempt == attempt else None
+
+    def _count_loss(self, run: AnswerRun, lost: Lost) -> None:
+        """Also of attempts that were given up: their other worker may have noticed first. Raises
+        PoisonRequest."""
+        if run.is_complete or run.phase in (Phase.SETTLING, Phase.DONE):
+            return
+        stage = lost.stage
+        current = run.attempt == lost.attempt
+        if lost.duty is Role.DECODE and stage is Stage.QUEUED and current and run.handed_off:
+            stage = Stage.COMPUTING
+        self._tries[lost.attempt.request_id].on_loss(lost.attempt.number, stage)
 
     def _follow_up(self, run: AnswerRun) -> None:
         """What an answer's new phase asks for."""
         if run.phase is Phase.FAILED:
-            self._retry(run)
+            self._pause(run)
         elif run.phase is Phase.SETTLING:
-            self._cancel(run.attempt, "a stop string was found")
+            self._attempts.cancel(run.attempt, "a stop string was found")
             self._arm_grace(run, SETTLE_GRACE_S)
         elif run.phase is Phase.DONE:
             self._open.discard(run.attempt.request_id)
-            self._cancel(run.attempt, "the answer is complete")
+            self._attempts.cancel(run.attempt, "the answer is complete")
+            self.timeline.end_attempt(run.attempt, "complete")
         elif run.awaiting_peer:
             self._arm_grace(run, PEER_GRACE_S)
 
-    def _retry(self, run: AnswerRun) -> None:
-        """Start another attempt, or raise the error that ended this one."""
+    def _pause(self, run: AnswerRun) -> None:
+        """Give the failed attempt up, and plan another one. Raises the error that ends the
+        request."""
         error = run.error or InternalError("an attempt failed without an error")
-        failed = self._placed[run.attempt]
-        self._cancel(run.attempt, "the attempt failed")
-        number = run.attempt.number + 1
-        if not error.retryable or run.num_tokens or number >= MAX_ATTEMPTS:
-            raise error
-        self._avoid.update(_names(failed))
-        try:
-            self._begin(run, number)
-        except BatonError:
-            raise error from None  # what went wrong first says more
-        if isinstance(error, Overloaded) and _names(self._placed[run.attempt]) == _names(failed):
-            raise error  # nobody else is there to take it
-        self._parts.metrics.retries.inc()
+        name = run.attempt.request_id
+        self.timeline.end_attempt(run.attempt, f"{error.code}: {error.message}")
+        failed = self._attempts.cancel(run.attempt, "the attempt failed")
+        if failed is not None:
+            self._failed_at[name] = names(failed)
+            self._attempts.avoid(*names(failed))
+        now = asyncio.get_running_loop().time()
+        pause_s = self._tries[name].after(error, run.progressed, now)
+        run.phase = Phase.PAUSING
+        if pause_s > 0:
+            self._arm(now + pause_s, Again(run.attempt))
+        else:
+            self._due.append(run)
 
-    def _cancel(self, attempt: AttemptId, reason: str) -> None:
-        decision = self._placed.pop(attempt, None)
-        self._parts.expected.done(attempt)
-        if decision is None:
-            return
-        for worker in (decision.prefill, decision.decode):
-            if worker is not None:
-                self._parts.fleet.cancel(worker.peer, attempt, reason)
-
-    def _on_late(self, run: AnswerRun, late: Late) -> None:
+    def _on_late(self, run: AnswerRun, late: Late) -> Delta | None:
         self._armed.discard(late)
-        if run.phase is not late.phase:
-            return
-        if run.phase is Phase.SETTLING:
-            run.phase = Phase.DONE
-        elif run.awaiting_peer:
-            run.fail_awaiting()
+        if run.phase is late.phase:
+            if run.phase is Phase.SETTLING:
+                run.phase = Phase.DONE
+            elif run.awaiting_peer:
+                return run.fail_awaiting()
+        return None
 
     def _arm_grace(self, run: AnswerRun, seconds: float) -> None:
         late = Late(run.attempt, run.phase)
@@ -330,8 +335,3 @@ class Serving:
             self._parts.metrics.note_prediction(decision.ttft_s, now - decided_at)
             self._parts.fleet.note_ttft(decision.chosen.ttft_s, now - decided_at)
         self._stopwatch.note(delta.index, len(delta.tokens), delta.finish_reason is not None, now)
-
-
-def _names(decision: Decision) -> frozenset[str]:
-    workers = (decision.prefill, decision.decode)
-    return frozenset(worker.info.name for worker in workers if worker is not None)

@@ -377,7 +377,7 @@ class _Watch:
             self.kv.on_message(self.member.info.name, message, self.member.link.post)
 
     def on_finish(self, held: Assignment, finish: Finish) -> None:
-        if held.prompt_tokens:
+        if held.prompt_tokens and not held.resumed:  # its Finish tells of the prompt alone
             asked = Computed(held.prompt_tokens, held.fetch)
             self.member.meter.on_finish(asked, finish, _now())
             self.touch(self.member)

@@ -13,6 +13,7 @@ from baton.errors import BatonError
 from baton.types.fleet import Role
 from baton.types.request import AttemptId, AttemptOutput
 from conductor.answer_run import Phase
+from conductor.link import Stage
 
 
 class Output(NamedTuple):
@@ -28,7 +29,15 @@ class Lost:
     duty: Role
     worker: str
     attempt: AttemptId
+    stage: Stage
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """It is time for another attempt after this one."""
+
+    attempt: AttemptId
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,7 @@ class Abort:
     error: BatonError
 
 
-Event = Output | Lost | Late | Abort
+Event = Output | Lost | Again | Late | Abort
 
 
 class Inbox:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from baton.errors import PeerGone, WorkerLost
@@ -27,18 +28,29 @@ SETTLE_S = 30.0  # how long a cancelled attempt's last words are waited for
 log = logging.getLogger(__name__)
 
 
+class Stage(StrEnum):
+    """How far a worker has come with an attempt, as far as its link can tell."""
+
+    QUEUED = "queued"  # behind other prompts, or it waits for KV
+    COMPUTING = "computing"  # its prompt is next, or being computed
+    ANSWERING = "answering"  # it has sent tokens
+
+
 class Listener(Protocol):
     """Who hears about an attempt. `duty` is what the worker does for it."""
 
     def on_output(self, duty: Role, worker: str, output: AttemptOutput) -> None: ...
 
-    def on_lost(self, duty: Role, worker: str, attempt: AttemptId, reason: str) -> None: ...
+    def on_lost(
+        self, duty: Role, worker: str, attempt: AttemptId, stage: Stage, reason: str
+    ) -> None: ...
 
 
 @dataclass(slots=True)
 class Assignment:
     """`prompt_tokens` are those that this worker gets the KV of, by computing it or by fetching; 0
-    when another worker does. That is predicted to take `work_s`."""
+    when another worker does. That is predicted to take `work_s`. When the attempt is `resumed`,
+    they include answer tokens."""
 
     duty: Role
     listener: Listener
@@ -46,7 +58,10 @@ class Assignment:
     work_s: float = 0.0
     priority: int = 0
     fetch: tuple[FetchPart, ...] = ()
-    cancelled_at: float | None = None
+    resumed: bool = False
+    answered: bool = False  # the link's: tokens have come
+    cancelled_at: float | None = None  # the link's
+    cancelled_in: Stage = Stage.QUEUED  # the link's
 
 
 class Watcher(Protocol):
@@ -107,8 +122,9 @@ class Link:
         """Tell the worker to stop, unless it has finished. What it still says is passed on."""
         held = self._assignments.get(attempt)
         if held is not None and held.cancelled_at is None:
-            self._uncount(attempt)
+            held.cancelled_in = self._stage(attempt, held)
             held.cancelled_at = self._loop.time()
+            self._uncount(attempt)
             self._outbox.put_nowait(Cancel(attempt, reason))
 
     def post(self, message: ConductorMessage) -> None:
@@ -147,14 +163,23 @@ class Link:
         self._prompts.done(attempt, self._loop.time())
         self._watcher.on_change()
 
+    def _stage(self, attempt: AttemptId, held: Assignment) -> Stage:
+        if held.cancelled_at is not None:
+            return held.cancelled_in
+        if held.answered:
+            return Stage.ANSWERING
+        begun = held.prompt_tokens > 0 and self._prompts.has_begun(attempt)
+        return Stage.COMPUTING if begun else Stage.QUEUED
+
     def _lose(self, reason: str) -> None:
         self.ended = True
         assignments, self._assignments = self._assignments, {}
+        stages = [self._stage(attempt, held) for attempt, held in assignments.items()]
         self.attempts = 0
         self._prompts.clear()
         self._watcher.on_change()
-        for attempt, held in assignments.items():
-            held.listener.on_lost(held.duty, self._worker, attempt, reason)
+        for (attempt, held), stage in zip(assignments.items(), stages, strict=True):
+            held.listener.on_lost(held.duty, self._worker, attempt, stage, reason)
 
     async def _read(self) -> str:
         # No deadline of its own: the fleet ends the link when the worker's lease runs out.
@@ -181,6 +206,8 @@ class Link:
                 self._watcher.on_finish(held, output.finish)
         elif self._prompts.tokens and held.prompt_tokens and output.tokens:
             self._prompts.done(output.attempt, self._loop.time())
+        if output.tokens:
+            held.answered = True
         held.listener.on_output(held.duty, self._worker, output)
 
     async def _write(self) -> None:

@@ -40,7 +40,23 @@ class Metrics:
             "baton_cached_prompt_tokens", "Prompt tokens whose KV was found in a cache."
         )
         self.output_tokens = own.tally("baton_output_tokens", "Tokens generated.")
-        self.retries = own.counter("baton_attempt_retries", "Attempts after the first one.")
+        self.retries = own.counter(
+            "baton_attempt_retries",
+            "Attempts after the first one, by the error that ended the one before.",
+            ["reason"],
+        )
+        self.resumes = own.counter(
+            "baton_resumes", "Attempts that went on behind tokens which the client had."
+        )
+        self.retry_refusals = own.counter(
+            "baton_retry_refusals",
+            "Failed requests that were not tried again: too many attempts (limit), too many "
+            "failures in the cluster (budget).",
+            ["reason"],
+        )
+        self.poison = own.counter(
+            "baton_poison_requests", "Requests stopped because workers died while computing them."
+        )
         self.decisions = own.counter(
             "baton_route_decisions",
             "Attempts by what decided where the prompt is computed.",
@@ -69,6 +85,12 @@ class Metrics:
 
     def note_rejection(self, reason: str) -> None:
         self.rejections.labels(reason).inc()
+
+    def note_retry_refusal(self, reason: str) -> None:
+        if reason == "poison":
+            self.poison.inc()
+        else:
+            self.retry_refusals.labels(reason).inc()
 
     def note_prediction(self, predicted_s: float, actual_s: float) -> None:
         if predicted_s > 0:

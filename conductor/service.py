@@ -23,6 +23,7 @@ from conductor.dispatch import Dispatcher, Serving, Usage
 from conductor.fleet import MAP_BLOCKS, Fleet
 from conductor.metrics import Metrics
 from conductor.request import Ask, Chat, Prompt, Request
+from conductor.retries import Retries, RetryOptions
 from conductor.router import RouteOptions
 from conductor.trace import Traces
 from conductor.validate import Limits, build_request, check_ask
@@ -58,6 +59,7 @@ class Policy:
     default_deadline_s: float = 600.0
     routing: RouteOptions = field(default_factory=RouteOptions)
     slos: Slos = field(default_factory=Slos)
+    retries: RetryOptions = field(default_factory=RetryOptions)
     map_blocks: int = MAP_BLOCKS
 
 
@@ -78,7 +80,8 @@ class Conductor:
         self._make_id = make_id or functools.partial(secrets.token_hex, 12)
         self.fleet = Fleet(dialer, policy.lease_ttl_s, model.fingerprint, policy.map_blocks)
         self.metrics = Metrics(self.fleet)
-        self.traces = Traces(asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        self.traces = Traces(now)
         self.admission = Admission(policy.max_answers, policy.slos, self.metrics.note_rejection)
         self._dispatcher = Dispatcher(
             self.fleet,
@@ -88,6 +91,7 @@ class Conductor:
             self.traces,
             self.admission,
             policy.routing,
+            Retries(policy.retries, now, self.metrics.note_retry_refusal),
         )
         self._servings: set[Serving] = set()
         self._threads: ThreadPoolExecutor | None = None

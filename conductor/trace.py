@@ -14,6 +14,15 @@ from conductor.router import Decision
 
 
 @dataclass(slots=True)
+class AttemptRecord:
+    """`resumed_at` is the number of answer tokens that the client had before it."""
+
+    decision: Decision
+    resumed_at: int
+    ended: str | None = None  # how: "complete", or an error's code and message
+
+
+@dataclass(slots=True)
 class Timeline:
     """One request's history; filled by dispatch, spans of workers may arrive after its end."""
 
@@ -24,11 +33,16 @@ class Timeline:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0  # of the prompt; known at the end
-    decisions: list[tuple[AttemptId, Decision]] = field(default_factory=list)
+    attempts: dict[AttemptId, AttemptRecord] = field(default_factory=dict)
     spans: list[tuple[str, str, Span]] = field(default_factory=list)
 
-    def add_decision(self, attempt: AttemptId, decision: Decision) -> None:
-        self.decisions.append((attempt, decision))
+    def add_attempt(self, attempt: AttemptId, decision: Decision, resumed_at: int) -> None:
+        self.attempts[attempt] = AttemptRecord(decision, resumed_at)
+
+    def end_attempt(self, attempt: AttemptId, how: str) -> None:
+        record = self.attempts.get(attempt)
+        if record is not None and record.ended is None:
+            record.ended = how
 
     def add_span(self, source: str, attempt: str, span: Span) -> None:
         self.spans.append((source, attempt, span))
@@ -43,7 +57,7 @@ class Timeline:
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
             "cached_tokens": self.cached_tokens,
-            "attempts": [_attempt(attempt, decision) for attempt, decision in self.decisions],
+            "attempts": [_attempt(attempt, record) for attempt, record in self.attempts.items()],
             "spans": [
                 {
                     "source": source,
@@ -57,7 +71,8 @@ class Timeline:
         }
 
 
-def _attempt(attempt: AttemptId, decision: Decision) -> dict[str, Any]:
+def _attempt(attempt: AttemptId, record: AttemptRecord) -> dict[str, Any]:
+    decision = record.decision
     return {
         "attempt": str(attempt),
         "prefill": decision.prefill.info.name if decision.prefill else None,
@@ -68,6 +83,8 @@ def _attempt(attempt: AttemptId, decision: Decision) -> dict[str, Any]:
         "predicted_ttft_s": decision.ttft_s,
         "predicted_tpot_s": decision.tpot_s,
         "is_guess": decision.is_guess,
+        "resumed_at": record.resumed_at,
+        "ended": record.ended,
     }
 
 

@@ -80,7 +80,7 @@ def tiny_model(name: str = "tiny") -> ServedModel:
 @dataclass(frozen=True)
 class Script:
     """What a worker answers. With `hang_at` it stops before that output index until cancelled;
-    with `error_at` it fails there. A prompt takes `prefill_s`."""
+    with `error_at` it fails there. A prompt takes `prefill_s`. A resumed task gets the rest."""
 
     tokens: tuple[int, ...]
     finish: FinishReason = FinishReason.STOP
@@ -212,14 +212,16 @@ class FakeWorker:
         script: Script,
     ) -> Finish:
         tokens, reason = _limited(task, script)
+        first = len(task.output)
         began = asyncio.get_running_loop().time()
         if script.prefill_s:
             await asyncio.sleep(script.prefill_s)
-        if (failure := await self._reach(script, 0)) is not None:
+        if (failure := await self._reach(script, first)) is not None:
             return failure
         ended = asyncio.get_running_loop().time()
-        await self._report(stream, AttemptOutput(task.attempt, (_sampled(task, tokens[0], 0),)))
-        if len(tokens) == 1:
+        sampled = _sampled(task, tokens[first], first)
+        await self._report(stream, AttemptOutput(task.attempt, (sampled,)))
+        if len(tokens) == first + 1:
             self.meeting.event(task.attempt, "finished").set()
             self.meeting.event(task.attempt, "prefilled").set()
             return Finish(reason, cached_tokens=script.cached_tokens)
@@ -234,13 +236,13 @@ class FakeWorker:
         message: StartDecode,
         script: Script,
     ) -> Finish:
-        task, first = message.task, 0
+        task, first = message.task, len(message.task.output)
         if message.prefill is not None:
             await self.meeting.event(task.attempt, "prefilled").wait()
             if self.meeting.event(task.attempt, "finished").is_set():
                 return Finish(FinishReason.CANCELLED)
             self.meeting.event(task.attempt, "released").set()
-            first = 1
+            first += 1
         tokens, reason = _limited(task, script)
         for index in range(first, len(tokens)):
             if (failure := await self._reach(script, index)) is not None:
@@ -314,7 +316,7 @@ class FakeCluster:
         await wait_for(lambda: self.conductor.running == 0)
         views = self.conductor.fleet.view().workers
         assert all(view.own_attempts == 0 and view.own_prompt_tokens == 0 for view in views)
-        assert len(self.conductor._dispatcher.expected) == 0
+        assert len(self.conductor._dispatcher.placer.expected) == 0
         async with asyncio.timeout(5):
             await self.conductor.admission.wait_idle()
 

@@ -59,6 +59,10 @@ def _choices(timeline: Mapping[str, Any]) -> list[Text]:
         pair = " → ".join(str(attempt[key]) for key in ("prefill", "decode") if attempt.get(key))
         reasons = "; ".join(attempt.get("reasons") or ())
         lines.append(Text(f"attempt {attempt.get('attempt', '')}: {pair}  ({reasons})"))
+        if attempt.get("resumed_at"):
+            lines.append(Text(f"  went on behind {attempt['resumed_at']} tokens"))
+        if attempt.get("ended") not in (None, "complete"):
+            lines.append(Text(f"  ended: {attempt['ended']}"))
         lines += [Text(_candidate(candidate)) for candidate in attempt.get("candidates") or ()]
     return lines
 

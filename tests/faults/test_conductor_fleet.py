@@ -15,7 +15,7 @@ from baton.types.fleet import BlockState, Role, WorkerLoad, WorkerState
 from baton.types.link import StartDecode
 from baton.types.request import AttemptId, AttemptOutput, GenerationTask, SamplingParams
 from conductor.fleet import Fleet
-from conductor.link import Assignment
+from conductor.link import Assignment, Stage
 from tests.fake_worker import FINGERPRINT, FakeWorker, Meeting, layout, say, worker_info
 from tests.virtual_time import settle, stand_still, virtual_time
 
@@ -34,7 +34,9 @@ class Heard:
     def on_output(self, duty: Role, worker: str, output: AttemptOutput) -> None:
         self.outputs.append(output)
 
-    def on_lost(self, duty: Role, worker: str, attempt: AttemptId, reason: str) -> None:
+    def on_lost(
+        self, duty: Role, worker: str, attempt: AttemptId, stage: Stage, reason: str
+    ) -> None:
         self.lost.append(f"{duty} {worker} {attempt}: {reason}")
 
 

@@ -187,7 +187,7 @@ async def test_a_prompt_under_way_draws_others_that_begin_alike() -> None:
             await wait_for(lambda n=number: sum(len(w.live) for w in prefillers) == n)
             await asyncio.sleep(0.02)  # until that one should be nearly done
         assert sorted(len(worker.live) for worker in prefillers) == [0, 0, 2]
-        assert len(cluster.conductor._dispatcher.expected) == 2
+        assert len(cluster.conductor._dispatcher.placer.expected) == 2
         for task in asked:
             task.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
@@ -197,7 +197,10 @@ async def test_a_prompt_under_way_draws_others_that_begin_alike() -> None:
 @virtual_time
 async def test_nothing_is_expected_of_a_worker_that_was_lost() -> None:
     async with fake_cluster(say("ok", hang_at=0)) as cluster:
-        worker, expected = cluster.workers["prefill-0"], cluster.conductor._dispatcher.expected
+        worker, expected = (
+            cluster.workers["prefill-0"],
+            cluster.conductor._dispatcher.placer.expected,
+        )
         asked = asyncio.create_task(ask(cluster.conductor, "a" * 100))
         await wait_for(lambda: bool(worker.live))
         assert len(expected) == 1

@@ -13,7 +13,6 @@ from baton.errors import (
     InternalError,
     NoWorker,
     Overloaded,
-    WorkerLost,
 )
 from baton.rpc.memory import Fault
 from baton.types.fleet import Role
@@ -22,6 +21,7 @@ from baton.types.request import FinishReason, GenerationTask, WireError
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
 from conductor.request import Ask, Options
+from conductor.retries import RetryOptions
 from conductor.service import Conductor, Policy
 from tests.fake_worker import EOS, Meeting, Script, echo, fake_cluster, say, wait_for
 from tests.virtual_time import virtual_time
@@ -209,17 +209,7 @@ async def test_retries_end_with_the_error() -> None:
     async with fake_cluster(say("x", error_at=0, error=failing)) as cluster:
         with pytest.raises(BatonError, match="no route"):
             await ask(cluster.conductor)
-        assert len(cluster.workers["prefill-0"].tasks) == 3
-        await cluster.check_nothing_left()
-
-
-@virtual_time
-async def test_no_retry_after_a_token_was_sent() -> None:
-    failing = WireError("lease_expired", "too late", retryable=True)
-    async with fake_cluster(say("abc", error_at=1, error=failing)) as cluster:
-        with pytest.raises(BatonError, match="too late"):
-            await ask(cluster.conductor)
-        assert len(cluster.workers["decode-0"].tasks) == 1
+        assert len(cluster.workers["prefill-0"].tasks) == RetryOptions().failures
         await cluster.check_nothing_left()
 
 
@@ -248,20 +238,6 @@ async def test_a_lost_worker_before_the_first_token_leads_to_another_one(victim:
         cluster.network.kill(f"{victim}:1")
         deltas, _ = await task
         assert text_of(deltas) == "new"
-        await cluster.check_nothing_left()
-
-
-@virtual_time
-async def test_a_decode_worker_lost_in_the_middle_is_a_clear_error() -> None:
-    async with fake_cluster(say("abcdef", hang_at=3)) as cluster:
-        task = asyncio.create_task(ask(cluster.conductor))
-        prefill, decode = cluster.workers["prefill-0"], cluster.workers["decode-0"]
-        await wait_for(lambda: bool(decode.live) and not prefill.live)
-        cluster.network.kill("decode-0:1")
-        with pytest.raises(WorkerLost, match="decode-0"):
-            await task
-        with pytest.raises(NoWorker, match="decode-0 is suspect"):
-            await ask(cluster.conductor)
         await cluster.check_nothing_left()
 
 
@@ -368,6 +344,7 @@ async def test_traces_tell_workers_reasons_and_spans() -> None:
         body = timeline.as_json()
         assert body["outcome"] == "ok"
         assert body["attempts"][0]["prefill"] == "prefill-0"
+        assert body["attempts"][0]["ended"] == "complete"
         assert {span["name"] for span in body["spans"]} == {
             "request", "first_token", "prefill", "decode",
         }  # fmt: skip

@@ -25,7 +25,7 @@ from baton.types.request import (
     SamplingParams,
 )
 from conductor.backlog import EMPTY
-from conductor.link import Assignment, Link
+from conductor.link import Assignment, Link, Stage
 from tests.virtual_time import settle, virtual_time
 
 R, S = AttemptId("r"), AttemptId("s")
@@ -55,7 +55,9 @@ class Deaf:
     def on_output(self, duty: Role, worker: str, output: AttemptOutput) -> None:
         return
 
-    def on_lost(self, duty: Role, worker: str, attempt: AttemptId, reason: str) -> None:
+    def on_lost(
+        self, duty: Role, worker: str, attempt: AttemptId, stage: Stage, reason: str
+    ) -> None:
         return
 
 
@@ -64,9 +66,10 @@ Pair = tuple[
 ]
 
 
-def start(link: Link, attempt: AttemptId, seconds: float, **options: int) -> None:
+def start(link: Link, attempt: AttemptId, seconds: float, priority: int = 0) -> None:
     task = GenerationTask(attempt, (1, 2, 3), SamplingParams())
-    link.start(attempt, Assignment(Role.PREFILL, Deaf(), 3, seconds, **options), StartPrefill(task))
+    assignment = Assignment(Role.PREFILL, Deaf(), 3, seconds, priority)
+    link.start(attempt, assignment, StartPrefill(task))
 
 
 def first_token(attempt: AttemptId) -> StepReport:
@@ -79,7 +82,7 @@ async def test_kv_messages_and_reports_go_to_their_listeners_and_a_resync_to_the
     watcher = Watcher()
     link = Link("worker", near, watcher)
     running = asyncio.create_task(link.run())
-    told = [
+    told: list[KvEvents | KvSnapshot] = [
         KvSnapshot(4, Tier.GPU, bytes(16), first=True, last=True),
         KvEvents(5, Tier.CPU, added=bytes(16)),
     ]

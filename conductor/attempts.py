@@ -1,0 +1,152 @@
+"""Where a request's attempts run: they are routed, started and cancelled here.
+
+A resumed attempt is routed by its whole context, prompt and the answer tokens that the client has:
+that is what its KV must be found for, or computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from baton.types.fleet import Role
+from baton.types.link import StartDecode, StartPrefill
+from baton.types.request import AttemptId, GenerationTask
+from conductor.answer_run import AnswerRun
+from conductor.expected import ExpectedBlocks
+from conductor.fleet import Fleet
+from conductor.link import Assignment, Listener
+from conductor.prompt_keys import prompt_keys
+from conductor.request import Request
+from conductor.router import Decision, RouteOptions, RouteRequest, group_of, route
+
+
+class Placer:
+    """Of one conductor: chooses the workers of every attempt."""
+
+    def __init__(self, fleet: Fleet, options: RouteOptions) -> None:
+        self.fleet = fleet
+        self.options = options
+        self.expected = ExpectedBlocks()
+        self._decisions = 0
+
+    def decide(
+        self, request: Request, run: AnswerRun, keys: bytes, avoid: frozenset[str]
+    ) -> Decision:
+        """Where the next attempt at an answer goes. Raises NoWorker."""
+        prefix_map = self.fleet.prefix_map
+        self._decisions += 1
+        asked = RouteRequest(
+            key=run.attempt.request_id,
+            prompt=run.context,
+            max_tokens=run.answer.sampling.max_tokens - run.num_tokens,
+            avoid=avoid,
+            number=self._decisions,
+            priority=request.priority,
+            keys=keys,
+            matches=prefix_map.matches(keys) if keys and prefix_map.num_blocks else (),
+            computing=self.expected.blocks(group_of(keys), keys, request.priority),
+        )
+        now = asyncio.get_running_loop().time()
+        return route(asked, self.fleet.view(), now, self.options)
+
+
+class Attempts:
+    """Of one request. `listener` hears of all of them."""
+
+    def __init__(self, placer: Placer, request: Request, listener: Listener) -> None:
+        self._placer = placer
+        self._fleet = placer.fleet
+        self._expected = placer.expected
+        self._request = request
+        self._listener = listener
+        # By prompt and, when resumed, answer: how many tokens had been passed on, and the keys.
+        self._keys: dict[tuple[int, int | None], tuple[int, bytes]] = {}
+        self._placed: dict[AttemptId, Decision] = {}
+        self._avoid: set[str] = set()
+
+    @property
+    def any_placed(self) -> bool:
+        return bool(self._placed)
+
+    async def hash_context(self, run: AnswerRun) -> bytes:
+        """The keys of what the next attempt at the answer begins with, computed once: of a prompt
+        whatever the number of its answers, of a resumed answer until it has grown."""
+        layout = self._fleet.layout()
+        if layout is None:
+            return b""
+        answer = run.answer
+        name = (answer.prompt_index, answer.index if run.num_tokens else None)
+        hashed = self._keys.get(name)
+        if hashed is None or hashed[0] != run.num_tokens:
+            salt, prefix_map = self._request.cache_salt, self._fleet.prefix_map
+            keys = await prompt_keys(run.context, layout, salt, prefix_map)
+            self._keys[name] = hashed = (run.num_tokens, keys)
+        return hashed[1]
+
+    def decide(self, run: AnswerRun, keys: bytes) -> Decision:
+        """Raises NoWorker."""
+        return self._placer.decide(self._request, run, keys, frozenset(self._avoid))
+
+    def start(self, run: AnswerRun, decision: Decision, keys: bytes, now: float) -> None:
+        """Hand the answer's current attempt to its workers. Raises WorkerLost; then it may have
+        been handed to one of them: cancel it."""
+        request, answer = self._request, run.answer
+        task = GenerationTask(
+            attempt=run.attempt,
+            prompt=answer.prompt,
+            sampling=answer.sampling,
+            output=run.output,
+            priority=request.priority,
+            timeout_s=max(request.deadline - now, 0.0),
+            cache_salt=request.cache_salt,
+            cache_pin_s=request.cache_pin_s,
+        )
+        self._placed[task.attempt] = decision
+        worker = (decision.prefill or decision.decode).info.name
+        self._expected.add(task.attempt, group_of(keys), keys, worker, request.priority)
+        fetch = decision.fetch_plan
+        computing = Assignment(
+            Role.DECODE if decision.prefill is None else Role.PREFILL,
+            self._listener,
+            len(task.prompt) + len(task.output),
+            decision.work_s,
+            task.priority,
+            fetch,
+            resumed=bool(task.output),
+        )
+        if decision.prefill is None:
+            start = StartDecode(task, fetch=fetch)
+            self._fleet.start(decision.decode.peer, task.attempt, computing, start)
+            return
+        peer = decision.prefill.peer
+        self._fleet.start(peer, task.attempt, computing, StartPrefill(task, fetch))
+        duty = Assignment(Role.DECODE, self._listener, 0)
+        self._fleet.start(decision.decode.peer, task.attempt, duty, StartDecode(task, peer))
+
+    def done(self, attempt: AttemptId) -> None:
+        """A worker has ended its part: nobody waits for what it computes."""
+        self._expected.done(attempt)
+
+    def avoid(self, *workers: str) -> None:
+        """Later attempts go to others, if there are any."""
+        self._avoid.update(workers)
+
+    def cancel(self, attempt: AttemptId, reason: str) -> Decision | None:
+        """Tell its workers, unless that was done before. Returns where it ran."""
+        decision = self._placed.pop(attempt, None)
+        self._expected.done(attempt)
+        if decision is not None:
+            for worker in (decision.prefill, decision.decode):
+                if worker is not None:
+                    self._fleet.cancel(worker.peer, attempt, reason)
+        return decision
+
+    def cancel_all(self, reason: str) -> None:
+        for attempt in list(self._placed):
+            self.cancel(attempt, reason)
+
+
+def names(decision: Decision) -> frozenset[str]:
+    """Of the workers that a decision chose."""
+    workers = (decision.prefill, decision.decode)
+    return frozenset(worker.info.name for worker in workers if worker is not None)
