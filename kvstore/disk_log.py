@@ -105,6 +105,25 @@ class DiskLog:
         self._changes.remove(key)
         return True
 
+    async def seal(self, segment: Segment) -> None:
+        """Write the index of a segment that nobody will write to any more."""
+        first = self._segments.location(segment, 0)
+        live = self.index.within(first, first + segment.used)
+        keys = [(location - first, key) for location, key in live]
+        try:
+            with self.using(segment):
+                await self._threads.run(
+                    self.io.seal, segment.fd, segment.number, segment.used, keys
+                )
+        except OSError as error:
+            self._health.failed("write", error)
+
+    async def seal_current(self) -> None:
+        """At an orderly end."""
+        segment, self._current = self._current, None
+        if segment is not None and 0 < segment.used < self.io.format.records:
+            await self.seal(segment)
+
     async def room(self) -> Segment | None:
         """A segment with a free position, which the caller takes before it waits for anything."""
         async with self._rolling:

@@ -22,6 +22,7 @@ class Segment:
     used: int = 0  # positions that were handed out to writers
     live: int = 0  # records that are indexed
     users: int = 0  # reads and writes under way
+    writers: int = 0  # of these
     last_use: int = 0
     dropped: bool = False  # its file is unlinked; the descriptor lives until `users` is 0
 

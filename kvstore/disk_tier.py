@@ -128,6 +128,7 @@ class DiskTier:
             writer.cancel()
         await asyncio.gather(*self._writers, return_exceptions=True)
         self._writers.clear()
+        await self._log.seal_current()
         self._health.end()
         self._refuse_queued()
         self._threads.close()
@@ -270,6 +271,7 @@ class DiskTier:
         place = Place(segment.number, segment.fd, first)
         records = [(item.info, item.payload) for item in part]
         stored = False
+        segment.writers += 1
         with self._log.using(segment):
             try:
                 await self._threads.run(self._log.io.write, place, records)
@@ -277,11 +279,16 @@ class DiskTier:
             except OSError as error:
                 self._health.failed("write", error)
                 self.stats.refused += len(part)
+            finally:
+                segment.writers -= 1
         for n, item in enumerate(part):
             if stored:
                 self._log.enter(item.info.key, segment, first + n)
                 self.stats.written += 1
             item.done.set_result(stored)
+        full = segment.used == self.format.records and not segment.writers
+        if full and not (segment.dropped or self._health.off):
+            await self._log.seal(segment)
 
     def _refuse_queued(self) -> None:
         while not self._queue.empty():

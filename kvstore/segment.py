@@ -27,6 +27,7 @@
             104   -  zeros
             followed by the payload, padded with zeros to a multiple of 4096
          *  record 1, 2, ... all of the same length, so that a damaged one hides no other
+         *  index, when nothing more is written to the segment: see `segment_index`
 
 A segment is made at its full length. What was never written is zeros, which no header is. Nothing
 is synchronized to the medium: a record that was not there yet when power was lost does not verify.
@@ -39,6 +40,7 @@ import struct
 from dataclasses import dataclass
 
 from kvstore.format import ALIGN, BlockInfo, padded, seal
+from kvstore.segment_index import IndexCodec, entries_bytes
 
 _SEGMENT_MAGIC, _RECORD_MAGIC = b"batonKVs", b"batonKVr"
 _VERSION = 1
@@ -75,7 +77,7 @@ class SegmentFormat:
     fingerprint: bytes
     layout: str  # for people
     block_bytes: int
-    segment_bytes: int  # at most, header included
+    segment_bytes: int  # at most, header included; the index comes on top
 
     @property
     def stride(self) -> int:
@@ -93,7 +95,11 @@ class SegmentFormat:
 
     @property
     def file_bytes(self) -> int:
-        return self.offset(self.records)
+        """With its index, when it is full."""
+        return self.offset(self.records) + entries_bytes(self.records) + ALIGN
+
+    def index(self, number: int) -> IndexCodec:
+        return IndexCodec(self.fingerprint, number, self.block_bytes)
 
     def offset(self, position: int) -> int:
         """Of a record in its file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from kvstore.files import FileOps
 from kvstore.format import ALIGN, BlockInfo, checksum, padded
 from kvstore.segment import SegmentFormat, SegmentHeader, parse_header
+from kvstore.segment_index import Keys, parse_entries
 
 _IOV_MAX = 1024  # buffers of one call, on Linux
 MAX_BATCH = _IOV_MAX // 3  # records: header, payload, padding
@@ -26,11 +28,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """An old segment, opened. `keys` are (position, key) of records with a whole header."""
+    """An old segment, opened. `keys` are those of its index, or of records with a whole header."""
 
     fd: int
     header: SegmentHeader | None  # None: damaged
-    keys: tuple[tuple[int, bytes], ...]
+    keys: Keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +115,16 @@ class SegmentIo:
             position += 1
         return moved
 
+    def seal(self, fd: int, number: int, used: int, keys: Sequence[tuple[int, bytes]]) -> None:
+        """Nothing more is written to the segment: put its index behind the first `used` positions,
+        and end the file there. `keys` are (position, key)."""
+        index = self.format.index(number).pack(used, keys)
+        self.files.write(fd, [_aligned(index)], self.format.offset(used))
+        self.files.truncate(fd, self.format.offset(used) + len(index))
+
     def scan(self, path: Path) -> Scanned:
-        """Cuts off what a process that was killed had not written yet."""
+        """Open an old segment. One without an index, because its process was killed, gets one, and
+        what was not written yet is cut off."""
         fd = self.files.open(path, self.direct)
         try:
             page = _page()
@@ -123,13 +133,35 @@ class SegmentIo:
             header = parse_header(bytes(page))
             if header is None or header.fingerprint != self.format.fingerprint:
                 return Scanned(fd, header, ())
-            keys = self._scan_records(fd, header.number, page)
-            used = keys[-1][0] + 1 if keys else 0
-            self.files.truncate(fd, self.format.offset(used))
-            return Scanned(fd, header, tuple(keys))
+            keys = self._read_index(fd, header.number, page)
+            if keys is None:
+                keys = tuple(self._scan_records(fd, header.number, page))
+                used = keys[-1][0] + 1 if keys else 0
+                self.files.truncate(fd, self.format.offset(used))
+                with contextlib.suppress(OSError):  # it is scanned again the next time
+                    self.seal(fd, header.number, used, keys)
+            return Scanned(fd, header, keys)
         except OSError:
             self.files.close(fd)
             raise
+
+    def _read_index(self, fd: int, number: int, page: memoryview) -> Keys | None:
+        """None when it has none that is whole."""
+        size = self.files.size(fd)
+        if size < 2 * ALIGN or size % ALIGN:
+            return None
+        if self.files.read(fd, [page], size - ALIGN) != ALIGN:
+            return None
+        trailer = self.format.index(number).parse_trailer(bytes(page))
+        if trailer is None or trailer.used > self.format.records:
+            return None
+        offset = self.format.offset(trailer.used)
+        if not trailer.entries or size != offset + trailer.entries_bytes + ALIGN:
+            return None
+        entries = memoryview(mmap.mmap(-1, trailer.entries_bytes))
+        if self.files.read(fd, [entries], offset) != entries.nbytes:
+            return None
+        return parse_entries(entries, trailer)
 
     def _scan_records(self, fd: int, number: int, page: memoryview) -> list[tuple[int, bytes]]:
         size = self.files.size(fd)

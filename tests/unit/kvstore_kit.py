@@ -17,7 +17,7 @@ from kvstore.disk_options import DiskOptions
 from kvstore.disk_tier import DiskTier
 from kvstore.eviction import make_policy
 from kvstore.files import FileOps, OsFiles, Threads
-from kvstore.format import ALIGN, NO_PARENT, BlockInfo, checksum, fingerprint
+from kvstore.format import ALIGN, NO_PARENT, BlockInfo, checksum, fingerprint, padded
 from kvstore.journal import Journal, TierChanges
 from kvstore.memory_tier import MemoryTier
 from kvstore.slot_table import HEADER_BYTES, SlotTable
@@ -114,8 +114,15 @@ BROKEN = (errno.EIO, ALWAYS)
 def disk_options(directory: Path, records: int = 4, segments: int = 4) -> DiskOptions:
     """Segments of `records` blocks."""
     nbytes = ALIGN + records * (ALIGN + BLOCK)
+    index = padded(20 * records) + ALIGN
     return DiskOptions(
-        directory, segments * nbytes, nbytes, floor_bytes=0, threads=2, error_limit=3, direct=False
+        directory,
+        segments * (nbytes + index),
+        nbytes,
+        floor_bytes=0,
+        threads=2,
+        error_limit=3,
+        direct=False,
     )
 
 
