@@ -19,7 +19,7 @@ from rich.table import Table
 
 from baton import __version__
 from baton.cli.bench import JsonFile, write_json
-from conductor import bench_decisions, bench_keys, bench_map, bench_relay
+from conductor import bench_decisions, bench_keys, bench_map, bench_policies, bench_relay
 from conductor.bench_figures import Figure, Plan
 
 PARTS: Mapping[str, Callable[[Plan], Iterator[Figure]]] = {
@@ -27,6 +27,7 @@ PARTS: Mapping[str, Callable[[Plan], Iterator[Figure]]] = {
     "ring": bench_keys.measure_ring,
     "hashing": bench_keys.measure_hashing,
     "decisions": bench_decisions.measure_decisions,
+    "policies": bench_policies.measure_policies,
     "relay": bench_relay.measure_relay,
 }
 

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from baton.errors import InternalError
-from conductor import bench_decisions, bench_keys, bench_map, bench_relay
+from conductor import bench_decisions, bench_keys, bench_map, bench_policies, bench_relay
 from conductor.bench_puppet import TOKEN_TEXT, Pace
 from conductor.bench_relay import Rig
 from conductor.bench_router import PARTS, bench_router
@@ -35,6 +35,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_relay, "cpu_seconds", lambda pid: time.perf_counter())  # has 10 ms
     monkeypatch.setattr(bench_keys, "GROUPS", 200)
     monkeypatch.setattr(bench_keys, "ROUNDS", 3)
+    monkeypatch.setattr(bench_policies, "PAIRS", (1,))
 
 
 def test_every_part_has_figures(tmp_path: Path) -> None:
