@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,12 +12,14 @@ from baton.bench.stats import percentile
 from baton.hashing import KEY_BYTES
 from baton.types.fleet import KvLayout, Role, WorkerInfo, WorkerLoad, WorkerState
 from baton.types.kv_events import KvSnapshot, Tier
+from baton.types.request import AttemptId
 from conductor.backlog import Backlog
 from conductor.bench_figures import Figure, Plan, latencies, timed
+from conductor.expected import ExpectedBlocks
 from conductor.policies import RoutePolicy
 from conductor.prefix_map import PrefixMap
 from conductor.ring import Ring
-from conductor.router import RouteOptions, RouteRequest, route
+from conductor.router import RouteOptions, RouteRequest, group_of, route
 from conductor.views import FleetView, WorkerView
 
 ROUNDS = 1000
@@ -54,6 +57,38 @@ def measure_decisions(plan: Plan) -> Iterator[Figure]:
     yield Figure("decisions", "view of the fleet after a change", view_s * 1e6, "µs")
     alone_s = percentile(timed([partial(decide, 0, RoutePolicy.CACHE_AWARE)] * ROUNDS), 50)
     yield Figure("decisions", "decisions on one core", 1 / (alone_s + view_s), "/s")
+    samples = timed([_decide_small(plan)] * ROUNDS)
+    yield from latencies("decisions", "2P2D, 2048 tokens, with matches and view", samples, "")
+
+
+def _decide_small(plan: Plan) -> Callable[[], object]:
+    """All that routing costs a request on one machine, after hashing."""
+    small = replace(plan, workers=4, prompt_tokens=2048)
+    random = np.random.default_rng(plan.seed)
+    workers = _workers(small, random)
+    names = [worker.info.name for worker in workers if worker.info.role is Role.PREFILL]
+    keys, prompt, ring = (
+        random.bytes(small.prompt_blocks * KEY_BYTES),
+        tuple(range(2048)),
+        Ring.of(names),
+    )
+    known, expected, attempt = _map_of(keys, names, small), ExpectedBlocks(), AttemptId("r")
+
+    def decide() -> None:
+        group = group_of(keys)
+        asked = RouteRequest(
+            key="r",
+            prompt=prompt,
+            max_tokens=ANSWER_TOKENS,
+            keys=keys,
+            matches=known.matches(keys),
+            computing=expected.blocks(group, keys, 0),
+        )
+        decision = route(asked, FleetView(workers, ring), 0.0, RouteOptions(local_tokens=0))
+        expected.done(attempt)
+        expected.add(attempt, group, keys, decision.chosen.worker, 0)
+
+    return decide
 
 
 def _workers(plan: Plan, random: np.random.Generator) -> tuple[WorkerView, ...]:
