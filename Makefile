@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 PROMPT      ?= def fibonacci(n):
 SERVE_FLAGS ?=
 BENCH_FLAGS ?=
+SEEDS       ?= 2000
+FAULT_FLAGS ?=
 PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ NATIVE := setup.py $(wildcard baton/native/src/*)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test lint format proto bench bench-gpu demo-model clean
+.PHONY: help venv serve test faults lint format proto bench bench-gpu demo-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -55,6 +57,9 @@ test: export TOKENIZERS_PARALLELISM := false
 test: export HF_HUB_OFFLINE := 1
 test: lint ## everything that CI runs
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+faults: $(VENV)/.dev ## SEEDS runs of a modelled cluster under faults, each exactly repeatable
+	$(BIN)/python -m sim.faults --seeds $(SEEDS) $(FAULT_FLAGS)
 
 format: $(VENV)/.dev ## rewrite the sources with ruff
 	$(BIN)/ruff check --fix .

@@ -53,6 +53,14 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
+def raise_if_cancelled() -> None:
+    """Raise the cancellation of this task that a task group has kept to itself: one that comes
+    while the group ends because of an error is not raised again (until Python 3.13)."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 def verdict(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error that says most: when a stream breaks, transfers fail too, but only as a result."""
     leaves: list[BaseException] = []

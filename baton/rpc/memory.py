@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from baton.errors import PeerGone
-from baton.rpc.pipe import Pipe
+from baton.rpc.pipe import Clock, Pipe
 from baton.rpc.services import (
     BlocksService,
     Duplex,
@@ -75,7 +75,14 @@ class NoFaults:
 class MemoryDuplex(Generic[Out, In]):
     """One end of an in-memory stream. Make both with `duplex_pair`."""
 
-    def __init__(self, here: str, there: str, out: Pipe[Out], into: Pipe[In], plan: FaultPlan):
+    def __init__(
+        self,
+        here: str,
+        there: str,
+        out: Pipe[Out],
+        into: Pipe[In],
+        plan: FaultPlan,
+    ) -> None:
         self._here = here
         self._there = there
         self._out = out
@@ -86,8 +93,7 @@ class MemoryDuplex(Generic[Out, In]):
         fault = self._plan.on_message(self._here, self._there, message)
         if fault.lose:
             self.cut(f"the stream between {self._here} and {self._there} broke")
-        due = asyncio.get_running_loop().time() + fault.delay_s if fault.delay_s else 0.0
-        await self._out.put(message, due)
+        await self._out.put(message, fault.delay_s)
 
     async def receive(self) -> In:
         return await self._into.get()
@@ -103,11 +109,11 @@ class MemoryDuplex(Generic[Out, In]):
 
 
 def duplex_pair(
-    dialer: str, server: str, plan: FaultPlan | None = None
+    dialer: str, server: str, plan: FaultPlan | None = None, clock: Clock | None = None
 ) -> tuple[MemoryDuplex[Out, In], MemoryDuplex[In, Out]]:
     """Both ends of a new stream: the dialer's, the server's."""
-    there: Pipe[Out] = Pipe(CAPACITY)
-    back: Pipe[In] = Pipe(CAPACITY)
+    there: Pipe[Out] = Pipe(CAPACITY, clock)
+    back: Pipe[In] = Pipe(CAPACITY, clock)
     plan = plan or NoFaults()
     return (
         MemoryDuplex(dialer, server, there, back, plan),
@@ -125,10 +131,12 @@ class MemoryNetwork:
     """Addresses and the services behind them, for processes that share an event loop.
 
     Use it as an async context manager: leaving it ends every stream and awaits every service.
+    `clock` is the network's own, where the processes have clocks that differ.
     """
 
-    def __init__(self, plan: FaultPlan | None = None) -> None:
+    def __init__(self, plan: FaultPlan | None = None, clock: Clock | None = None) -> None:
         self.plan = plan or NoFaults()
+        self._clock = clock
         self._workers: dict[str, WorkerService] = {}
         self._handoffs: dict[str, HandoffService] = {}
         self._blocks: dict[str, BlocksService] = {}
@@ -192,7 +200,7 @@ class MemoryNetwork:
         if service is None:
             raise _unreachable(address)
         near: MemoryDuplex[ConductorMessage, WorkerMessage]
-        near, far = duplex_pair(caller, address, self.plan)
+        near, far = duplex_pair(caller, address, self.plan, self._clock)
         self._serve(caller, address, service.link(far), far.aclose, far.cut)
         return near
 
@@ -204,7 +212,7 @@ class MemoryNetwork:
         if service is None:
             raise _unreachable(address)
         near: MemoryDuplex[DecodeMessage, PrefillMessage]
-        near, far = duplex_pair(caller, address, self.plan)
+        near, far = duplex_pair(caller, address, self.plan, self._clock)
         self._serve(caller, address, service.pair(far), far.aclose, far.cut)
         return near
 
@@ -216,7 +224,7 @@ class MemoryNetwork:
         if service is None:
             raise _unreachable(address)
         near: MemoryDuplex[BlocksMessage, BlocksMessage]
-        near, far = duplex_pair(caller, address, self.plan)
+        near, far = duplex_pair(caller, address, self.plan, self._clock)
         self._serve(caller, address, service.pair(far), far.aclose, far.cut)
         return near
 
@@ -233,7 +241,7 @@ class MemoryNetwork:
         if service is None:
             raise _unreachable(address)
         # Not awaited to its end: a caller's patience does not depend on the callee.
-        answer = asyncio.create_task(_awaited(call(service)), context=self._homes[address])
+        answer = asyncio.create_task(_call(call, service), context=self._homes[address])
         self._calls.add(answer)
         answer.add_done_callback(self._calls.discard)
         try:
@@ -331,8 +339,8 @@ class MemoryFleetClient:
         )
 
 
-async def _awaited(work: Awaitable[Result]) -> Result:
-    return await work
+async def _call(call: Callable[[FleetService], Awaitable[Result]], service: FleetService) -> Result:
+    return await call(service)
 
 
 async def _wind_up(tasks: set[asyncio.Task[None]]) -> None:

@@ -18,7 +18,7 @@ from packaging.version import Version
 import baton
 
 ROOT = Path(baton.__file__).parents[1]
-SOURCES = ("baton", "conductor", "prefill_worker", "decode_worker", "kvstore")
+SOURCES = ("baton", "conductor", "prefill_worker", "decode_worker", "kvstore", "sim")
 TORCH_FREE = (
     "conductor.service",
     "conductor.http",
@@ -36,6 +36,7 @@ TORCH_FREE = (
     "baton.model.spec",
     "baton.types.request",
     "baton.config",
+    "sim.run",
 )
 
 

@@ -26,6 +26,7 @@ from baton.kv.blocks.options import BlocksOptions
 from baton.kv.blocks.session import Session, dialled
 from baton.kv.digest import make_digests
 from baton.kv.identity import Identity
+from baton.kv.settle import raise_if_cancelled
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.shared import SharedTransport
 from baton.rpc.errors import from_wire
@@ -88,6 +89,7 @@ class Offers:
                 log.info("no stream to the store: %s", group.exceptions[0])
             except* Exception:
                 log.exception("the stream to the store broke")
+            raise_if_cancelled()
             delay = self._options.first_redial_s if self._greeted else 2 * delay
             delay = min(delay, self._options.last_redial_s)
             await asyncio.sleep(delay)

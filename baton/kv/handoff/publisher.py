@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 from baton.errors import (
     BatonError,
-    DeadlineExceeded,
     InternalError,
     InvalidRequest,
     PeerGone,
@@ -379,8 +378,9 @@ class HandoffPublisher:
         if lease.expected:
             self._end(lease, Ending.EXPIRED, Expired(attempt))
         else:
-            text = f"{attempt} did not reach {self._identity.name} in time"
-            self._end(lease, Ending.EXPIRED, Refused(attempt, to_wire(DeadlineExceeded(text))))
+            # Not the request's deadline: another worker may well have the time.
+            gone = PeerGone(f"{attempt} did not reach {self._identity.name} in time")
+            self._end(lease, Ending.EXPIRED, Refused(attempt, to_wire(gone)))
 
     def _end(self, lease: Lease[_Pair], how: Ending, last: PrefillMessage | None) -> None:
         attempt = lease.attempt

@@ -1,0 +1,133 @@
+"""What must hold in every run, and when a request may end in an error.
+
+A request must get its answer, unless
+  - its client went away                                       (cancelled),
+  - its conductor was killed                                   (conductor_lost),
+  - an incident was at work when it ended, or may still have been: it failed an attempt, and there
+    was nobody to try it again with                            (a retryable error), or
+  - incidents left it less healthy time than NEEDED_S before its deadline  (deadline_exceeded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from baton.errors import BatonError, DeadlineExceeded
+from baton.types.fleet import BlockState
+from conductor.service import Conductor
+from kvstore.service import StoreService
+from sim.clients import CONDUCTOR_LOST, Story, right_text
+from sim.cluster import Cluster, Hosted
+from sim.network import KEEPALIVE_S, Incident
+from sim.process import Process
+
+GRACE_S = 0.5  # that an end may come after its deadline
+NEEDED_S = 10.0  # of a cluster without faults, which is ample for any request
+LAG_S = KEEPALIVE_S + 3.0  # until everybody has noticed what happened
+
+
+def check_story(story: Story, incidents: Sequence[Incident], halted_s: float) -> list[str]:
+    """What is wrong with it. `halted_s`: the conductor stood still for so long meanwhile."""
+    client, name = story.client, story.client.name
+    wrong = []
+    expected = list(client.expected)
+    if story.tokens != expected[: len(story.tokens)]:
+        wrong.append(f"{name} got {story.tokens}, not {expected}")
+    if not story.code:
+        wrong.append(f"{name} never ended")
+    elif story.code == "ok":
+        if story.tokens != expected or story.text != right_text(expected):
+            wrong.append(f"{name} ended well with {story.tokens} {story.text!r}, not {expected}")
+        if story.usage is None or story.usage.completion_tokens != len(expected):
+            wrong.append(f"{name} has used {story.usage}, not {len(expected)} tokens")
+    elif story.code == "cancelled":
+        if client.cancel_after is None:
+            wrong.append(f"{name} was cancelled by nobody")
+    elif not is_legitimate(story, incidents):
+        wrong.append(f"{name} failed for no good reason: {story.code} {story.message}")
+    if story.ends != (story.code not in ("cancelled", CONDUCTOR_LOST)):
+        wrong.append(f"{name} had {story.ends} terminal events and ended with {story.code!r}")
+    if story.ended - story.began > client.deadline_s + GRACE_S + halted_s:
+        wrong.append(f"{name} ended {story.ended - story.began:.3f} s after it began")
+    return wrong
+
+
+def is_legitimate(story: Story, incidents: Sequence[Incident]) -> bool:
+    """Whether the error may be."""
+    if story.code == CONDUCTOR_LOST:
+        return any("kill c0" in one.what for one in _during(story, incidents))
+    if story.code == DeadlineExceeded.code:
+        troubled = _union(_during(story, incidents), story)
+        return story.client.deadline_s - troubled < NEEDED_S
+    retryable = {kind.code for kind in BatonError.__subclasses__() if kind.retryable}
+    retryable |= {"digest_mismatch"}
+    return story.code in retryable and any(
+        one.at <= story.ended <= one.until + LAG_S for one in incidents
+    )
+
+
+def _during(story: Story, incidents: Iterable[Incident]) -> list[Incident]:
+    return [one for one in incidents if one.at <= story.ended and one.until + LAG_S >= story.began]
+
+
+def _union(incidents: Iterable[Incident], story: Story) -> float:
+    """Seconds of the request's life in which some incident was at work."""
+    total, end = 0.0, story.began
+    for one in sorted(incidents, key=lambda one: one.at):
+        begin, until = max(one.at, end), min(one.until + LAG_S, story.ended)
+        total += max(0.0, until - begin)
+        end = max(end, until)
+    return total
+
+
+def is_idle(hosted: Hosted) -> bool:
+    load = hosted.service.load()
+    settled = load.blocks_in(BlockState.FREE, BlockState.CACHED)
+    return (load.running, load.waiting) == (0, 0) and settled == sum(n for _, n in load.blocks)
+
+
+def check_books(cluster: Cluster) -> list[str]:
+    """When all should be idle: blocks, leases, loans, streams' attempts, and the prefix map."""
+    wrong = []
+    for name, hosted in cluster.workers.items():
+        if not is_idle(hosted):
+            wrong.append(f"{name} is not idle: {hosted.service.load()}")
+        try:
+            hosted.process.do(hosted.service.check_integrity)
+        except BatonError as error:
+            wrong.append(f"the books of {name} are wrong: {error.message}")
+    if cluster.conductor is not None:
+        wrong += _check_map(cluster.conductor.service, cluster.workers)
+    return wrong
+
+
+def _check_map(conductor: Conductor, workers: dict[str, Hosted]) -> list[str]:
+    """What the conductor knows of blocks is what their holders have."""
+    known = conductor.fleet.prefix_map
+    wrong, total = [], 0
+    for name, hosted in workers.items():
+        for tier, keys in _holdings(hosted):
+            total += len(keys)
+            missing = [key for key in keys if (name, tier) not in known.holders(key)]
+            if missing:
+                wrong.append(f"the prefix map lacks {len(missing)} blocks of {name}")
+    if known.num_entries != total:
+        wrong.append(f"the prefix map has {known.num_entries} entries, the holders {total} blocks")
+    return wrong
+
+
+def _holdings(hosted: Hosted) -> list[tuple[object, list[bytes]]]:
+    service = hosted.service
+    news = service.links._news if isinstance(service, StoreService) else service.sharing.news
+    if news is None:
+        return []
+    return [
+        (tier, [keys[at : at + 16] for at in range(0, len(keys), 16)])
+        for tier, keys in news.holdings()
+    ]
+
+
+def check_gone(process: Process) -> list[str]:
+    """After an orderly end nothing of a process is left."""
+    names = [task.get_name() for task in process.tasks()]
+    return [f"{process.incarnation} ended and left {names}"] if names else []

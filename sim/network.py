@@ -1,0 +1,143 @@
+"""The weather between the processes: what becomes of every message, call and read.
+
+Implements the fault plans of the in-memory services (`baton.rpc.memory`) and of the loopback
+transport. Streams break or are late, as TCP's are; they never lose, repeat or reorder single
+messages. Reordering happens between streams, repetition where a call's answer is lost.
+"""
+
+from __future__ import annotations
+
+from contextvars import Context
+from dataclasses import dataclass
+from random import Random
+
+from baton.kv.transport.loopback import Fault as ReadFault
+from baton.kv.transport.loopback import LoopbackFabric
+from baton.rpc.memory import Fault, MemoryNetwork
+from sim.log import EventLog
+from sim.loop import SimLoop
+from sim.plan import Weather
+
+KEEPALIVE_S = 3.0
+"""A connection over which nothing has come for so long is broken by both ends, as gRPC's is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """Something that may have cost a request an attempt, and until when it may."""
+
+    at: float
+    until: float
+    what: str
+
+
+class Network:
+    """Names are addresses: those of processes."""
+
+    def __init__(self, weather: Weather, seed: int, loop: SimLoop, log: EventLog) -> None:
+        self.services = MemoryNetwork(self, lambda: loop.now)
+        self.fabric = LoopbackFabric(self)
+        self.incidents: list[Incident] = []
+        self.calm = False  # from some time on, nothing goes wrong by chance any more
+        self._weather = weather
+        self._rng = Random(seed ^ 0x5EED)
+        self._loop = loop
+        self._log = log
+        self._blocked: dict[tuple[str, str], float] = {}  # (from, to) -> until
+        self._slow: dict[str, float] = {}
+        self._stopped: dict[str, float] = {}
+
+    # -- what faults do ------------------------------------------------------------------------
+
+    def block(self, sender: str, receiver: str, until: float) -> None:
+        """Nothing passes in this direction, and the connections break if it lasts."""
+        now = self._loop.now
+        self._blocked[sender, receiver] = max(until, self._blocked.get((sender, receiver), 0.0))
+        if until - now > KEEPALIVE_S:
+            self._loop.call_at(now + KEEPALIVE_S, self.services.cut, sender, receiver)
+
+    def slow(self, name: str, until: float) -> None:
+        self._slow[name] = until
+
+    def is_slow(self, name: str) -> bool:
+        return self._slow.get(name, 0.0) > self._loop.now
+
+    def stopped(self, name: str, until: float) -> None:
+        """The process is there, and says nothing."""
+        self._stopped[name] = until
+
+    def note(self, what: str, lasts_s: float = 0.0) -> None:
+        now = self._loop.now
+        self.incidents.append(Incident(now, now + lasts_s, what))
+
+    # -- baton.rpc.memory.FaultPlan ------------------------------------------------------------
+
+    def on_message(self, sender: str, receiver: str, message: object) -> Fault:
+        self._log.note(sender, f"-> {receiver}", message)
+        if self._chance(self._weather.break_rate):
+            self._hit(f"a stream broke: {sender} - {receiver}")
+            return Fault(lose=True)
+        blocked_s = self._blocked_s(sender, receiver)
+        return Fault(delay_s=self._latency_s(sender, receiver) + blocked_s)
+
+    def on_call(self, caller: str, callee: str, method: str) -> Fault:
+        self._log.note(caller, f"=> {callee}", method)
+        # Nobody shakes hands before both directions are open and the other one runs.
+        delay_s = max(
+            self._stopped_s(callee),
+            self._blocked_s(caller, callee),
+            self._blocked_s(callee, caller),
+        )
+        if self._chance(self._weather.lost_call_rate):
+            self._hit(f"a call was lost: {caller} => {callee} {method}")
+            return Fault(lose=True)
+        delay_s += self._latency_s(caller, callee)
+        if self._chance(self._weather.lost_answer_rate):
+            self._hit(f"an answer was lost: {callee} => {caller} {method}")
+            return Fault(delay_s, lose_answer=True)
+        return Fault(delay_s)
+
+    # -- baton.kv.transport.loopback.FaultPlan -------------------------------------------------
+
+    def on_read(self, reader: str, source: str, nbytes: int) -> ReadFault:
+        here, there = _name(reader), _name(source)
+        self._log.note(here, f"<< {there}", f"{nbytes} bytes")
+        weather = self._weather
+        if self._chance(weather.read_hang_rate):
+            self._hit(f"a read hung: {here} from {there}", KEEPALIVE_S)
+            self._loop.call_later(KEEPALIVE_S, self.services.cut, here, there, context=Context())
+            return ReadFault(hang=True)
+        blocked_s = max(self._blocked_s(here, there), self._blocked_s(there, here))
+        delay_s = max(self._stopped_s(there), blocked_s) + weather.read_delay_s * self._rng.random()
+        if self._chance(weather.read_error_rate):
+            self._hit(f"a read failed: {here} from {there}")
+            return ReadFault(delay_s, error="injected")
+        if self._chance(weather.read_corrupt_rate):
+            self._hit(f"a read brought a wrong byte: {here} from {there}")
+            return ReadFault(delay_s, corrupt=True)
+        return ReadFault(delay_s)
+
+    # ------------------------------------------------------------------------------------------
+
+    def _chance(self, rate: float) -> bool:
+        return rate > 0 and not self.calm and self._rng.random() < rate
+
+    def _hit(self, what: str, lasts_s: float = 0.0) -> None:
+        self._log.note("network", what)
+        self.note(what, lasts_s)
+
+    def _blocked_s(self, sender: str, receiver: str) -> float:
+        return max(0.0, self._blocked.get((sender, receiver), 0.0) - self._loop.now)
+
+    def _stopped_s(self, name: str) -> float:
+        return max(0.0, self._stopped.get(name, 0.0) - self._loop.now)
+
+    def _latency_s(self, sender: str, receiver: str) -> float:
+        weather = self._weather
+        latency_s = weather.latency_s + weather.jitter_s * self._rng.random()
+        slow = self.is_slow(sender) or self.is_slow(receiver)
+        return latency_s * weather.slow_factor if slow else latency_s
+
+
+def _name(life: str) -> str:
+    return life.partition("/")[0]

@@ -1,0 +1,304 @@
+"""One run: start a cluster, let clients and faults at it, heal it, and see that nothing is left.
+
+start -> requests and faults -> all processes live again -> probes -> idle -> shutdown
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from baton.types.fleet import WorkerState
+from sim.checks import check_books, check_gone, check_story, is_idle
+from sim.clients import CONDUCTOR_LOST, Story, ask
+from sim.cluster import Cluster
+from sim.log import ErrorsAreViolations, EventLog
+from sim.loop import SimLoop, StandStill
+from sim.network import KEEPALIVE_S, Network
+from sim.plan import CONDUCTOR, Client, Fault, FaultKind, Plan, make_plan
+from sim.process import Condition
+
+HEAL_S = 20.0  # until every process is live again after the last fault
+IDLE_S = 12.0  # until everything is idle after the last request
+SHUTDOWN_S = 30.0
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    seed: int
+    violations: tuple[str, ...]
+    codes: tuple[tuple[str, int], ...]  # how many requests ended with which code
+    faults: tuple[str, ...]
+    virtual_s: float
+    digest: str  # of the log; like the log empty unless something is wrong, or it was asked for
+    log: tuple[str, ...]
+
+
+def run_seed(seed: int, verbose: bool = False) -> Outcome:
+    return run_plan(make_plan(seed), verbose)
+
+
+def run_plan(plan: Plan, verbose: bool = False) -> Outcome:
+    """Never raises because of what the cluster does."""
+    loop = SimLoop()
+    log = EventLog(lambda: loop.now)
+    loop.set_exception_handler(lambda _, about: log.violation(_describe(about)))
+    errors = ErrorsAreViolations(log)
+    run = _Run(plan, loop, log)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(errors)
+    root.setLevel(logging.ERROR)
+    gc.disable()
+    try:
+        loop.run_until_complete(run.main())
+    except StandStill as stuck:
+        log.violation(str(stuck))
+    finally:
+        violations = tuple(log.violations)
+        digest = log.digest() if verbose or violations else ""
+        root.removeHandler(errors)
+        root.setLevel(logging.CRITICAL)
+        loop.set_exception_handler(lambda _, about: None)
+        _bury(loop, run)
+        root.setLevel(level)
+        loop.close()
+        gc.enable()
+    return Outcome(
+        seed=plan.seed,
+        violations=violations,
+        codes=tuple(sorted(Counter(story.code for story in run.stories).items())),
+        faults=tuple(fault.kind.value for fault in plan.faults),
+        virtual_s=loop.now,
+        digest=digest,
+        log=tuple(log.lines()) if verbose or violations else (),
+    )
+
+
+class _Run:
+    def __init__(self, plan: Plan, loop: SimLoop, log: EventLog) -> None:
+        self.stories: list[Story] = []
+        self._plan = plan
+        self._loop = loop
+        self._log = log
+        self._network = Network(plan.weather, plan.seed, loop, log)
+        self._cluster = Cluster(plan.shape, plan.seed, self._network, log)
+        self._conductor_halted_s = 0.0
+
+    async def main(self) -> None:
+        cluster, log = self._cluster, self._log
+        await cluster.start_all()
+        if not await self._until(self._all_live, HEAL_S):
+            log.violation("the cluster did not start")
+        async with asyncio.TaskGroup() as group:
+            for fault in self._plan.faults:
+                group.create_task(self._suffer(fault))
+            for client in self._plan.clients:
+                group.create_task(self._be_client(client))
+        self._network.calm = True
+        self._check_alive()
+        if not await self._until(self._all_live, HEAL_S):
+            log.violation(f"the cluster did not heal: {self._states()}")
+        for probe in self._plan.probes:
+            await self._be_client(probe, is_probe=True)
+        await self._until(self._all_idle, IDLE_S)
+        await asyncio.sleep(1.0)  # for the last news of blocks
+        for wrong in check_books(cluster):
+            log.violation(wrong)
+        for story in self.stories:
+            for wrong in check_story(story, self._network.incidents, self._conductor_halted_s):
+                log.violation(wrong)
+        await self._shut_down()
+
+    async def bury(self) -> None:
+        for process in [*self._cluster.dead, *self._cluster.processes()]:
+            await process.bury()
+
+    # -- clients -------------------------------------------------------------------------------
+
+    async def _be_client(self, client: Client, is_probe: bool = False) -> None:
+        await asyncio.sleep(client.at)
+        story = Story(client, self._loop.now)
+        self.stories.append(story)
+        conductor = self._cluster.conductor
+        if conductor is None:  # nobody listens: no request of the cluster's
+            self.stories.remove(story)
+            return
+        self._log.note(client.name, "asks", (len(client.prompt), client.sampling.max_tokens))
+        asking = conductor.process.spawn(ask(story, conductor, self._log), client.name)
+        waiting: set[asyncio.Future[Any]] = {asking, conductor.process.gone}
+        tiring = asyncio.create_task(story.tired.wait())
+        waiting.add(tiring)
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not asking.done() and not conductor.process.gone.done():
+            self._log.note(client.name, "goes away")
+            asking.cancel()
+            await asyncio.wait(
+                [asking, conductor.process.gone], return_when=asyncio.FIRST_COMPLETED
+            )
+        if not asking.done():
+            story.code = CONDUCTOR_LOST
+        elif not asking.cancelled() and (error := asking.exception()) is not None:
+            self._log.violation(f"{client.name} broke: {error!r}")
+        elif not story.code:
+            story.code = "cancelled"
+        story.ended = self._loop.now
+        tiring.cancel()
+        if is_probe and story.code != "ok":
+            self._log.violation(f"{client.name} failed in a healed cluster: {story.code}")
+
+    # -- faults --------------------------------------------------------------------------------
+
+    async def _suffer(self, fault: Fault) -> None:
+        await asyncio.sleep(fault.at)
+        lasts_s = max(0.0, fault.until - fault.at)
+        until = self._loop.now + lasts_s
+        network = self._network
+        match fault.kind:
+            case FaultKind.KILL:
+                await self._kill(fault, until)
+                return
+            case FaultKind.STOP:
+                await self._stop(fault, until)
+                return
+            case FaultKind.PARTITION:
+                network.block(fault.a, fault.b, until)
+                network.block(fault.b, fault.a, until)
+            case FaultKind.ONE_WAY:
+                network.block(fault.a, fault.b, until)
+            case FaultKind.BREAK:
+                network.services.cut(fault.a, fault.b)
+                lasts_s = 0.0
+            case FaultKind.SLOW:
+                network.slow(fault.a, until)
+        self._note(fault, lasts_s)
+        await asyncio.sleep(lasts_s)
+
+    def _note(self, fault: Fault, lasts_s: float) -> None:
+        self._log.note("FAULT", str(fault))
+        self._network.note(f"{fault.kind} {fault.a} {fault.b}", lasts_s)
+
+    async def _kill(self, fault: Fault, until: float) -> None:
+        process = self._cluster.process(fault.a)
+        if process is None:
+            return
+
+        def kill() -> None:
+            if process.condition is not Condition.DEAD:
+                self._note(fault, max(until - self._loop.now, 0.0))
+                self._cluster.kill(fault.a)
+
+        process.light_fuse(fault.after_steps, kill)
+        await asyncio.sleep(max(0.05, until - self._loop.now))
+        kill()
+        await self._cluster.start(fault.a)
+
+    async def _stop(self, fault: Fault, until: float) -> None:
+        process = self._cluster.process(fault.a)
+        if process is None:
+            return
+
+        def stop() -> None:
+            lasts_s = until - self._loop.now
+            if process.condition is not Condition.RUNNING or lasts_s <= 0:
+                return
+            if fault.a == CONDUCTOR:
+                self._conductor_halted_s += lasts_s
+            self._note(fault, lasts_s)
+            process.stop()
+            self._network.stopped(fault.a, until)
+            if lasts_s > KEEPALIVE_S:
+                self._loop.call_later(KEEPALIVE_S, self._cut_off, process.name, until)
+
+        process.light_fuse(fault.after_steps, stop)
+        await asyncio.sleep(until - self._loop.now)
+        process.go_on()
+
+    def _cut_off(self, name: str, until: float) -> None:
+        for other in self._cluster.processes():
+            if other.name != name:
+                self._network.services.cut(name, other.name)
+
+    # -- the end -------------------------------------------------------------------------------
+
+    async def _until(self, holds: Callable[[], bool], limit_s: float) -> bool:
+        deadline = self._loop.now + limit_s
+        while not holds():
+            if self._loop.now > deadline:
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
+
+    def _states(self) -> dict[str, WorkerState]:
+        conductor = self._cluster.conductor
+        if conductor is None:
+            return {}
+        view = conductor.process.do(conductor.service.fleet.view)
+        return {worker.info.name: worker.state for worker in view.workers}
+
+    def _all_live(self) -> bool:
+        states = self._states()
+        names = [machine.name for machine in self._plan.shape.machines]
+        return all(states.get(name) is WorkerState.LIVE for name in names)
+
+    def _all_idle(self) -> bool:
+        return all(is_idle(hosted) for hosted in self._cluster.workers.values())
+
+    def _check_alive(self) -> None:
+        for hosted in self._cluster.workers.values():
+            if hosted.main.done():
+                self._log.violation(f"{hosted.process.incarnation} ended: {_why(hosted.main)}")
+        conductor = self._cluster.conductor
+        if conductor is not None and conductor.main.done():
+            self._log.violation(f"the conductor ended: {_why(conductor.main)}")
+
+    async def _shut_down(self) -> None:
+        """As SIGTERM does, workers first."""
+        cluster = self._cluster
+        self._check_alive()
+        for hosted in cluster.workers.values():
+            hosted.process.do(hosted.signals.stop.set)
+        mains = [hosted.main for hosted in cluster.workers.values()]
+        if mains:
+            _, late = await asyncio.wait(mains, timeout=SHUTDOWN_S)
+            for task in late:
+                self._log.violation(f"{task.get_name()} did not end")
+        if cluster.conductor is not None:
+            cluster.conductor.main.cancel()
+            await asyncio.wait([cluster.conductor.main], timeout=SHUTDOWN_S)
+        await asyncio.sleep(1.0)
+        for hosted in cluster.workers.values():
+            if hosted.main.done() and (why := _why(hosted.main)):
+                self._log.violation(f"{hosted.process.incarnation} ended badly: {why}")
+        for process in cluster.processes():
+            for wrong in check_gone(process):
+                self._log.violation(wrong)
+
+
+def _why(task: asyncio.Task[None]) -> str:
+    error = None if task.cancelled() else task.exception()
+    return "" if error is None else repr(error)
+
+
+def _describe(about: dict[str, Any]) -> str:
+    error = about.get("exception")
+    return f"unhandled: {about.get('message')} {error!r}"
+
+
+def _bury(loop: SimLoop, run: _Run) -> None:
+    """End all tasks, so that Python has nothing to complain about."""
+    try:
+        loop.run_until_complete(run.bury())
+        rest = [task for task in asyncio.all_tasks(loop) if not task.done()]
+        for task in rest:
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    except StandStill:
+        return
