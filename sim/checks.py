@@ -93,7 +93,7 @@ def check_books(cluster: Cluster) -> list[str]:
         if not is_idle(hosted):
             wrong.append(f"{name} is not idle: {hosted.service.load()}")
         try:
-            hosted.process.do(hosted.service.check_integrity)
+            hosted.process.do(hosted.check_integrity)
         except BatonError as error:
             wrong.append(f"the books of {name} are wrong: {error.message}")
     if cluster.conductor is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from random import Random
@@ -44,12 +45,13 @@ from sim.network import Network
 from sim.plan import BLOCK_SIZE, CONDUCTOR, Machine, Shape
 from sim.process import Process
 from sim.runner import VOCAB, ModelledRunner, modelled_layout
-from sim.steps import ModelledSteps, Pace
+from sim.steps import ModelledSteps, ModelledThreads, Pace
 
 MODEL = "modelled"
 MAX_MODEL_LEN = 128
 LINGER_S = 2.0
 DRAIN_S = 5.0
+HASH_S = 0.002  # of a store, for what it hashes at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Hosted:
     membership: Membership
     signals: StopSignals
     main: asyncio.Task[None]
+    check_integrity: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,15 +169,21 @@ class Cluster:
         await transport.start()
         memory = transport.allocate(machine.num_blocks * self._layout.block_bytes)
         service: PrefillService | DecodeService | StoreService
-        if role is Role.STORE:
-            service, info = await self._make_store(identity, machine, transport, memory)
-        else:
-            service, info = self._make_worker(role, identity, machine, transport, memory)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(transport.close)
+            if role is Role.STORE:
+                service, info, store = await self._make_store(identity, machine, transport, memory)
+                stack.push_async_callback(store.close)
+                check = store.check_integrity
+            else:
+                service, info = self._make_worker(role, identity, machine, transport, memory)
+                check = service.check_integrity
+            close = stack.pop_all()
         fleet = self.network.services.fleet_client(process.name, CONDUCTOR)
         membership = Membership(fleet, info, service.load)
         signals = StopSignals()
-        main = process.spawn(_live(service, membership, signals, transport), f"main {process.name}")
-        return Hosted(process, service, memory, transport, membership, signals, main)
+        main = process.spawn(_live(service, membership, signals, close), f"main {process.name}")
+        return Hosted(process, service, memory, transport, membership, signals, main, check)
 
     def _make_worker(
         self,
@@ -253,7 +262,7 @@ class Cluster:
         machine: Machine,
         transport: LoopbackTransport,
         memory: PoolMemory,
-    ) -> tuple[StoreService, WorkerInfo]:
+    ) -> tuple[StoreService, WorkerInfo, Store]:
         layout, slots, name = self._layout, machine.num_blocks, identity.name
         areas = self._areas.setdefault(name, _Areas(b"", bytearray(slots * HEADER_BYTES)))
         view = memoryview(memory.buffer).cast("B")  # type: ignore[arg-type]
@@ -262,7 +271,7 @@ class Cluster:
         journal = Journal()
         policy = make_policy("lru")
         tier = MemoryTier(view, table, layout.block_bytes, policy, journal.of(Tier.CPU))
-        store = Store(tier, None, journal)
+        store = Store(tier, None, journal, threads=ModelledThreads(HASH_S))
         await store.open()
         options = BlocksOptions(
             lease_ttl_s=self.shape.lease_ttl_s,
@@ -275,16 +284,14 @@ class Cluster:
         service = StoreService(store, tier, identity, shared, memory, options)
         self.network.services.add_worker(name, service.links)
         self.network.services.add_blocks(name, service.blocks)
-        return service, _store_info(identity, layout, slots)
+        return service, _store_info(identity, layout, slots), store
 
 
 async def _live(
-    service: Service, membership: Membership, signals: StopSignals, transport: LoopbackTransport
+    service: Service, membership: Membership, signals: StopSignals, close: AsyncExitStack
 ) -> None:
-    try:
+    async with close:
         await live(service, membership, _ready, DRAIN_S, signals)
-    finally:
-        await transport.close()
 
 
 async def _ready(ready: bool) -> None:

@@ -1,4 +1,4 @@
-"""Steps of a modelled runner in virtual time, without a thread.
+"""What production code does in threads, in virtual time: steps of a modelled runner, and calls.
 
     begin: +---- layers of group 1 ----+---- layers of group 2 ----+ end: tokens
                               written, told               written, told
@@ -14,10 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from baton.engine.batch import Batch, BatchItem
 from baton.engine.step import Event, LayersReady, StepEnded
 from sim.runner import ModelledRunner
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +122,24 @@ class ModelledSteps:
     def _tell(self, event: Event) -> None:
         self._events.append(event)
         self._wake()
+
+
+class ModelledThreads:
+    """Implements `kvstore.files.Threads`: a call takes `delay_s`, and happens at its end."""
+
+    def __init__(self, delay_s: float) -> None:
+        self._delay_s = delay_s
+
+    def open(self) -> None:
+        """There is no thread to start."""
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            await asyncio.sleep(self._delay_s)
+        except asyncio.CancelledError:
+            call(*args, **kwargs)  # a thread is not stopped
+            raise
+        return call(*args, **kwargs)
+
+    def close(self) -> None:
+        """There is no thread to end."""

@@ -188,3 +188,24 @@ async def test_a_slot_that_cannot_be_committed_costs_the_others_nothing() -> Non
         offers.offer(keys(1, 2), 0)
         await asyncio.sleep(1)
         assert store.pool.committed == [2]
+
+
+@pytest.mark.parametrize("later", range(12))
+def test_offering_ends_when_it_is_cancelled_while_its_stream_breaks(later: int) -> None:
+    """A task group that is ending because of an error keeps a cancellation to itself."""
+
+    @virtual_time
+    async def run() -> None:
+        async with world() as w:
+            store, worker = await w.side("s", takes=True), await w.side("w")
+            w.offers(worker, store.peer)
+            await asyncio.sleep(1)
+            w.network.cut("w", store.peer.address)
+            for _ in range(later):
+                await asyncio.sleep(0)
+            (offering,) = w.running[-1:]
+            offering.cancel()
+            _, late = await asyncio.wait([offering], timeout=5.0)
+            assert not late
+
+    run()
