@@ -74,11 +74,15 @@ def fleet_table(cluster: Mapping[str, Any]) -> Table:
 
 def store_lines(cluster: Mapping[str, Any]) -> list[Text]:
     """How full each tier of each store is; one that takes no blocks stands out, with its reason."""
-    return [
-        _tier_line(str(store["name"]), tier)
-        for store in cluster.get("stores") or ()
-        for tier in (store.get("store") or {}).get("tiers", ())
-    ]
+    lines = []
+    for store in cluster.get("stores") or ():
+        figures = store.get("store") or {}
+        for tier in figures.get("tiers", ()):
+            line = _tier_line(str(store["name"]), tier)
+            if tier["tier"] == Tier.CPU and figures.get("pinned"):
+                line.append(f"; {figures['pinned']} blocks pinned")
+            lines.append(line)
+    return lines
 
 
 def _tier_line(store: str, tier: Mapping[str, Any]) -> Text:

@@ -305,9 +305,9 @@ def test_status_table_has_every_member() -> None:
 def test_status_says_how_full_a_store_is_and_which_tier_is_off() -> None:
     cpu = {"tier": "cpu", "state": "on", "blocks": 3, "bytes": 3 << 20, "capacity_bytes": 8 << 20}
     disk = {**cpu, "tier": "nvme", "state": "off", "blocks": 0, "bytes": 0, "why": "disk on fire"}
-    store = {"name": "store-a", "store": {"tiers": [cpu, disk]}}
+    store = {"name": "store-a", "store": {"tiers": [cpu, disk], "pinned": 2}}
     assert [line.plain for line in store_lines({"stores": [store, {"name": "store-b"}]})] == [
-        "store-a: cpu 3 blocks, 3.0 of 8.0 MiB",
+        "store-a: cpu 3 blocks, 3.0 of 8.0 MiB; 2 blocks pinned",
         "store-a: nvme 0 blocks, 0.0 of 8.0 MiB; disk tier off: disk on fire",
     ]
 
