@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from baton.errors import ConfigError
 from baton.types.kv_events import Tier
+from kvstore.config import StoreConfig
 from kvstore.pins import Pins
 from tests.unit.kvstore_kit import (
     Areas,
@@ -135,6 +137,12 @@ async def test_more_than_the_share_is_refused_and_counted_and_put_all_the_same()
         assert rig.store.figures().pressure == 0
         await asyncio.sleep(101)
         assert rig.store.keep(key_of(131), 100.0)
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.95])
+def test_a_share_that_leaves_no_room_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match="--pin-share must be"):
+        StoreConfig(pin_share=share)
 
 
 @pytest.mark.parametrize("step", [0.1, 1.0, 7.0])
