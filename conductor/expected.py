@@ -73,14 +73,16 @@ def _common(keys: bytes, other: bytes, known: int) -> int:
     """Leading keys that are the same, at least `known`. Keys are chained: two that are equal at one
     place are equal before it, too."""
 
-    def alike(blocks: int) -> bool:
-        at = slice((blocks - 1) * KEY_BYTES, blocks * KEY_BYTES)
+    def alike(first: int, end: int) -> bool:
+        at = slice(first * KEY_BYTES, end * KEY_BYTES)
         return keys[at] == other[at]
 
     low, high = known, min(len(keys), len(other)) // KEY_BYTES
-    if low >= high or not alike(low + 1):
+    if low >= high or not alike(low, low + 1):
         return low  # no more than another prompt there
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if alike(middle) else (low, middle - 1)
+    if alike(low, high):
+        return high  # the next turn of a conversation, or the same prompt again
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if alike(middle - 1, middle) else (low, middle)
     return low
