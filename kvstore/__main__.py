@@ -9,7 +9,14 @@ import sys
 from baton.config import parse_config
 from baton.errors import ConfigError
 from baton.worker.lifecycle import StopSignals, watch_parent
-from baton.worker.serving import CLOSE_TIMEOUT_S, Place, cluster_token, run_process, serve
+from baton.worker.serving import (
+    CLOSE_TIMEOUT_S,
+    Place,
+    cluster_token,
+    find_registry,
+    run_process,
+    serve,
+)
 from kvstore.build import build, store_name
 from kvstore.config import StoreConfig
 
@@ -26,13 +33,12 @@ def main() -> None:
 
 
 async def _run(config: StoreConfig) -> None:
-    if not config.conductor:
-        raise ConfigError("--conductor host:port is missing: a store serves a cluster")
+    registry = find_registry(config.conductor, config.redis, config.cluster_name)
     cluster_token()
     signals = StopSignals()
     signals.install()
     parts = await build(config)
-    place = Place(config.conductor, config.listen, config.advertise, config.drain_timeout)
+    place = Place(config.conductor, registry, config.listen, config.advertise, config.drain_timeout)
     try:
         await serve(place, parts.info, parts.make_service(), signals)
         await parts.store.settle()

@@ -17,7 +17,9 @@ class StoreConfig:
 
     name: str = option("", "name in the fleet and in logs; empty: store and the node's name")
     node: str = option("", "host that this process is on; empty: the host's name")
-    conductor: str = option("", "host:port of the conductor's gRPC server (required)")
+    conductor: tuple[str, ...] = option((), "host:port of the gRPC servers of conductors")
+    redis: str = option("", "redis://[:password@]host:port, to find conductors there")
+    cluster_name: str = option("default", "which of the clusters in that Redis this one is")
     model: str = option("", "model directory or hub id; empty: the built-in demo model")
     model_name: str = option("", "served name; empty: the model's last part")
     dtype: str = option(
@@ -51,7 +53,7 @@ class StoreConfig:
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
         _require(self.drain_timeout >= 0, "drain_timeout", "at least 0")
         _require(is_address(self.listen), "listen", "host:port")
-        _require(not self.conductor or is_address(self.conductor), "conductor", "host:port")
+        _require(all(map(is_address, self.conductor)), "conductor", "host:port")
 
 
 def _require(holds: bool, name: str, what: str) -> None:

@@ -23,11 +23,17 @@ class Membership:
     """
 
     def __init__(
-        self, fleet: FleetService, info: WorkerInfo, load: Callable[[], WorkerLoad]
+        self,
+        fleet: FleetService,
+        info: WorkerInfo,
+        load: Callable[[], WorkerLoad],
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_change` is called when `registered` has been set or cleared."""
         self._fleet = fleet
         self._info = info
         self._load = load
+        self._on_change = on_change
         self.registered = asyncio.Event()
         self._leaving = False
 
@@ -37,9 +43,11 @@ class Membership:
         while not self._leaving:
             lease = await self._register()
             self.registered.set()
+            self._on_change()
             log.info("registered name=%s incarnation=%s", self._info.name, self._info.incarnation)
             await self._renew_while_accepted(lease)
             self.registered.clear()
+            self._on_change()
 
     async def leave(self) -> None:
         """Tell the conductor that this worker goes. One try: the lease ends by itself otherwise.

@@ -22,7 +22,9 @@ class WorkerConfig:
     name: str = option("", "name in the fleet and in logs; empty: role, host and process id")
     node: str = option("", "host that this process is on, for its store; empty: the host's name")
     store: str = option("", "host:port of this node's store; empty: none")
-    conductor: str = option("", "host:port of the conductor's gRPC server (required)")
+    conductor: tuple[str, ...] = option((), "host:port of the gRPC servers of conductors")
+    redis: str = option("", "redis://[:password@]host:port, to find conductors there")
+    cluster_name: str = option("default", "which of the clusters in that Redis this one is")
     model: str = option("", "model directory or hub id; empty: the built-in demo model")
     model_name: str = option("", "served name; empty: the model's last part")
     dtype: str = option("auto", "of weights and KV", choices=("auto", "float32", "bfloat16"))
@@ -72,8 +74,8 @@ class WorkerConfig:
         _require(is_address(self.listen), "listen", "host:port")
         if self.cpus:
             parse_cpus(self.cpus)
-        for name in ("conductor", "store"):
-            _require(not getattr(self, name) or is_address(getattr(self, name)), name, "host:port")
+        _require(all(map(is_address, self.conductor)), "conductor", "host:port")
+        _require(not self.store or is_address(self.store), "store", "host:port")
 
 
 def _require(holds: bool, name: str, what: str) -> None:

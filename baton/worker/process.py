@@ -8,13 +8,20 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from baton.errors import ConfigError
 from baton.types.fleet import Role
 from baton.worker.build import build, worker_name
 from baton.worker.config import WorkerConfig
 from baton.worker.lifecycle import StopSignals, exit_now
 from baton.worker.parts import WorkerParts
-from baton.worker.serving import CLOSE_TIMEOUT_S, Place, Service, cluster_token, run_process, serve
+from baton.worker.serving import (
+    CLOSE_TIMEOUT_S,
+    Place,
+    Service,
+    cluster_token,
+    find_registry,
+    run_process,
+    serve,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +33,12 @@ def main(config: WorkerConfig, role: Role, make: Callable[[WorkerParts], Service
 
 
 async def _run(config: WorkerConfig, role: Role, make: Callable[[WorkerParts], Service]) -> None:
-    if not config.conductor:
-        raise ConfigError("--conductor host:port is missing: a worker serves a conductor")
+    registry = find_registry(config.conductor, config.redis, config.cluster_name)
     cluster_token()
     signals = StopSignals()
     signals.install()
     parts = await _unless_stopped(build(config, role), signals)
-    place = Place(config.conductor, config.listen, config.advertise, config.drain_timeout)
+    place = Place(config.conductor, registry, config.listen, config.advertise, config.drain_timeout)
     try:
         await serve(place, partial(parts.info, role), make(parts), signals)
     finally:

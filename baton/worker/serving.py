@@ -17,10 +17,11 @@ from typing import Any, Protocol
 from baton.errors import BatonError, ConfigError, WorkerLost
 from baton.rpc.grpc_client import GrpcFleetClient
 from baton.rpc.grpc_server import RpcServer
-from baton.rpc.membership import Membership
+from baton.rpc.registry import Registry, open_registry
 from baton.telemetry import setup_logging
 from baton.types.fleet import WorkerInfo, WorkerLoad
 from baton.worker.address import reachable_address
+from baton.worker.conductors import ConductorSet
 from baton.worker.lifecycle import StopSignals, exit_now
 from baton.worker.links import LinkServer
 
@@ -48,6 +49,17 @@ class Service(Protocol):
     def load(self) -> WorkerLoad: ...
 
 
+class Member(Protocol):
+    """A place in the fleet of one conductor (Membership) or several (ConductorSet)."""
+
+    registered: asyncio.Event
+
+    async def run(self) -> None:
+        """Until cancelled."""
+
+    async def leave(self) -> None: ...
+
+
 def cluster_token() -> str:
     """Raises ConfigError when there is none."""
     token = os.environ.get(TOKEN_VARIABLE, "")
@@ -58,12 +70,21 @@ def cluster_token() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a process serves, and whom."""
+    """Where a process serves, and whom: conductors at `host:port`, and those in the registry."""
 
-    conductor: str  # host:port
+    conductors: tuple[str, ...]
+    registry: Registry | None
     listen: str
     advertise: str
     drain_timeout_s: float
+
+
+def find_registry(conductors: tuple[str, ...], redis: str, cluster: str) -> Registry | None:
+    """Where conductors are found besides those that were told. Raises ConfigError when there are
+    neither."""
+    if not conductors and not redis:
+        raise ConfigError("--conductor host:port is missing (or --redis, to find conductors)")
+    return open_registry(redis, cluster) if redis else None
 
 
 def run_process(name: str, log_level: str, work: Coroutine[Any, Any, None]) -> None:
@@ -101,21 +122,28 @@ async def _serve(
     server = RpcServer(place.listen, token)
     service.serve_on(server)
     registration = info(reachable_address(place.advertise, await server.start()))
-    fleet = GrpcFleetClient(place.conductor, token)
-    membership = Membership(fleet, registration, service.load)
+    conductors = ConductorSet(
+        place.conductors,
+        place.registry,
+        lambda address: GrpcFleetClient(address, token),
+        registration,
+        service.load,
+    )
     log.info(
         "listening address=%s role=%s pid=%d", registration.address, registration.role, os.getpid()
     )
     try:
-        await live(service, membership, server.set_ready, place.drain_timeout_s, signals)
+        await live(service, conductors, server.set_ready, place.drain_timeout_s, signals)
     finally:
         await server.stop(SERVER_GRACE_S)
-        await fleet.aclose()
+        await conductors.aclose()
+        if place.registry is not None:
+            await place.registry.aclose()
 
 
 async def live(
     service: Service,
-    membership: Membership,
+    membership: Member,
     set_ready: Callable[[bool], Awaitable[None]],
     drain_timeout_s: float,
     signals: StopSignals,
@@ -141,7 +169,7 @@ async def live(
         serving.cancel()
 
 
-async def _mark_ready(membership: Membership, set_ready: Callable[[bool], Awaitable[None]]) -> None:
+async def _mark_ready(membership: Member, set_ready: Callable[[bool], Awaitable[None]]) -> None:
     await membership.registered.wait()
     await set_ready(True)
 

@@ -37,8 +37,8 @@ def test_every_flag_has_a_default() -> None:
         ({"num_blocks": -1}, "--num-blocks must be at least 0"),
         ({"lease_ttl": 0.0}, "--lease-ttl must be more than 0 seconds"),
         ({"listen": "localhost"}, "--listen must be host:port"),
-        ({"conductor": "here"}, "--conductor must be host:port"),
-        ({"conductor": "here:99999"}, "--conductor must be host:port"),
+        ({"conductor": ("here",)}, "--conductor must be host:port"),
+        ({"conductor": ("there:1", "here:99999")}, "--conductor must be host:port"),
     ],
 )
 def test_values_that_cannot_work(flags: dict[str, Any], message: str) -> None:
