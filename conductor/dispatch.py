@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from baton.errors import (
     BatonError,
+    Cancelled,
     DeadlineExceeded,
     InternalError,
     NoWorker,
@@ -40,6 +41,7 @@ from conductor.router import Decision, RouteOptions
 from conductor.trace import Timeline, Traces
 
 PEER_GRACE_S = 5.0  # how long the other worker may take to end an answer after its peer has gone
+MAX_UNREAD = 4096  # outputs of an answer that wait for a client which reads more slowly
 SETTLE_GRACE_S = 1.0  # how long the usage waits for the worker's last words after a stop string
 WORKER_POLL_S = 0.1  # between looks whether there is a worker again
 
@@ -152,6 +154,8 @@ class Serving:
             for span in output.finish.spans:
                 self.timeline.add_span(worker, str(output.attempt), span)
         self._inbox.put(Output(duty, worker, output))
+        if len(self._inbox) > MAX_UNREAD * len(self._runs):
+            self._give_up()
 
     def on_lost(
         self, duty: Role, worker: str, attempt: AttemptId, stage: Stage, reason: str
@@ -159,6 +163,13 @@ class Serving:
         """Called by a link."""
         self._attempts.done(attempt)
         self._inbox.put(Lost(duty, worker, attempt, stage, reason))
+
+    def _give_up(self) -> None:
+        """The client does not keep up: stop the workers, and drop what it has not read. It hears of
+        that when it reads on; that it reads at all is for its connection to find out."""
+        self._inbox.clear()
+        self._attempts.cancel_all("the client reads its answer too slowly")
+        self.abort(Cancelled("the answer was dropped, because the client read it too slowly"))
 
     # -- beginning -----------------------------------------------------------------------------
 

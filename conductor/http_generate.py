@@ -113,13 +113,13 @@ class StreamResponse(GenerationResponse):
             async for result in results:
                 await _send_body(send, self._events(result))
         except BatonError as error:
-            await _send_body(send, _event(error_body(error)))
+            last = _event(error_body(error))
         except Exception as error:
             log.exception("request %s failed", self._request.id)
-            await _send_body(send, _event(error_body(error)))
+            last = _event(error_body(error))
         else:
-            await _send_body(send, b"data: [DONE]\n\n")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            last = b"data: [DONE]\n\n"
+        await send({"type": "http.response.body", "body": last, "more_body": False})
         return None
 
     def _events(self, result: list[Delta] | Usage) -> bytes:

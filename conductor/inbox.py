@@ -66,6 +66,12 @@ class Inbox:
         self._events: list[Event] = []
         self._waiter: asyncio.Future[None] | None = None
 
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def clear(self) -> None:
+        self._events.clear()
+
     def put(self, event: Event) -> None:
         self._events.append(event)
         if self._waiter is not None and not self._waiter.done():

@@ -34,6 +34,7 @@ from conductor.service import Conductor, Policy, ServedModel
 CANCEL_S = 2.0  # for clean-up after running requests were cancelled
 CLOSE_S = 2  # for open connections to take the last bytes
 HEALTH_POLL_S = 0.2
+UNREAD_S = 30.0  # how long a client may leave bytes unread before its connection is cut
 BACKLOG = 2048  # connections that wait to be accepted
 
 log = logging.getLogger(__name__)
@@ -219,6 +220,9 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # What it accepts inherits this. The kernel also cuts off a client that is there but has
+        # stopped reading, and the request ends with it: nothing else would before its deadline.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_S * 1000))
         listener.bind((host, port))
         listener.listen(BACKLOG)  # only this, not binding, notices a port that somebody listens on
     except OSError as error:

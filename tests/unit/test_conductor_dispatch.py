@@ -9,6 +9,7 @@ import pytest
 
 from baton.errors import (
     BatonError,
+    Cancelled,
     DeadlineExceeded,
     InternalError,
     NoWorker,
@@ -18,6 +19,7 @@ from baton.rpc.memory import Fault
 from baton.types.fleet import Role
 from baton.types.link import StepReport
 from baton.types.request import FinishReason, GenerationTask, WireError
+from conductor import dispatch
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
 from conductor.request import Ask, Options
@@ -139,6 +141,29 @@ async def test_closing_early_cancels_both_workers() -> None:
         outcome = cluster.conductor.traces.get(request.id)
         assert outcome is not None
         assert outcome.outcome == "cancelled"
+
+
+@virtual_time
+async def test_a_client_that_does_not_keep_up_loses_its_answer_and_nobody_else_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "MAX_UNREAD", 200)  # more than a link holds
+    async with fake_cluster(say("x" * 400, hang_at=399)) as cluster:
+        conductor = cluster.conductor
+        request = await conductor.prepare(
+            Ask("tiny", ("slow",), Options(max_tokens=450)), "test", 50.0
+        )
+        async with aclosing(conductor.generate(request)) as results:
+            first = await anext(results)
+            assert isinstance(first, list)
+            await wait_for(lambda: not any(worker.live for worker in cluster.workers.values()))
+            cluster.workers["decode-0"].script = say("hello")
+            deltas, _ = await ask(conductor, "other", max_tokens=50)
+            assert text_of(deltas) == "xello"  # the first from the other worker
+            with pytest.raises(Cancelled, match="too slowly"):
+                await anext(results)
+        assert request.deadline > asyncio.get_running_loop().time()
+        await cluster.check_nothing_left()
 
 
 @virtual_time
