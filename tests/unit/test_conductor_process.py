@@ -78,6 +78,15 @@ async def test_http_connections_send_at_once() -> None:
             writer.close()
 
 
+def test_the_garbage_collector_leaves_what_was_loaded_alone() -> None:
+    script = "import gc; from conductor.__main__ import spare_what_is_loaded as spare; spare(); "
+    script += "print(gc.get_freeze_count() > 10_000, len(gc.get_objects()) < 1_000)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == ["True", "True"]
+
+
 def test_it_ends_with_its_parent() -> None:
     with conductor("--exit-with-parent") as (process, _):
         assert process.stdin is not None
