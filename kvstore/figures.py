@@ -11,6 +11,7 @@ from kvstore.disk_options import DiskState
 from kvstore.disk_tier import DiskTier
 from kvstore.memory_tier import MemoryTier
 from kvstore.pins import Pins
+from kvstore.sealing import Sealer
 
 _STATES = {
     DiskState.ON: TierState.ON,
@@ -41,7 +42,7 @@ class StoreStats:
 
 
 def store_figures(
-    stats: StoreStats, memory: MemoryTier, disk: DiskTier | None, pins: Pins
+    stats: StoreStats, memory: MemoryTier, disk: DiskTier | None, pins: Pins, sealer: Sealer
 ) -> StoreFigures:
     """A copy of what has been counted, and how full the tiers are."""
     hits = stats.hits
@@ -58,7 +59,7 @@ def store_figures(
         demoted=stats.demoted,
         evicted=stats.evicted,
         lost=stats.lost,
-        bad_blocks=0 if disk is None else disk.stats.damaged,
+        bad_blocks=sealer.damaged + (0 if disk is None else disk.stats.damaged),
         pinned=len(pins),
         pins_refused=pins.refused,
         disk_errors=0 if disk is None else disk.stats.errors,

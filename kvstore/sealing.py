@@ -35,6 +35,7 @@ class Sealer:
     `open` to `close`."""
 
     def __init__(self, memory: MemoryTier, threads: Threads, options: SealOptions) -> None:
+        self.damaged = 0  # blocks of an earlier process that are not what their headers say
         self._memory = memory
         self._threads = threads
         self._inline = memory.block_bytes <= options.inline_bytes
@@ -94,6 +95,9 @@ class Sealer:
             views = [self._memory.view(claim.slot) for claim in part]
             sums = await self._threads.run(_checksums, views)
             good += sum(map(self._memory.settle, part, sums))
+            self.damaged += sum(
+                claim.stored.info.checksum != found for claim, found in zip(part, sums, strict=True)
+            )
         log.info("Found %d blocks in memory, %d of them whole", len(claims), good)
 
 

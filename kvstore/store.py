@@ -183,7 +183,7 @@ class Store:
     def figures(self) -> StoreFigures:
         """For metrics."""
         self._pins.expire(asyncio.get_running_loop().time())
-        return store_figures(self.stats, self._memory, self._disk, self._pins)
+        return store_figures(self.stats, self._memory, self._disk, self._pins, self._sealer)
 
     def check_integrity(self) -> None:
         """Raise InternalError unless all accounts agree. O(slots + blocks on disk)."""

@@ -18,11 +18,13 @@ from baton.kv.transport.loopback import LoopbackFabric, LoopbackTransport
 from baton.kv.transport.shared import SharedTransport
 from baton.types.figures import OfferCounts
 from baton.types.fleet import Role, WorkerInfo, WorkerLoad
+from baton.types.kv_events import Tier
 from conductor.cluster import ConductorIdentity, describe_cluster
 from conductor.service import Policy
 from kvstore.service import StoreService
 from tests.fake_worker import FakeCluster, fake_cluster, layout, say, worker_info
 from tests.unit.kvstore_kit import (
+    BLOCK,
     BROKEN,
     FULL,
     LAYOUT,
@@ -33,6 +35,7 @@ from tests.unit.kvstore_kit import (
     disk_options,
     key_of,
     make_rig,
+    payload_of,
     running,
 )
 from tests.virtual_time import settle, virtual_time
@@ -73,6 +76,15 @@ async def metric(cluster: FakeCluster, name: str, **labels: str) -> float:
         if line.startswith(f"{name}{{{want}}} "):
             return float(line.rpartition(" ")[2])
     raise AssertionError(f"there is no {name}{{{want}}}")
+
+
+def spoil(directory: Path, key: bytes) -> None:
+    """Flip a bit of the block on disk."""
+    for file in directory.glob("*.kv"):
+        raw = bytearray(file.read_bytes())
+        if (at := raw.find(payload_of(key))) >= 0:
+            raw[at] ^= 1
+            file.write_bytes(raw)
 
 
 async def put(rig: Rig, first: int, count: int) -> None:
@@ -150,6 +162,21 @@ async def test_puts_and_evictions_are_counted_by_what_became_of_them() -> None:
             assert await metric(cluster, "baton_store_puts_total", **labels) == count
         labels = {"store": "store-a", "outcome": "evicted"}
         assert await metric(cluster, "baton_store_evictions_total", **labels) == 1
+
+
+@virtual_time
+async def test_blocks_that_were_damaged_in_either_tier_are_counted(tmp_path: Path) -> None:
+    areas, options = Areas.of(SLOTS), disk_options(tmp_path, records=16)
+    async with running(make_rig(areas, options)) as rig:
+        await put(rig, 1, 12)
+        in_memory, on_disk = next(iter(rig.memory)), key_of(1)
+        assert rig.store.lookup([on_disk]) == [Tier.NVME]
+        areas.payload[BLOCK * (rig.memory.slot_of(in_memory) or 0)] ^= 1
+    spoil(tmp_path, on_disk)
+    rig = make_rig(areas, options)
+    async with fake_cluster(say("ok")) as cluster, served(cluster, rig):
+        assert await rig.get([on_disk]) == 0
+        assert await metric(cluster, "baton_store_bad_blocks_total", store="store-a") == 2
 
 
 @virtual_time
