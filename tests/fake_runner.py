@@ -20,6 +20,7 @@ from baton.engine.batch import (
     Computed,
     Launched,
     LayerCallback,
+    LayerGate,
     SampleRequest,
     resolve,
 )
@@ -69,22 +70,36 @@ class FakeRunner:
         self.before_step = before_step
         self.after_layers = after_layers
         self.batches: list[Batch] = []
+        self.passed: list[int] = []  # layer ends of which gates have let steps read
         self.last: dict[int, int] = {}  # sequence -> what the last step sampled
         self.closed = False
 
-    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
+    def launch(
+        self,
+        batch: Batch,
+        on_layers: LayerCallback | None = None,
+        before_layers: LayerGate | None = None,
+    ) -> Launched:
         self.before_step(batch)
-        return Computed(self.compute(batch, on_layers))
+        return Computed(self.compute(batch, on_layers, before_layers))
 
-    def compute(self, batch: Batch, on_layers: LayerCallback | None) -> BatchResult:
+    def compute(
+        self,
+        batch: Batch,
+        on_layers: LayerCallback | None,
+        before_layers: LayerGate | None = None,
+    ) -> BatchResult:
         self.batches.append(batch)
         items = resolve(batch, self.last).items
         written: set[tuple[int, int]] = set()
         for item in items:
             self._write(item, written)
-        if on_layers is not None:
-            for group in range(1, self.layer_groups + 1):
-                layer_end = self.layout.num_layers * group // self.layer_groups
+        for group in range(1, self.layer_groups + 1):
+            layer_end = self.layout.num_layers * group // self.layer_groups
+            if before_layers is not None:
+                before_layers(layer_end)
+                self.passed.append(layer_end)
+            if on_layers is not None:
                 on_layers(layer_end)
                 self.after_layers(layer_end)
         tokens = [self._sample(item) for item in items]
@@ -127,8 +142,16 @@ class QueueRunner(FakeRunner):
         super().__init__(*settings, **more)
         self.before_end: Callable[[Batch], None] = lambda batch: None
 
-    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
+    def launch(
+        self,
+        batch: Batch,
+        on_layers: LayerCallback | None = None,
+        before_layers: LayerGate | None = None,
+    ) -> Launched:
         self.before_step(batch)
+        if before_layers is not None:
+            before_layers(self.layout.num_layers)
+            self.passed.append(self.layout.num_layers)
         return _Queued(self, batch, on_layers)
 
 

@@ -11,7 +11,15 @@ from itertools import pairwise
 
 from baton.bench.engine_phases import OnFigure
 from baton.bench.engine_rig import Rig
-from baton.engine.batch import Batch, BatchResult, Computed, Launched, LayerCallback, Runner
+from baton.engine.batch import (
+    Batch,
+    BatchResult,
+    Computed,
+    Launched,
+    LayerCallback,
+    LayerGate,
+    Runner,
+)
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
 from baton.engine.events import KvFilled, KvReady, KvWanted
@@ -62,10 +70,15 @@ class _Clocked:
     runner: Runner
     steps: list[_Step] = field(default_factory=list)
 
-    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
+    def launch(
+        self,
+        batch: Batch,
+        on_layers: LayerCallback | None = None,
+        before_layers: LayerGate | None = None,
+    ) -> Launched:
         step = _Step(len(batch.items), batch.num_tokens, time.perf_counter())
         self.steps.append(step)
-        launched = self.runner.launch(batch, on_layers)
+        launched = self.runner.launch(batch, on_layers, before_layers)
         step.end_s = time.perf_counter()
         return launched if isinstance(launched, Computed) else _ClockedStep(launched, step)
 

@@ -88,6 +88,10 @@ LayerCallback = Callable[[int], None]
 pool memory and may be read by a transport. Called from the runner's threads, ascending, the last
 call with num_layers, before `wait` returns, and never while one for an earlier step is due."""
 
+LayerGate = Callable[[int], None]
+"""Called with `layer_end`, ascending, before the step reads those layers [.., layer_end) of KV that
+it does not write itself. Called from the thread of `launch`, which it may keep waiting."""
+
 
 class Launched(Protocol):
     """A step on its way through the device."""
@@ -100,9 +104,15 @@ class Launched(Protocol):
 class Runner(Protocol):
     """Executes batches on one device, in the order in which they are launched."""
 
-    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
+    def launch(
+        self,
+        batch: Batch,
+        on_layers: LayerCallback | None = None,
+        before_layers: LayerGate | None = None,
+    ) -> Launched:
         """Start a step. Called from one thread, at most once more before the last step has been
-        waited for.
+        waited for. If `before_layers` raises, so does this, when nothing writes to the step's
+        blocks any more.
 
         A device with a queue of its own gets the whole step here and this returns at once; one
         without computes the step here, and `wait` has nothing to wait for. Raises what made the

@@ -22,6 +22,7 @@ from baton.engine.batch import (
     BatchResult,
     Launched,
     LayerCallback,
+    LayerGate,
     SampleRequest,
     resolve,
 )
@@ -167,7 +168,12 @@ class CudaRunner:
             resources.kv[0].zero_()
             self._backend.mark().wait()
 
-    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
+    def launch(
+        self,
+        batch: Batch,
+        on_layers: LayerCallback | None = None,
+        before_layers: LayerGate | None = None,
+    ) -> Launched:
         """See `engine.batch.Runner`."""
         resources = self._opened()
         previous, self._previous = self._previous, None
@@ -180,7 +186,9 @@ class CudaRunner:
                     f"Sequence {item.sequence} follows a token that was not sampled."
                 )
         with torch.inference_mode(), self._backend.active():
-            if resources.graphs.fits(batch.items):
+            if before_layers is not None:
+                step = self._run_gated(resources, batch, sources, on_layers, before_layers)
+            elif resources.graphs.fits(batch.items):
                 step = self._replay(resources, batch.items, sources, on_layers)
             else:
                 step = self._run(resources, batch, sources, on_layers)
@@ -211,12 +219,28 @@ class CudaRunner:
         layers = [(self._num_layers, done)]
         return _Step(items, range(len(items)), special, fetched, done, layers, on_layers)
 
+    def _run_gated(
+        self,
+        resources: _Resources,
+        batch: Batch,
+        sources: Mapping[int, int],
+        on_layers: LayerCallback | None,
+        before_layers: LayerGate,
+    ) -> _Step:
+        """Layers are queued as their gate opens. When it does not, nothing stays queued."""
+        try:
+            return self._run(resources, batch, sources, on_layers, before_layers)
+        except Exception:
+            self._backend.mark().wait()
+            raise
+
     def _run(
         self,
         resources: _Resources,
         batch: Batch,
         sources: Mapping[int, int],
         on_layers: LayerCallback | None,
+        before_layers: LayerGate | None = None,
     ) -> _Step:
         """A step with prompt chunks, or of more rows than are recorded."""
         items, sampled = batch.items, resources.graphs.sampled
@@ -243,13 +267,15 @@ class CudaRunner:
         layers: list[tuple[int, Marker]] = []
 
         def written(layer_end: int) -> None:
-            if layer_end in self._group_ends:
+            if on_layers is not None and layer_end in self._group_ends:
                 layers.append((layer_end, self._backend.mark()))
+            if before_layers is not None:
+                before_layers(layer_end)
 
         hidden = resources.decoder.last_hidden(
             DecoderInput(num_decodes=flat.num_decodes, **given),
             resources.kv,
-            None if on_layers is None else written,
+            None if on_layers is None and before_layers is None else written,
         )
         logits = resources.decoder.logits(hidden)
         result = sampled[: 2 * len(rows)].view(2, len(rows))

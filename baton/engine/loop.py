@@ -256,8 +256,16 @@ class Engine:
     def arrived(self, sequence: int, blocks: int) -> None:
         """What a sequence wanted (see EngineListener.on_kv_wanted) has come, as far as the first so
         many of the wanted blocks; nothing writes to any of them any more."""
-        self._scheduler.arrived(sequence, blocks, _now())
+        runs = self._scheduler.arrived(sequence, blocks, _now())
+        if runs is not None and runs.steps:
+            self._steps.settled(runs)
         self._state_changed()
+
+    def layers_came(self, sequence: int, layer_end: int) -> None:
+        """Of what a sequence wanted, layers [0, layer_end) of all blocks have come. They need not
+        be good: nothing that is computed from them counts before `arrived` says so."""
+        if self._scheduler.layers_came(sequence, layer_end):
+            self._steps.news()
 
     # -- inspection -------------------------------------------------------------------------
 

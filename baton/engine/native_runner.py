@@ -14,6 +14,7 @@ from baton.engine.batch import (
     Computed,
     Launched,
     LayerCallback,
+    LayerGate,
     SampleRequest,
     resolve,
 )
@@ -58,11 +59,18 @@ class NativeRunner:
         self._model = load_native(spec, weights, threads, cpus)
         self._last: dict[int, int] = {}  # sequence -> the token that the last step sampled
 
-    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
+    def launch(
+        self,
+        batch: Batch,
+        on_layers: LayerCallback | None = None,
+        before_layers: LayerGate | None = None,
+    ) -> Launched:
         """See `engine.batch.Runner`. Raises InternalError when the model gives no usable logits."""
         self._opened()
         batch = resolve(batch, self._last)
-        logits = self._model.forward(native_batch(batch.items), self._pool, on_layers, self._ends)
+        logits = self._model.forward(
+            native_batch(batch.items), self._pool, on_layers, self._ends, before_layers
+        )
         if min(logits.best, default=0) < 0:
             raise InternalError(NOT_FINITE)
         requests = [item.sample for item in batch.items if item.sample is not None]

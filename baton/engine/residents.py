@@ -68,26 +68,37 @@ class Residents:
         it: then it leaves with that step's commit."""
         if sequence.steps:
             sequence.ending = sequence.ending or ending
+            self._arrivals.hurry(sequence)
             return False
         if self._handed_off.pop(sequence.task.attempt, None) is not None:
             self._pool.end_lease(sequence.blocks)
-        elif sequence in self._arrivals:
-            self._arrivals.strand(sequence)
         elif sequence.blocks:
             self._leave(sequence)
         else:
             self._waiting.remove(sequence)
         return True
 
-    def arrived(self, number: int, blocks: int, now: float) -> None:
-        """The transfer for a sequence has ended and brought the KV of so many of its blocks."""
-        arrival = self._arrivals.end(number, blocks)
+    def layers_came(self, number: int, layer_end: int) -> bool:
+        """The transfer for a sequence has brought layers [0, layer_end) of all its blocks. Whether
+        that lets it begin."""
+        return self._arrivals.layers_came(number, layer_end)
+
+    def arrived(self, number: int, blocks: int, now: float) -> Sequence | None:
+        """The transfer for a sequence has ended and brought the KV of so many of its blocks. The
+        sequence, if it runs now."""
+        arrival = self._arrivals.end(number, blocks, now)
         if arrival is None:
-            return
+            return None
         sequence, filled = arrival
+        self._run_arrived(sequence, filled)
+        return sequence
+
+    def _run_arrived(self, sequence: Sequence, filled: int) -> None:
+        """With KV in its first `filled` blocks. A step that it is in begins behind them."""
         before = sequence.computed
-        sequence.arrived_at = now
-        sequence.computed = sequence.planned = filled * self._config.block_size
+        sequence.computed = filled * self._config.block_size
+        if not sequence.steps:
+            sequence.planned = sequence.computed
         sequence.cached_tokens = min(sequence.computed, len(sequence.task.prompt))
         self._cache.register(sequence, before)
         self._running.add(sequence)
@@ -281,7 +292,11 @@ class Residents:
         self._waiting.add(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        """Stop running. The blocks become free with the last step that writes to them."""
+        """Stop running, or arriving. The blocks become free with the last step or transfer that
+        writes to them."""
+        if sequence in self._arrivals:
+            self._arrivals.strand(sequence)
+            return
         self._running.remove(sequence)
         self._pool.end_lease(sequence.blocks[: sequence.leased])
         sequence.leased = 0

@@ -14,6 +14,7 @@ from baton.engine.batch import (
     Computed,
     Launched,
     LayerCallback,
+    LayerGate,
     SampleRequest,
     resolve,
 )
@@ -75,7 +76,12 @@ class TorchRunner:
             pool_tensor(layout, memory, num_blocks),
         )
 
-    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
+    def launch(
+        self,
+        batch: Batch,
+        on_layers: LayerCallback | None = None,
+        before_layers: LayerGate | None = None,
+    ) -> Launched:
         """See `engine.batch.Runner`. Raises InternalError when the model gives no usable logits."""
         resources = self._opened()
         batch = resolve(batch, self._last)
@@ -83,7 +89,7 @@ class TorchRunner:
             logits = resources.decoder.forward(
                 build_input(batch, self._block_size, self._device),
                 resources.kv,
-                self._notifier(on_layers),
+                self._notifier(on_layers, before_layers),
             )
             requests = [item.sample for item in batch.items if item.sample is not None]
             sampled = iter(sample(logits, requests))
@@ -114,17 +120,22 @@ class TorchRunner:
             raise InternalError("the runner is closed")
         return self._resources
 
-    def _notifier(self, on_layers: LayerCallback | None) -> LayerCallback | None:
-        if on_layers is None:
+    def _notifier(
+        self, on_layers: LayerCallback | None, before_layers: LayerGate | None
+    ) -> LayerCallback | None:
+        """To be called between the writing and the reading of each layer's KV."""
+        if on_layers is None and before_layers is None:
             return None
-        callback, on_cuda = on_layers, self._device.startswith("cuda")
+        on_cuda = self._device.startswith("cuda")
 
         def notify(layer_end: int) -> None:
-            if layer_end not in self._group_ends:
-                return
-            if on_cuda:
+            told = on_layers is not None and layer_end in self._group_ends
+            if on_cuda and (told or before_layers is not None):
                 torch.cuda.current_stream().synchronize()  # the KV was only queued so far
-            callback(layer_end)
+            if on_layers is not None and told:
+                on_layers(layer_end)
+            if before_layers is not None:
+                before_layers(layer_end)
 
         return notify
 

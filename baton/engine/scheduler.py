@@ -18,6 +18,9 @@ A step may be scheduled while the one before it is in flight. It takes for grant
 sequence goes on, unless its length ends it; what a sequence computed after its end is thrown away.
 Nobody is preempted while a step is in flight: first its result is waited for.
 
+A step with nothing else to do may begin on KV that is still arriving, a layer group at a time: one
+sequence alone, behind a gate (`gate.py`). Nobody can count on what it computes before all has come.
+
 Why it always makes progress: the first running sequence (lowest priority number, then oldest) is
 nobody's victim, a running prompt has all its blocks from the start, and every running decode and
 the first running prompt get at least one token per step (max_batch_tokens >= max_num_seqs,
@@ -35,6 +38,7 @@ from typing import NamedTuple
 from baton.engine.batch import Batch, BatchItem, BatchResult
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
+from baton.engine.gate import Gate
 from baton.engine.loans import Loans
 from baton.engine.residents import Residents
 from baton.engine.sequence import Ending, Sequence
@@ -74,6 +78,7 @@ class _Flight:
     batch: Batch
     sequences: tuple[Sequence, ...]
     fills: list[bytes]  # keys of the blocks that the prefix cache expects of it
+    gate: Gate | None = None  # that it has to pass: the KV before it is still arriving
 
     def __iter__(self) -> Iterator[tuple[Sequence, BatchItem]]:
         return zip(self.sequences, self.batch.items, strict=True)
@@ -107,23 +112,31 @@ class Scheduler(Residents):
         if not plan.preempted or not plan.items:
             self._start_waiting(plan, now)
         self.grant_reservations()
+        gate = None if plan.items else self._start_early(plan, now)
         if not plan.items:
             return None
         self._steps += 1
         batch = Batch(self._steps, tuple(plan.items))
-        self._flights.append(_Flight(batch, tuple(plan.sequences), plan.fills))
+        self._flights.append(_Flight(batch, tuple(plan.sequences), plan.fills, gate))
         return batch
 
     @property
     def in_flight(self) -> tuple[Batch, ...]:
         return tuple(flight.batch for flight in self._flights)
 
+    def gate(self, batch: Batch) -> Gate | None:
+        """What a batch in flight has to pass on its way."""
+        return self._flight(batch).gate
+
     def to_publish(self, batch: Batch) -> tuple[tuple[Sequence, BatchItem], ...]:
-        """The live sequences of a batch in flight that will be handed off."""
+        """The live sequences of a batch in flight that will be handed off, and whose KV is known to
+        be good when the batch has been computed."""
         return tuple(
             (sequence, item)
             for sequence, item in self._flight(batch)
-            if sequence.hand_off and sequence.number not in self._leaving
+            if sequence.hand_off
+            and sequence.number not in self._leaving
+            and sequence not in self._arrivals
         )
 
     def commit(self, batch: Batch, result: BatchResult, now: float) -> tuple[Advance, ...]:
@@ -166,6 +179,8 @@ class Scheduler(Residents):
             if sequence.ending is not None:
                 self._leave(sequence)
                 advances.append(Advance(sequence, ending=sequence.ending))
+            elif sequence in self._arrivals:
+                self._step_ended_early(sequence)
             elif sequence.computed != sequence.planned:
                 self._undo_start(sequence)
         return tuple(advances)
@@ -174,7 +189,7 @@ class Scheduler(Residents):
         """Raises InternalError unless every hold on a block, and every step, has its holder."""
         super().check_integrity()
         uses = sum(len(flight.sequences) for flight in self._flights)
-        users = (*self._running, *self._leaving.values())
+        users = (*self._running, *self._leaving.values(), *self._arrivals)
         if sum(sequence.steps for sequence in users) != uses:
             raise InternalError("Sequences are in other steps than those in flight.")
         if self._cache.num_expected != sum(len(flight.fills) for flight in self._flights):
@@ -217,6 +232,28 @@ class Scheduler(Residents):
             if head not in self._arrivals:
                 self._take_chunk(plan, head)
 
+    def _start_early(self, plan: _Plan, now: float) -> Gate | None:
+        """Let a sequence begin whose KV is still arriving. What it fills is not expected: nobody
+        may count on it."""
+        if any(flight.gate is not None for flight in self._flights):
+            return None  # whatever is put behind a step makes it wait no more
+        early = self._arrivals.next_early()
+        if early is None:
+            return None
+        sequence, filled, gate = early
+        sequence.early_at = now
+        sequence.planned = filled * self._config.block_size
+        self._put_chunk(plan, sequence)
+        return gate
+
+    def _step_ended_early(self, sequence: Sequence) -> None:
+        """Its step does not count, because not all of the KV before it came, or not soon enough."""
+        sequence.early_at = None
+        sequence.planned = sequence.computed
+        filled = self._arrivals.step_ended(sequence)
+        if filled is not None:
+            self._run_arrived(sequence, filled)
+
     def _take_decode(self, plan: _Plan, sequence: Sequence) -> None:
         """Put the sequence's last token into the step, known or not."""
         follows = sequence.coming > 0
@@ -237,7 +274,15 @@ class Scheduler(Residents):
         sequence.coming += 1
 
     def _take_chunk(self, plan: _Plan, sequence: Sequence) -> None:
-        """Put the sequence's next known tokens into the step."""
+        """Put the sequence's next known tokens into the step; others may share what it fills."""
+        start = sequence.planned
+        self._put_chunk(plan, sequence)
+        end = sequence.planned
+        plan.fills += self._cache.expect(sequence, start, end)
+        if end < len(sequence.context) and (key := self._cache.key_at(sequence, end)) is not None:
+            plan.cuts.add(key)
+
+    def _put_chunk(self, plan: _Plan, sequence: Sequence) -> None:
         start, end = sequence.planned, self._chunk_end(sequence, plan.budget)
         completes = end == len(sequence.context)
         plan.items.append(
@@ -250,9 +295,6 @@ class Scheduler(Residents):
             )
         )
         plan.sequences.append(sequence)
-        plan.fills += self._cache.expect(sequence, start, end)
-        if not completes and (key := self._cache.key_at(sequence, end)) is not None:
-            plan.cuts.add(key)
         plan.budget -= end - start
         sequence.steps += 1
         sequence.planned = end

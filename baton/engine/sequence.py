@@ -56,6 +56,7 @@ class Sequence:
         "coming",
         "computed",
         "context",
+        "early_at",
         "ending",
         "fetchable",
         "first_token_at",
@@ -112,6 +113,7 @@ class Sequence:
         self.submitted_at = now
         self.started_at: float | None = None
         self.arrived_at: float | None = None  # of KV that was fetched for it
+        self.early_at: float | None = None  # when its first step began, if that was before
         self.first_token_at: float | None = None
 
     @property
@@ -168,7 +170,9 @@ class Sequence:
         return None
 
     def spans(self, now: float, unix_offset: float) -> tuple[Span, ...]:
-        """Where the time went until `now`; `unix_offset` turns loop time into unix seconds."""
+        """Where the time went until `now`; `unix_offset` turns loop time into unix seconds. One
+        begins where the one before it ends; a prefill that did not wait for all KV begins earlier.
+        """
         marks = [("queue", self.submitted_at)]
         if self.started_at is not None:
             marks.append(("prefill", self.started_at))
@@ -177,6 +181,8 @@ class Sequence:
         if self.first_token_at is not None:
             marks.append(("handoff" if self.hand_off else "decode", self.first_token_at))
         ends = [start for _, start in marks[1:]] + [now]
+        if self.early_at is not None:
+            marks = [(n, self.early_at if n == "prefill" else start) for n, start in marks]
         return tuple(
             Span(name, start + unix_offset, end + unix_offset)
             for (name, start), end in zip(marks, ends, strict=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.engine.batch import Batch, BatchResult, Launched, LayerCallback, Runner
+from baton.engine.gate import Gate, GateClosed
 from baton.errors import InternalError
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ class LayersReady:
 
 @dataclass(frozen=True, slots=True)
 class StepEnded:
-    """The oldest step has ended. Without an outcome it counts as never run, because the one before
-    it failed: what it follows may not exist."""
+    """The oldest step has ended. Without an outcome it counts as never run: the one before it
+    failed, and what it follows may not exist; or it began on KV that did not all come."""
 
     batch: Batch
     outcome: BatchResult | Exception | None
@@ -62,8 +63,9 @@ class Steps(Protocol):
     def running(self) -> Batch | None:
         """The oldest step in flight."""
 
-    def put(self, batch: Batch, layers: bool) -> None:
-        """Launch a step after those in flight; with `layers`, tell of its LayersReady."""
+    def put(self, batch: Batch, layers: bool, gate: Gate | None = None) -> None:
+        """Launch a step after those in flight; with `layers`, tell of its LayersReady. One that
+        has to pass a `gate` waits there only until another one is put behind it."""
 
     def take_back(self) -> Batch | None:
         """The step behind the one that runs, if it has not been launched: now it never is."""
@@ -79,8 +81,9 @@ MakeSteps = Callable[[Runner, Callable[[], None]], Steps]
 class _Step:
     """Attributes are set before the thread that reads them is told of the step."""
 
-    def __init__(self, batch: Batch, before: _Step | None) -> None:
+    def __init__(self, batch: Batch, before: _Step | None, gate: Gate | None) -> None:
         self.batch = batch
+        self.gate = gate
         self.before = before  # the step in flight that this one follows, until it has ended
         self.error: Exception | None = None
         self.launching: Future[Launched]
@@ -90,6 +93,14 @@ class _Step:
     def spoilt(self) -> bool:
         """Whether the step before it failed."""
         return self.before is not None and self.before.error is not None
+
+    def fail(self, error: Exception) -> None:
+        """Note the error, unless it can have come from KV that is not what it should be."""
+        gate = self.gate
+        if gate is not None and (isinstance(error, GateClosed) or self.spoilt):
+            return
+        if gate is None or gate.settled():
+            self.error = error
 
 
 class StepThreads:
@@ -115,6 +126,8 @@ class StepThreads:
         """
         for step in self._steps:
             step.launching.cancel()
+            if step.gate is not None:
+                step.gate.close()
         ends = [asyncio.wrap_future(step.waiting) for step in self._steps]
         while not all(end.done() for end in ends):
             with suppress(asyncio.CancelledError):
@@ -135,9 +148,11 @@ class StepThreads:
         """The oldest step in flight."""
         return self._steps[0].batch if self._steps else None
 
-    def put(self, batch: Batch, layers: bool) -> None:
-        """Launch a step after those in flight; with `layers`, tell of its LayersReady."""
-        step = _Step(batch, self._steps[-1] if self._steps else None)
+    def put(self, batch: Batch, layers: bool, gate: Gate | None = None) -> None:
+        before = self._steps[-1] if self._steps else None
+        if before is not None and before.gate is not None:
+            before.gate.give_way()
+        step = _Step(batch, before, gate)
         hop = self._layers_ready if layers else None
         step.launching = self._launcher.submit(self._launch, step, hop)
         step.waiting = self._waiter.submit(self._wait, step)
@@ -169,9 +184,11 @@ class StepThreads:
         if step.spoilt:
             raise InternalError("the step before this one failed")
         try:
-            return self._runner.launch(step.batch, on_layers)
+            return self._runner.launch(
+                step.batch, on_layers, None if step.gate is None else step.gate.wait
+            )
         except Exception as error:
-            step.error = error
+            step.fail(error)
             raise
 
     def _layers_ready(self, layer_end: int) -> None:
@@ -182,10 +199,13 @@ class StepThreads:
         try:
             outcome = step.launching.result().wait()
             check_result(step.batch, outcome)
+            if step.gate is not None and not step.gate.settled():
+                outcome = None
         except CancelledError:
             return  # it was taken back
         except Exception as error:
-            outcome = step.error = error
+            step.fail(error)
+            outcome = step.error
         if step.spoilt:
             outcome = step.error = None
         step.before = None

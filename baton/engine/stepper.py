@@ -85,6 +85,12 @@ class Stepper:
         self._changed = True
         self._wake.set()
 
+    def settled(self, sequence: Sequence) -> None:
+        """A sequence in a step in flight has all the KV now that it began on."""
+        running = self._steps.running
+        if running is not None and running.items[0].sequence == sequence.number:
+            self._begin(running)
+
     def take_back(self) -> None:
         """Withdraw the step behind the running one, if it has not been launched."""
         batch = self._steps.take_back()
@@ -105,7 +111,7 @@ class Stepper:
             published = self._scheduler.to_publish(batch)
             if published and not self._steps.in_flight:
                 self._begin(batch)
-            self._steps.put(batch, self._goes_by_layers(published))
+            self._steps.put(batch, self._goes_by_layers(published), self._scheduler.gate(batch))
         self._want()
 
     def _handle_events(self) -> None:
@@ -116,6 +122,7 @@ class Stepper:
             if isinstance(event.outcome, BatchResult):
                 self._commit(event.batch, event.outcome)
             elif event.outcome is None:
+                self._publisher.abandon()
                 self._report(self._scheduler.withdraw(event.batch))
             else:
                 self._fail(event.batch, event.outcome)

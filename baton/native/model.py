@@ -122,12 +122,13 @@ class NativeModel:
         pool: Pool,
         on_written: Callable[[int], None] | None = None,
         ends: Iterable[int] = (),
+        before_read: Callable[[int], None] | None = None,
     ) -> Logits:
         """Write the KV of every token to the pool; return the logits that the batch wants.
 
         `on_written(end)` is called for each of `ends` (ascending) after the KV of layers [0, end)
-        has been written. Raises InternalError for a batch that leaves vocabulary, positions or
-        pool.
+        has been written; `before_read(end)` for each before KV in layers [0, end) is read, which it
+        may put off. Raises InternalError for a batch that leaves vocabulary, positions or pool.
         """
         rows = sum(batch.sampled)
         if rows > len(self._best):
@@ -138,10 +139,13 @@ class NativeModel:
             CPool(pool.address, pool.num_blocks, pool.block_size),
         )
         done = 0
-        if on_written is not None:
+        if on_written is not None or before_read is not None:
             for end in ends:
+                if before_read is not None:
+                    before_read(end)
                 self._run(arguments, done, end)
-                on_written(end)
+                if on_written is not None:
+                    on_written(end)
                 done = end
         self._run(arguments, done, self._layers + 1)
         return Logits(self._values, self._best[:rows])

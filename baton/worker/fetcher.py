@@ -2,6 +2,7 @@
 
     StartPrefill(task, fetch) -> plan -> engine: fetchable
     engine: wanted -> borrow from one source after the other -> engine: arrived
+                             the last one, group of layers by group: -> engine: layers_came
 
 A source that has less than it was said to, or fails, ends the fetch: the rest is computed. Nothing
 here can fail an attempt.
@@ -31,16 +32,33 @@ class Borrower(Protocol):
     """See `baton.kv.blocks.borrower`."""
 
     async def borrow(
-        self, peer: Peer, keys: bytes, place: Sequence[int], *, timeout_s: float
+        self,
+        peer: Peer,
+        keys: bytes,
+        place: Sequence[int],
+        *,
+        layer_groups: int,
+        on_layers: Callable[[int, int], None],
+        timeout_s: float,
     ) -> int: ...
 
 
-class Fetcher:
-    """Owns one task per fetch; `run` must be running. `arrived` is `Engine.arrived`."""
+class Consumer(Protocol):
+    """See `baton.engine.loop.Engine`."""
 
-    def __init__(self, borrower: Borrower, arrived: Callable[[int, int], None]) -> None:
+    def layers_came(self, sequence: int, layer_end: int) -> None: ...
+
+    def arrived(self, sequence: int, blocks: int) -> None: ...
+
+
+class Fetcher:
+    """Owns one task per fetch; `run` must be running. What comes last is read in so many groups
+    of layers."""
+
+    def __init__(self, borrower: Borrower, engine: Consumer, layer_groups: int) -> None:
         self._borrower = borrower
-        self._arrived = arrived
+        self._engine = engine
+        self._layer_groups = layer_groups
         self._plans: dict[AttemptId, tuple[FetchPart, ...]] = {}
         self._tasks: dict[AttemptId, asyncio.Task[int]] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -75,7 +93,7 @@ class Fetcher:
             task.cancel()
 
     def want(self, wanted: KvWanted) -> None:
-        """Begin to fetch; `arrived` is called once, whatever happens."""
+        """Begin to fetch; the engine's `arrived` is called once, whatever happens."""
         if self._group is None:
             raise InternalError("the worker is not running: nothing can be fetched")
         task = self._group.create_task(self._fetch(wanted), name=f"fetch {wanted.attempt}")
@@ -86,7 +104,7 @@ class Fetcher:
     def _end(self, wanted: KvWanted, task: asyncio.Task[int]) -> None:
         if self._tasks.get(wanted.attempt) is task:
             del self._tasks[wanted.attempt]
-        self._arrived(wanted.sequence, 0 if task.cancelled() else task.result())
+        self._engine.arrived(wanted.sequence, 0 if task.cancelled() else task.result())
 
     async def _fetch(self, wanted: KvWanted) -> int:
         try:
@@ -113,8 +131,21 @@ class Fetcher:
     async def _borrow(self, wanted: KvWanted, part: FetchPart, first: int, last: int) -> int:
         keys = wanted.keys[first * KEY_BYTES : last * KEY_BYTES]
         place = wanted.blocks[first:last]
+        completes = last == len(wanted.blocks)
+
+        def on_layers(blocks: int, layer_end: int) -> None:
+            if completes and blocks == len(place):
+                self._engine.layers_came(wanted.sequence, layer_end)
+
         try:
-            return await self._borrower.borrow(part.source, keys, place, timeout_s=FETCH_TIMEOUT_S)
+            return await self._borrower.borrow(
+                part.source,
+                keys,
+                place,
+                layer_groups=self._layer_groups if completes else 1,
+                on_layers=on_layers,
+                timeout_s=FETCH_TIMEOUT_S,
+            )
         except BatonError as error:
             log.info("%s computes what %s has: %s", wanted.attempt, part.source.name, error.message)
             return 0

@@ -67,7 +67,7 @@ class Sharing:
         self.news = KvNews(PoolBook(engine.loans))
         self.server = BlocksServer(*common, source, None, options)
         self._borrower = Borrower(*common, dialer, options)
-        self._fetcher = Fetcher(self._borrower, engine.arrived)
+        self._fetcher = Fetcher(self._borrower, engine, parts.engine.layer_groups)
         self._offers: Offers | None = None
         self._pins: PromptPins | None = None
         if parts.store:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from baton.engine.batch import Batch, BatchResult, Computed, Launched, LayerCallback
+from baton.engine.batch import Batch, BatchResult, Computed, Launched, LayerCallback, LayerGate
 from baton.engine.block_pool import BlockPool
 from baton.engine.loop import Engine
 from baton.engine.stepper import MAX_FAILURES
@@ -263,7 +263,12 @@ class Liar(FakeRunner):
 
     answer: tuple[SampledToken | None, ...] = ()
 
-    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
+    def launch(
+        self,
+        batch: Batch,
+        on_layers: LayerCallback | None = None,
+        before_layers: LayerGate | None = None,
+    ) -> Launched:
         return Computed(BatchResult(self.answer))
 
 

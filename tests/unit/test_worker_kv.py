@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -162,7 +162,14 @@ class FakeBorrower:
     aborted: int = 0
 
     async def borrow(
-        self, peer: Peer, keys: bytes, place: Sequence[int], *, timeout_s: float
+        self,
+        peer: Peer,
+        keys: bytes,
+        place: Sequence[int],
+        *,
+        layer_groups: int,
+        on_layers: Callable[[int, int], None],
+        timeout_s: float,
     ) -> int:
         self.asked.append((peer.name, keys, tuple(place)))
         if self.hold is not None:
@@ -174,7 +181,24 @@ class FakeBorrower:
         answer = self.has[peer.name]
         if isinstance(answer, Exception):
             raise answer
-        return min(answer, len(place))
+        count = min(answer, len(place))
+        for blocks in {1, count}:
+            for layer_end in range(1, layer_groups + 1):
+                on_layers(blocks, layer_end)
+        return count
+
+
+@dataclass
+class FakeEngine:
+    came: list[tuple[int, int]] = field(default_factory=list)
+    whole: list[tuple[int, int]] = field(default_factory=list)
+
+    def layers_came(self, sequence: int, layer_end: int) -> None:
+        assert not self.whole, "it has come already"
+        self.came.append((sequence, layer_end))
+
+    def arrived(self, sequence: int, blocks: int) -> None:
+        self.whole.append((sequence, blocks))
 
 
 def part(source: str, first: int, count: int) -> FetchPart:
@@ -201,17 +225,19 @@ WANTED = KvWanted(7, X, 1, (11, 12, 13), keys(1, 2, 3))  # logical blocks 1, 2, 
 async def test_a_fetch_goes_from_source_to_source(
     parts: list[tuple[str, int, int]], has: dict[str, int | Exception], came: int
 ) -> None:
-    arrived: list[tuple[int, int]] = []
+    engine = FakeEngine()
     borrower = FakeBorrower(has)
-    fetcher = Fetcher(borrower, lambda *what: arrived.append(what))
+    fetcher = Fetcher(borrower, engine, layer_groups=2)
     running = asyncio.create_task(fetcher.run())
     await asyncio.sleep(0)
     fetcher.plan(X, tuple(part(*one) for one in parts))
     fetcher.want(WANTED)
     async with asyncio.timeout(10):
-        while not arrived:  # noqa: ASYNC110
+        while not engine.whole:  # noqa: ASYNC110
             await asyncio.sleep(0)
-    assert arrived == [(7, came)]
+    assert engine.whole == [(7, came)]
+    # Layer by layer when that is all there is to come, and no earlier.
+    assert engine.came == ([(7, 1), (7, 2)] if came == 3 else [])
     for _, wanted, place in borrower.asked:
         assert len(wanted) == 16 * len(place)
         assert [key(block - 10) for block in place] == [
@@ -222,7 +248,7 @@ async def test_a_fetch_goes_from_source_to_source(
 
 
 def test_a_plan_reaches_up_to_its_first_gap() -> None:
-    fetcher = Fetcher(FakeBorrower({}), lambda *_: None)
+    fetcher = Fetcher(FakeBorrower({}), FakeEngine(), 1)
     assert fetcher.plan(X, (part("a", 0, 4), part("b", 4, 2))) == 6
     assert fetcher.plan(X, (part("b", 3, 2), part("a", 0, 2))) == 2
     assert fetcher.plan(X, (part("b", 4, 2),)) == 6  # the worker has the four before
@@ -232,9 +258,9 @@ def test_a_plan_reaches_up_to_its_first_gap() -> None:
 
 async def test_who_is_forgotten_or_shut_down_while_fetching_is_told_of_all_the_same() -> None:
     for stop in ("forget", "forget at once", "close"):
-        arrived: list[tuple[int, int]] = []
+        engine = FakeEngine()
         borrower = FakeBorrower({"a": 4}, hold=asyncio.Event())
-        fetcher = Fetcher(borrower, lambda *what: arrived.append(what))  # noqa: B023
+        fetcher = Fetcher(borrower, engine, layer_groups=2)
         running = asyncio.create_task(fetcher.run())
         await asyncio.sleep(0)
         fetcher.plan(X, (part("a", 0, 4),))
@@ -246,9 +272,10 @@ async def test_who_is_forgotten_or_shut_down_while_fetching_is_told_of_all_the_s
                 fetcher.forget(X)
             else:
                 running.cancel()
-            while not arrived:  # noqa: ASYNC110
+            while not engine.whole:  # noqa: ASYNC110
                 await asyncio.sleep(0)
-        assert arrived == [(7, 0)]
+        assert engine.whole == [(7, 0)]
+        assert not engine.came
         assert borrower.aborted == len(borrower.asked)
         running.cancel()
         await asyncio.wait([running])
