@@ -21,8 +21,8 @@ FLAGS = ("--store-memory-mib", "32", "--kv-memory-mib", "64", "--block-size", st
 PATIENCE_S = 60.0
 
 
-def ask(cluster: Cluster, prompt: list[int], **more: Any) -> tuple[list[int], int]:
-    """The answer, and how many prompt tokens were not computed for it."""
+def complete(cluster: Cluster, prompt: list[int], **more: Any) -> dict[str, Any]:
+    """The response, as soon as there is one."""
     body = {"model": "demo", "prompt": prompt, "max_tokens": 8, "temperature": 0, **more}
     deadline = time.monotonic() + PATIENCE_S
     while True:
@@ -31,9 +31,28 @@ def ask(cluster: Cluster, prompt: list[int], **more: Any) -> tuple[list[int], in
             break
         assert time.monotonic() < deadline, response.text
         time.sleep(0.2)  # a worker is being started again
-    answer = response.json()
-    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-    return answer["choices"][0]["token_ids"], cached
+    return dict(response.json())
+
+
+def told(response: dict[str, Any]) -> tuple[list[int], int]:
+    """The answer, and how many prompt tokens were not computed for it."""
+    cached = response["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return response["choices"][0]["token_ids"], cached
+
+
+def ask(cluster: Cluster, prompt: list[int], **more: Any) -> tuple[list[int], int]:
+    return told(complete(cluster, prompt, **more))
+
+
+def began_early(cluster: Cluster, request_id: str) -> bool:
+    """Whether the prompt was being computed before all of its fetched prefix had come."""
+    spans = cluster.get(f"/trace/{request_id}").json()["spans"]
+    (fetch,) = (span for span in spans if span["name"] == "fetch")
+    return any(
+        (span["source"], span["name"]) == (fetch["source"], "prefill")
+        and fetch["start_s"] < span["start_s"] < fetch["end_s"]
+        for span in spans
+    )
 
 
 def member(cluster: Cluster, kind: str, name: str) -> dict[str, Any]:
@@ -81,8 +100,9 @@ def test_kv_outlives_the_workers_and_the_store(cluster_with_store: tuple[Cluster
 
     for name in ("prefill-0", "decode-0"):  # and with them every pool
         kill(cluster, "workers", name)
-    again, cached = ask(cluster, PROMPT)
-    assert (again, cached) == (answer, BLOCKS * BLOCK)
+    response = complete(cluster, PROMPT)
+    assert told(response) == (answer, BLOCKS * BLOCK)
+    assert began_early(cluster, response["id"])
 
     kill(cluster, "stores", "store-0")
     until(lambda: stored(cluster) >= BLOCKS)
