@@ -29,7 +29,7 @@ class _Arrival:
     first: int  # logical blocks [first, last) arrive
     last: int
     gate: Gate = field(default_factory=Gate)
-    came: int | None = None  # blocks; the transfer has ended, but a step still uses the sequence
+    came: int | None = None  # blocks; the transfer has ended, but not a step that will not count
 
 
 class Arrivals:
@@ -97,7 +97,7 @@ class Arrivals:
     def end(self, number: int, blocks: int, now: float) -> tuple[Sequence, int] | None:
         """The transfer for a sequence writes no more and brought its first so many blocks. The
         sequence, which waits for nothing now, and its leading blocks that have KV; None when it has
-        gone, or is in a step that began on more than came: then `step_ended` says it."""
+        gone, or is in a step that will not count: then `step_ended` says it."""
         arrival = self._arrivals.get(number)
         if arrival is None:
             self._pool.end_quarantine(self._stranded.pop(number, ()))
@@ -107,9 +107,8 @@ class Arrivals:
                 f"{blocks} blocks arrived where {arrival.last - arrival.first} were wanted."
             )
         arrival.sequence.arrived_at = now
-        complete = blocks == arrival.last - arrival.first
-        arrival.gate.settle(complete)
-        if arrival.sequence.steps and not complete:
+        counts = arrival.gate.settle(blocks == arrival.last - arrival.first)
+        if arrival.sequence.steps and not counts:
             arrival.came = blocks
             return None
         del self._arrivals[number]

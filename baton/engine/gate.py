@@ -43,11 +43,13 @@ class Gate:
             self._came = max(self._came, layer_end)
             self._changed.notify_all()
 
-    def settle(self, good: bool) -> None:
-        """Nothing more comes; everything has come and is known to be what it should be, or not."""
+    def settle(self, good: bool) -> bool:
+        """Nothing more comes; everything has come and is known to be what it should be, or not.
+        Whether the step counts, unless it fails: from here on, nothing else prevents that."""
         with self._changed:
-            self._good = good
+            self._good = good and not self._closed
             self._changed.notify_all()
+            return self._good
 
     def close(self) -> None:
         """Nobody wants the step any more."""
