@@ -10,7 +10,7 @@ import uuid
 
 import torch
 
-from baton.cpus import choose_placement
+from baton.cpus import Placement, choose_placement
 from baton.engine.config import EngineConfig
 from baton.engine.make_runner import make_runner
 from baton.errors import ConfigError
@@ -90,6 +90,7 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
         node=config.node or socket.gethostname(),
         shared=SharedTransport(transport),
         store=config.store,
+        early_prefill=_early_prefill(config.early_prefill, device, placement),
         orphan_timeout_s=config.orphan_timeout,
     )
 
@@ -110,6 +111,13 @@ def choose_device(name: str) -> str:
     if int(number or "0") >= torch.cuda.device_count():
         raise ConfigError(f"there is no {name} here: torch sees {torch.cuda.device_count()} GPUs")
     return f"cuda:{number or '0'}"
+
+
+def _early_prefill(wanted: str, device: str, placement: Placement) -> bool:
+    """What copies KV would take turns with a CPU's threads, which wait for one another."""
+    if wanted != "auto":
+        return wanted == "on"
+    return device != "cpu" or placement.threads < len(placement.cpus)
 
 
 def _room(config: WorkerConfig, spec: ModelSpec, weights: int, device: str) -> Room:

@@ -53,6 +53,12 @@ class WorkerConfig:
     layer_groups: int = option(4, "groups of layers in which a chunk's KV is published")
     # A group costs each worker about half a millisecond of CPU; 8 MiB take 2 ms to copy.
     by_layers_kib: int = option(8192, "chunks with less KV than this are published in one piece")
+    early_prefill: str = option(
+        "auto",
+        "begin when the first layers of a fetched prefix have come; auto: where the transfer "
+        "does not take the CPUs that compute",
+        choices=("auto", "on", "off"),
+    )
     cpus: str = option("", "CPUs of this process, as 0-3,8; empty: all that it may run on")
     threads: int = option(0, "CPU threads of the model; 0: one on each of its CPUs")
     prefix_caching: bool = option(True, "reuse the KV of common prefixes")

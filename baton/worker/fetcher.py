@@ -53,7 +53,7 @@ class Consumer(Protocol):
 
 class Fetcher:
     """Owns one task per fetch; `run` must be running. What comes last is read in so many groups
-    of layers."""
+    of layers; 0: the engine hears when everything has come, and not before."""
 
     def __init__(self, borrower: Borrower, engine: Consumer, layer_groups: int) -> None:
         self._borrower = borrower
@@ -131,10 +131,10 @@ class Fetcher:
     async def _borrow(self, wanted: KvWanted, part: FetchPart, first: int, last: int) -> int:
         keys = wanted.keys[first * KEY_BYTES : last * KEY_BYTES]
         place = wanted.blocks[first:last]
-        completes = last == len(wanted.blocks)
+        by_layers = self._layer_groups > 0 and last == len(wanted.blocks)
 
         def on_layers(blocks: int, layer_end: int) -> None:
-            if completes and blocks == len(place):
+            if by_layers and blocks == len(place):
                 self._engine.layers_came(wanted.sequence, layer_end)
 
         try:
@@ -142,7 +142,7 @@ class Fetcher:
                 part.source,
                 keys,
                 place,
-                layer_groups=self._layer_groups if completes else 1,
+                layer_groups=self._layer_groups if by_layers else 1,
                 on_layers=on_layers,
                 timeout_s=FETCH_TIMEOUT_S,
             )

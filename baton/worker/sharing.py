@@ -67,7 +67,8 @@ class Sharing:
         self.news = KvNews(PoolBook(engine.loans))
         self.server = BlocksServer(*common, source, None, options)
         self._borrower = Borrower(*common, dialer, options)
-        self._fetcher = Fetcher(self._borrower, engine, parts.engine.layer_groups)
+        groups = parts.engine.layer_groups if parts.early_prefill else 0
+        self._fetcher = Fetcher(self._borrower, engine, groups)
         self._offers: Offers | None = None
         self._pins: PromptPins | None = None
         if parts.store:

@@ -138,6 +138,7 @@ def test_reuse_changes_no_token(
     start_cluster: ClusterFactory, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BATON_DISK_SEGMENT_MIB", "1")
+    monkeypatch.setenv("BATON_EARLY_PREFILL", "on")
     load = Load()
     with start_cluster(str(model), *TIGHT, *STORE, "--store-dir", str(tmp_path)) as cluster:
         asyncio.run(load.run(cluster))

@@ -88,8 +88,10 @@ def cluster_with_store(
     start_cluster: ClusterFactory, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
     disk = tmp_path_factory.mktemp("nvme")
-    with start_cluster(*FLAGS, "--store-dir", str(disk)) as cluster:
-        yield cluster, disk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BATON_EARLY_PREFILL", "on")
+        with start_cluster(*FLAGS, "--store-dir", str(disk)) as cluster:
+            yield cluster, disk
 
 
 def test_kv_outlives_the_workers_and_the_store(cluster_with_store: tuple[Cluster, Path]) -> None:

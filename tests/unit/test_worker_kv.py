@@ -208,6 +208,7 @@ def part(source: str, first: int, count: int) -> FetchPart:
 WANTED = KvWanted(7, X, 1, (11, 12, 13), keys(1, 2, 3))  # logical blocks 1, 2, 3
 
 
+@pytest.mark.parametrize("layer_groups", [0, 2])
 @pytest.mark.parametrize(
     ("parts", "has", "came"),
     [
@@ -223,11 +224,14 @@ WANTED = KvWanted(7, X, 1, (11, 12, 13), keys(1, 2, 3))  # logical blocks 1, 2, 
     ],
 )
 async def test_a_fetch_goes_from_source_to_source(
-    parts: list[tuple[str, int, int]], has: dict[str, int | Exception], came: int
+    parts: list[tuple[str, int, int]],
+    has: dict[str, int | Exception],
+    came: int,
+    layer_groups: int,
 ) -> None:
     engine = FakeEngine()
     borrower = FakeBorrower(has)
-    fetcher = Fetcher(borrower, engine, layer_groups=2)
+    fetcher = Fetcher(borrower, engine, layer_groups)
     running = asyncio.create_task(fetcher.run())
     await asyncio.sleep(0)
     fetcher.plan(X, tuple(part(*one) for one in parts))
@@ -237,7 +241,7 @@ async def test_a_fetch_goes_from_source_to_source(
             await asyncio.sleep(0)
     assert engine.whole == [(7, came)]
     # Layer by layer when that is all there is to come, and no earlier.
-    assert engine.came == ([(7, 1), (7, 2)] if came == 3 else [])
+    assert engine.came == ([(7, 1), (7, 2)] if came == 3 and layer_groups else [])
     for _, wanted, place in borrower.asked:
         assert len(wanted) == 16 * len(place)
         assert [key(block - 10) for block in place] == [
