@@ -23,6 +23,7 @@ from baton.engine.batch import (
     BatchResult,
     Launched,
     LayerCallback,
+    LayerGate,
     SampleRequest,
     resolve,
 )
@@ -62,7 +63,12 @@ class ModelledRunner:
         groups = min(layer_groups, layout.num_layers)
         self.group_ends = [layout.num_layers * (g + 1) // groups for g in range(groups)]
 
-    def launch(self, batch: Batch, on_layers: LayerCallback | None = None) -> Launched:
+    def launch(
+        self,
+        batch: Batch,
+        on_layers: LayerCallback | None = None,
+        before_layers: LayerGate | None = None,
+    ) -> Launched:
         raise InternalError("a modelled step takes virtual time: it is run by ModelledSteps")
 
     def close(self) -> None:

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from baton.engine.batch import Batch, BatchItem
+from baton.engine.gate import Gate
 from baton.engine.step import Event, LayersReady, StepEnded
+from baton.errors import InternalError
 from sim.runner import ModelledRunner
 
 T = TypeVar("T")
@@ -77,7 +79,9 @@ class ModelledSteps:
     def running(self) -> Batch | None:
         return self._steps[0].batch if self._steps else None
 
-    def put(self, batch: Batch, layers: bool) -> None:
+    def put(self, batch: Batch, layers: bool, gate: Gate | None = None) -> None:
+        if gate is not None:
+            raise InternalError("a modelled step begins when all its KV is there")
         self._steps.append(_Step(batch, layers))
         self._begin_next()
 

@@ -38,7 +38,7 @@ class WorkerParts:
     node: str
     shared: SharedTransport  # of `transport`
     store: str = ""  # host:port of the node's store
-    early_prefill: bool = True  # begin when the first layers of a fetched prefix have come
+    early_prefill: bool = False  # begin when the first layers of a fetched prefix have come
     orphan_timeout_s: float = ORPHAN_S
     wall_clock: Callable[[], float] = time.time
     make_steps: MakeSteps = StepThreads
