@@ -9,6 +9,7 @@ could not keep the SLO on an idle worker either is served.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Admission:
         self._on_reject = on_reject
         self._answers = 0
         self._mean_s = SHORTEST_RETRY_S  # of a request, from its place to its end
-        self._ids: set[str] = set()
+        self._ids: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed = False
@@ -80,11 +81,11 @@ class Admission:
         answers = len(request.answers)
         if self._answers and self._answers + answers > self._max_answers:
             raise self._no_place()
-        if request.id in self._ids:
+        if request.id in self._ids and not request.sent:  # who comes back may be here still
             raise InvalidRequest(
                 f"request_id {request.id!r} is in use by a running request", param="request_id"
             )
-        self._ids.add(request.id)
+        self._ids[request.id] += 1
         self._answers += answers
         self._idle.clear()
         loop = asyncio.get_running_loop()
@@ -93,7 +94,7 @@ class Admission:
             yield
         finally:
             self._mean_s += (1 - _MEMORY) * (loop.time() - began - self._mean_s)
-            self._ids.discard(request.id)
+            self._ids -= Counter((request.id,))
             self._answers -= answers
             if not self._answers:
                 self._idle.set()

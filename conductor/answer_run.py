@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from baton.errors import BatonError, WorkerLost
+from baton.errors import BatonError, StaleAttempt, WorkerLost
 from baton.rpc.errors import from_wire
 from baton.tokenizer import Tokenizer
 from baton.types.fleet import Role
@@ -24,6 +24,10 @@ from baton.types.request import AttemptId, AttemptOutput, Finish, FinishReason, 
 from conductor.answer_text import AnswerText
 from conductor.detokenize import make_detokenizer
 from conductor.request import Answer, Request
+
+# Between the numbers of attempts that different conductors begin at an answer: one that takes it
+# over may not know of the last retries.
+NUMBER_GAP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +64,16 @@ class AnswerRun:
         sampling = answer.sampling
         self.answer = answer
         self.attempt = AttemptId(f"{request.key}.{answer.index}")
-        self.phase = Phase.NEW
+        sent = request.sent_of(answer.index)
+        self.phase = Phase.DONE if sent.ended else Phase.NEW
+        self._client_has = sent.tokens
         self.error: BatonError | None = None  # of the last attempt that failed
         self.cached_tokens = 0
         self._cached_by: int | None = None  # the attempt that told
         self._ids: list[int] = []  # tokens that were passed on
-        self._begun = 0  # attempts
+        self._next_number = NUMBER_GAP if request.sent else 0  # of the next attempt
+        self._resumable = bool(request.sent)  # and others may have begun attempts at it
+        self._adopting = False
         self._resumed_at = 0  # tokens that were passed on before this attempt
         self._split = False
         self._stop_ids = frozenset(sampling.stop_token_ids) | frozenset(
@@ -84,6 +92,11 @@ class AnswerRun:
     def num_tokens(self) -> int:
         """That were passed on."""
         return len(self._ids)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Of the whole answer, what the client had before included."""
+        return max(self.num_tokens, self._client_has)
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -112,8 +125,19 @@ class AnswerRun:
 
     def begin(self, split: bool) -> None:
         """A (new) attempt starts; `split` when a prefill worker takes part."""
-        self.attempt = AttemptId(self.attempt.request_id, self._begun)
-        self._begun += 1
+        self._begin(self._next_number, split)
+
+    def adopt(self, attempt: AttemptId) -> None:
+        """Take over an attempt that another conductor began, or one before the client came back.
+        The worker answers with all its tokens."""
+        self._begin(attempt.number, split=False)
+        self._next_number = attempt.number + NUMBER_GAP
+        self._adopting = True
+        self._awaiting = f"attempt {attempt} was not handed over in time"
+
+    def _begin(self, number: int, split: bool) -> None:
+        self.attempt = AttemptId(self.attempt.request_id, number)
+        self._next_number = number + 1
         self.phase = Phase.RUNNING
         self._resumed_at = self.num_tokens
         if not self._ids:
@@ -126,6 +150,7 @@ class AnswerRun:
         self._decoding = False
         self._awaiting = None
         self._prefill_lost = None
+        self._adopting = False
 
     @property
     def awaiting_peer(self) -> bool:
@@ -146,6 +171,8 @@ class AnswerRun:
                 self.phase = Phase.DONE
             return None
         if self.phase is not Phase.RUNNING:
+            return None
+        if self._adopting and not self._is_adopted(output):
             return None
         if duty is Role.DECODE and output.tokens:
             self._awaiting = None
@@ -170,6 +197,21 @@ class AnswerRun:
             # The KV may have been handed over: the decode worker knows.
             self._awaiting = self._prefill_lost = lost
         return self._make_delta(())
+
+    def _is_adopted(self, output: AttemptOutput) -> bool:
+        """Whether this is the worker's answer, with every token from index 0; or else this fails,
+        unless the worker said it before it heard of us."""
+        tokens, finish = output.tokens, output.finish
+        if tokens and tokens[0].index == 0:
+            wanted = self.answer.sampling.logprobs is not None
+            if not wanted or all(t.logprob for t in tokens[self._client_has :]):
+                self._adopting = False
+                return True
+        elif tokens and finish is None:
+            return False
+        why = finish.error.message if finish and finish.error else "not all its tokens are known"
+        self.fail(WorkerLost(f"{self.attempt} cannot be taken over: {why}"))
+        return False
 
     def _note_cached(self, tokens: int) -> None:
         """From the workers of one attempt: later ones may find what this request has computed."""
@@ -197,6 +239,10 @@ class AnswerRun:
     def _on_finish(self, duty: Role, finish: Finish) -> None:
         if finish.reason is FinishReason.ERROR:
             error = finish.error
+            if error and error.code == StaleAttempt.code and self._resumable and not self._ids:
+                self._next_number += NUMBER_GAP  # somebody has begun attempts that we know not of
+                self.fail(WorkerLost(error.message))
+                return
             self.fail(from_wire(error) if error else WorkerLost("a worker failed without a word"))
         elif finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._ending = finish.reason
@@ -210,7 +256,19 @@ class AnswerRun:
         else:
             self.fail(WorkerLost(f"the {duty} worker gave the request up ({finish.reason})"))
 
+    def _replay(self, ready: Sequence[SampledToken]) -> Sequence[SampledToken]:
+        """Bring the text to where the client's is; return the tokens behind that."""
+        for place, token in enumerate(ready):
+            if self.num_tokens >= self._client_has:
+                return ready[place:]
+            self._ids.append(token.token_id)
+            if token.token_id not in self._stop_ids:
+                self._text.push(token.token_id)
+        return ()
+
     def _make_delta(self, ready: Sequence[SampledToken]) -> Delta | None:
+        if self.num_tokens < self._client_has:
+            ready = self._replay(ready)
         text: list[str] = []
         offsets: list[int] = []
         shown = 0

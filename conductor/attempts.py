@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 
-from baton.types.fleet import Role
-from baton.types.link import StartDecode, StartPrefill
+from baton.types.fleet import Peer, Role
+from baton.types.link import Adopt, StartDecode, StartPrefill
+from baton.types.registry import AnswerPlace
 from baton.types.request import AttemptId, GenerationTask
 from conductor.answer_run import AnswerRun
 from conductor.expected import ExpectedBlocks
@@ -61,7 +62,7 @@ class Attempts:
         self._listener = listener
         # By prompt and, when resumed, answer: how many tokens had been passed on, and the keys.
         self._keys: dict[tuple[int, int | None], tuple[int, bytes]] = {}
-        self._placed: dict[AttemptId, Decision] = {}
+        self._placed: dict[AttemptId, tuple[Peer, ...]] = {}  # the last one decodes
         self._avoid: set[str] = set()
 
     @property
@@ -101,7 +102,7 @@ class Attempts:
             cache_salt=request.cache_salt,
             cache_pin_s=request.cache_pin_s,
         )
-        self._placed[task.attempt] = decision
+        self._placed[task.attempt] = peers(decision)
         worker = (decision.prefill or decision.decode).info.name
         self._expected.add(task.attempt, group_of(keys), keys, worker, request.priority)
         fetch = decision.fetch_plan
@@ -131,22 +132,32 @@ class Attempts:
         """Later attempts go to others, if there are any."""
         self._avoid.update(workers)
 
-    def cancel(self, attempt: AttemptId, reason: str) -> Decision | None:
-        """Tell its workers, unless that was done before. Returns where it ran."""
-        decision = self._placed.pop(attempt, None)
+    def adopt(self, place: AnswerPlace) -> None:
+        """Ask the worker for the attempt. Raises WorkerLost when there is no link to it."""
+        duty = Assignment(Role.DECODE, self._listener, 0)
+        self._fleet.start(place.decode, place.attempt, duty, Adopt(place.attempt))
+        self._placed[place.attempt] = (place.decode,)
+
+    def cancel(self, attempt: AttemptId, reason: str) -> frozenset[str]:
+        """Tell its workers, unless that was done before. Returns their names."""
+        placed = self._placed.pop(attempt, ())
         self._expected.done(attempt)
-        if decision is not None:
-            for worker in (decision.prefill, decision.decode):
-                if worker is not None:
-                    self._fleet.cancel(worker.peer, attempt, reason)
-        return decision
+        for peer in placed:
+            self._fleet.cancel(peer, attempt, reason)
+        return frozenset(peer.name for peer in placed)
+
+    def let_go(self) -> None:
+        """Of every attempt, without a word to the workers."""
+        for attempt in self._placed:
+            self._expected.done(attempt)
+        self._placed.clear()
 
     def cancel_all(self, reason: str) -> None:
         for attempt in list(self._placed):
             self.cancel(attempt, reason)
 
 
-def names(decision: Decision) -> frozenset[str]:
-    """Of the workers that a decision chose."""
+def peers(decision: Decision) -> tuple[Peer, ...]:
+    """The workers that a decision chose; the last one decodes."""
     workers = (decision.prefill, decision.decode)
-    return frozenset(worker.info.name for worker in workers if worker is not None)
+    return tuple(worker.peer for worker in workers if worker is not None)

@@ -27,14 +27,16 @@ from baton.errors import (
 )
 from baton.tokenizer import Tokenizer
 from baton.types.fleet import Role, WorkerState
+from baton.types.registry import AnswerPlace
 from baton.types.request import AttemptId, AttemptOutput
 from conductor.admission import Admission
 from conductor.answer_run import AnswerRun, Delta, Phase
-from conductor.attempts import Attempts, Placer, names
+from conductor.attempts import Attempts, Placer, peers
 from conductor.fleet import Fleet
 from conductor.inbox import Abort, Again, Event, Inbox, Late, Lost, Output
 from conductor.link import Stage
 from conductor.metrics import Metrics, Stopwatch
+from conductor.records import LINGER_S, Records
 from conductor.request import Request
 from conductor.retries import Retries, Tries
 from conductor.router import Decision, RouteOptions
@@ -66,6 +68,7 @@ class Dispatcher:
         admission: Admission,
         routing: RouteOptions,
         retries: Retries,
+        records: Records,
     ) -> None:
         self.fleet = fleet
         self.tokenizer = tokenizer
@@ -75,6 +78,7 @@ class Dispatcher:
         self.admission = admission
         self.placer = Placer(fleet, routing)
         self.retries = retries
+        self.records = records
 
     def serve(self, request: Request) -> Serving:
         self.retries.budget.deposit()
@@ -94,10 +98,13 @@ class Serving:
             )
             for answer in request.answers
         }
-        self._open = set(self._runs)  # answers that have not ended
+        unfinished = {name: run for name, run in self._runs.items() if run.phase is Phase.NEW}
+        self._open = set(unfinished)  # answers that have not ended
+        self._due = deque(unfinished.values())  # to begin an attempt at
         self._tries = {name: Tries(parts.retries, request.id) for name in self._runs}
-        self._due = deque(self._runs.values())  # to begin an attempt at
         self._attempts = Attempts(parts.placer, request, self)
+        self._places: dict[str, AnswerPlace] = {}  # where each answer is, for others to know
+        self._handed_over = False
         self._failed_at: dict[str, frozenset[str]] = {}  # answer -> workers of its last attempt
         self._predicted: dict[int, tuple[float, Decision]] = {}  # by answer, when, and how
         self._timers: list[asyncio.TimerHandle] = []
@@ -112,7 +119,7 @@ class Serving:
         first_of_prompt = {run.answer.prompt_index: run for run in reversed(self._runs.values())}
         return Usage(
             prompt_tokens=self._request.prompt_tokens,
-            completion_tokens=sum(run.num_tokens for run in self._runs.values()),
+            completion_tokens=sum(run.completion_tokens for run in self._runs.values()),
             cached_tokens=sum(
                 min(run.cached_tokens, len(run.answer.prompt)) for run in first_of_prompt.values()
             ),
@@ -127,6 +134,8 @@ class Serving:
         try:
             late = DeadlineExceeded("the request's deadline passed before it was answered")
             self._arm(self._request.deadline, Abort(late))
+            if self._request.sent:
+                await self._adopt()
             error = await self._begin_due()
             while self._open and error is None:
                 batch: list[Delta] = []
@@ -140,12 +149,20 @@ class Serving:
         finally:
             for timer in self._timers:
                 timer.cancel()
+            if not self._handed_over:
+                self._note_places(LINGER_S)
             self._attempts.cancel_all("the request has ended")
             self._stopwatch.end(asyncio.get_running_loop().time())
 
     def abort(self, error: BatonError) -> None:
         """End the request with `error`."""
         self._inbox.put(Abort(error))
+
+    def hand_over(self, error: BatonError) -> None:
+        """End the request with `error` here, and let its workers go on: somebody adopts it."""
+        self._handed_over = True
+        self._attempts.let_go()
+        self.abort(error)
 
     def on_output(self, duty: Role, worker: str, output: AttemptOutput) -> None:
         """Called by a link. Spans are kept even when the request has already ended."""
@@ -173,6 +190,38 @@ class Serving:
 
     # -- beginning -----------------------------------------------------------------------------
 
+    async def _adopt(self) -> None:
+        """Take over what was begun before the client came back, as far as it is known and still
+        there; the rest is made again."""
+        record = await self._parts.records.find(self._request.key)
+        reconnects = self._parts.metrics.reconnects
+        for place in record.answers if record is not None else ():
+            run = self._runs.get(place.attempt.request_id)
+            if run is None or run.phase is not Phase.NEW:
+                continue
+            self._due.remove(run)
+            run.adopt(place.attempt)
+            self.timeline.adopt_attempt(place)
+            try:
+                self._attempts.adopt(place)
+            except WorkerLost as error:
+                run.fail(error)
+                self._pause(run)
+            else:
+                reconnects.labels("adopted").inc()
+                self._note_place(place)
+                self._arm_grace(run, PEER_GRACE_S)
+        reconnects.labels("again").inc(len(self._due))
+
+    def _note_place(self, place: AnswerPlace) -> None:
+        """Tell other conductors where an answer is made."""
+        self._places[place.attempt.request_id] = place
+        left_s = self._request.deadline - asyncio.get_running_loop().time()
+        self._note_places(left_s + LINGER_S)
+
+    def _note_places(self, ttl_s: float) -> None:
+        self._parts.records.note(self._request.key, tuple(self._places.values()), ttl_s)
+
     async def _begin_due(self) -> BatonError | None:
         """Begin the attempts whose time has come; return the error that ends the request."""
         try:
@@ -186,6 +235,8 @@ class Serving:
         """Route and start an attempt, or wait for a worker. Raises the error that ends the request:
         NoWorker, or Overloaded when the first attempt would miss an SLO."""
         keys = await self._attempts.hash_context(run)
+        if self._handed_over:
+            return
         now = asyncio.get_running_loop().time()
         try:
             decision = self._attempts.decide(run, keys)
@@ -199,6 +250,9 @@ class Serving:
         except WorkerLost as error:
             run.fail(error)
             self._pause(run)
+        else:
+            seed = run.answer.sampling.seed
+            self._note_place(AnswerPlace(run.attempt, decision.decode.peer, seed))
 
     def _await_worker(self, run: AnswerRun, error: NoWorker, now: float) -> None:
         """Look again in a moment, for as long as one may come back; else raise."""
@@ -213,11 +267,12 @@ class Serving:
 
     def _check(self, run: AnswerRun, decision: Decision) -> None:
         """Raises when the attempt should not begin."""
-        if run.error is None and not self._attempts.any_placed:
+        if run.error is None and not self._attempts.any_placed and not self._request.sent:
             self._parts.admission.judge(decision)
         if not isinstance(run.error, Overloaded) or run.num_tokens:
             return
-        if names(decision) == self._failed_at[run.attempt.request_id]:
+        chosen = frozenset(peer.name for peer in peers(decision))
+        if chosen == self._failed_at[run.attempt.request_id]:
             raise run.error  # nobody else is there to take it
 
     def _note_begin(self, run: AnswerRun, decision: Decision, now: float) -> None:
@@ -305,10 +360,8 @@ class Serving:
         error = run.error or InternalError("an attempt failed without an error")
         name = run.attempt.request_id
         self.timeline.end_attempt(run.attempt, f"{error.code}: {error.message}")
-        failed = self._attempts.cancel(run.attempt, "the attempt failed")
-        if failed is not None:
-            self._failed_at[name] = names(failed)
-            self._attempts.avoid(*names(failed))
+        self._failed_at[name] = self._attempts.cancel(run.attempt, "the attempt failed")
+        self._attempts.avoid(*self._failed_at[name])
         now = asyncio.get_running_loop().time()
         pause_s = self._tries[name].after(error, run.progressed, now)
         run.phase = Phase.PAUSING

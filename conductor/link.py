@@ -105,6 +105,8 @@ class Link:
         """
         if self.ended:
             raise WorkerLost(f"worker {self._worker} has just gone: try again")
+        if attempt in self._assignments and self._assignments[attempt].cancelled_at is None:
+            self._uncount(attempt)  # adopted by ourselves
         self._assignments[attempt] = assignment
         self.attempts += 1
         if assignment.prompt_tokens:

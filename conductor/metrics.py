@@ -48,6 +48,11 @@ class Metrics:
         self.resumes = own.counter(
             "baton_resumes", "Attempts that went on behind tokens which the client had."
         )
+        self.reconnects = own.counter(
+            "baton_reconnects",
+            "Answers that clients came back for: adopted where they are made, or made again.",
+            ["how"],
+        )
         self.retry_refusals = own.counter(
             "baton_retry_refusals",
             "Failed requests that were not tried again: too many attempts (limit), too many "

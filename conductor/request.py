@@ -76,11 +76,23 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """What a client already has of an answer."""
+
+    tokens: int = 0
+    ended: bool = False  # and it knows that there is no more
+
+    def __str__(self) -> str:
+        return f"{self.tokens}e" if self.ended else str(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A request that can be served. `deadline` is in the event loop's time, seconds.
 
     `id` is what the client sees. `key` begins the attempts' ids and is never used twice, even when
-    a client sends the same `request_id` again.
+    a client sends the same `request_id` again; only when it comes back for the rest of an answer.
+    Then there is an entry in `sent` for each answer.
     """
 
     id: str
@@ -94,6 +106,11 @@ class Request:
     cache_pin_s: float | None
     received: float
     deadline: float
+    sent: tuple[Sent, ...] = ()
+
+    def sent_of(self, index: int) -> Sent:
+        """What the client already has of the answer."""
+        return self.sent[index] if self.sent else Sent()
 
     @property
     def prompt_tokens(self) -> int:

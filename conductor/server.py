@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable, Generator
@@ -176,7 +175,7 @@ class Server:
         return ConductorIdentity(
             name=config.name,
             pid=os.getpid(),
-            incarnation=secrets.token_hex(8),
+            incarnation=self.conductor.incarnation,
             http=f"{config.host}:{listener.getsockname()[1]}",
             grpc=grpc_address,
             started_s=time.time(),

@@ -9,10 +9,10 @@ import secrets
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from baton.errors import BatonError, Cancelled, InternalError
+from baton.errors import BatonError, Cancelled, InternalError, StaleAttempt
 from baton.rpc.registry import Registry
 from baton.rpc.services import WorkerDialer
 from baton.tokenizer import Tokenizer
@@ -22,7 +22,9 @@ from conductor.answer_run import Delta
 from conductor.dispatch import Dispatcher, Serving, Usage
 from conductor.fleet import MAP_BLOCKS, Fleet
 from conductor.metrics import Metrics
+from conductor.records import Records
 from conductor.request import Ask, Chat, Prompt, Request
+from conductor.resume import check_token, digest_of, parse_token
 from conductor.retries import Retries, RetryOptions
 from conductor.router import RouteOptions
 from conductor.trace import Traces
@@ -75,7 +77,7 @@ class Conductor:
         registry: Registry | None = None,
     ) -> None:
         self.model = model
-        self.registry = registry  # None: this is the only conductor
+        self.incarnation = secrets.token_hex(8)
         self.policy = policy
         self._make_id = make_id or functools.partial(secrets.token_hex, 12)
         self.fleet = Fleet(dialer, policy.lease_ttl_s, model.fingerprint, policy.map_blocks)
@@ -83,6 +85,7 @@ class Conductor:
         now = asyncio.get_running_loop().time()
         self.traces = Traces(now)
         self.admission = Admission(policy.max_answers, policy.slos, self.metrics.note_rejection)
+        self._records = Records(registry, self.incarnation)
         self._dispatcher = Dispatcher(
             self.fleet,
             model.tokenizer,
@@ -92,8 +95,9 @@ class Conductor:
             self.admission,
             policy.routing,
             Retries(policy.retries, now, self.metrics.note_retry_refusal),
+            self._records,
         )
-        self._servings: set[Serving] = set()
+        self._servings: dict[str, Serving] = {}  # by the requests' keys
         self._threads: ThreadPoolExecutor | None = None
 
     async def run(self) -> None:
@@ -101,7 +105,9 @@ class Conductor:
         with ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer") as threads:
             self._threads = threads
             try:
-                await self.fleet.run()
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._records.run(), name="records")
+                    await self.fleet.run()
             finally:
                 self._threads = None
 
@@ -125,12 +131,23 @@ class Conductor:
         """Requests being worked on."""
         return len(self._servings)
 
-    async def prepare(self, ask: Ask, id_prefix: str, timeout_s: float | None = None) -> Request:
-        """Validate and tokenize. Raises InvalidRequest, ModelNotFound, Overloaded or NoWorker."""
+    async def prepare(
+        self,
+        ask: Ask,
+        id_prefix: str,
+        timeout_s: float | None = None,
+        resume_token: str | None = None,
+    ) -> Request:
+        """Validate and tokenize. With a token, the client comes back for the rest of its answers.
+        Raises InvalidRequest, ModelNotFound, Overloaded or NoWorker."""
         received = asyncio.get_running_loop().time()
         try:
             limits = self.limits
             sampling = check_ask(ask, limits)
+            point = None if resume_token is None else parse_token(resume_token)
+            if point is not None:
+                check_token(point, ask, len(ask.prompts) * (ask.options.n or 1))
+                sampling = replace(sampling, seed=point.seed)
             self.admission.check_open()
             prompts = [await self._to_ids(prompt, ask.add_special_tokens) for prompt in ask.prompts]
             allowed = self.policy.default_deadline_s
@@ -139,14 +156,19 @@ class Conductor:
                 sampling,
                 prompts,
                 limits,
-                id_prefix=id_prefix,
-                made=self._make_id(),
+                key=self._make_key(ask, id_prefix) if point is None else point.key,
                 received=received,
                 deadline=received + (allowed if timeout_s is None else min(timeout_s, allowed)),
+                sent=() if point is None else point.sent,
             )
         except BatonError as error:
             self.metrics.requests.labels(error.code).inc()
             raise
+
+    def _make_key(self, ask: Ask, id_prefix: str) -> str:
+        made, chosen = self._make_id(), ask.request_id
+        name = f"{chosen}~{made[:12]}" if chosen else f"{id_prefix}-{made}"
+        return f"{name}.{digest_of(ask)}"
 
     async def generate(self, request: Request) -> AsyncGenerator[list[Delta] | Usage, None]:
         """Deltas as they come, the usage last. Raises the one error that ended the request."""
@@ -154,8 +176,7 @@ class Conductor:
         serving: Serving | None = None
         try:
             with self.admission.admit(request), self.metrics.running.track_inprogress():
-                serving = self._dispatcher.serve(request)
-                self._servings.add(serving)
+                serving = self._serve(request)
                 async with aclosing(serving.deltas()) as deltas:
                     async for batch in deltas:
                         yield batch
@@ -170,13 +191,25 @@ class Conductor:
         finally:
             self.metrics.requests.labels(outcome).inc()
             if serving is not None:
-                self._servings.discard(serving)
+                if self._servings.get(request.key) is serving:
+                    del self._servings[request.key]
                 self._note_end(request, serving, outcome)
 
+    def _serve(self, request: Request) -> Serving:
+        older = self._servings.get(request.key)
+        if older is not None:  # its client has gone, which was not noticed yet
+            older.hand_over(StaleAttempt("the client came back on another connection"))
+        serving = self._servings[request.key] = self._dispatcher.serve(request)
+        return serving
+
     def abort_all(self, error: BatonError) -> None:
-        """End every running request with `error`."""
-        for serving in list(self._servings):
-            serving.abort(error)
+        """End every running request with `error`; where there are other conductors, workers go on,
+        so that clients get the rest of their answers from those."""
+        for serving in list(self._servings.values()):
+            if self._records.shared:
+                serving.hand_over(error)
+            else:
+                serving.abort(error)
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Raises InvalidRequest when the chat template refuses the messages."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from baton.types.link import FetchPart
+from baton.types.registry import AnswerPlace
 from baton.types.request import AttemptId, Span
 from conductor.estimate import Candidate
 from conductor.router import Decision
@@ -17,8 +18,9 @@ from conductor.router import Decision
 class AttemptRecord:
     """`resumed_at` is the number of answer tokens that the client had before it."""
 
-    decision: Decision
+    decision: Decision | None  # None: it was adopted
     resumed_at: int
+    adopted_at: str = ""  # the worker that decodes it
     ended: str | None = None  # how: "complete", or an error's code and message
 
 
@@ -38,6 +40,9 @@ class Timeline:
 
     def add_attempt(self, attempt: AttemptId, decision: Decision, resumed_at: int) -> None:
         self.attempts[attempt] = AttemptRecord(decision, resumed_at)
+
+    def adopt_attempt(self, place: AnswerPlace) -> None:
+        self.attempts[place.attempt] = AttemptRecord(None, 0, adopted_at=place.decode.name)
 
     def end_attempt(self, attempt: AttemptId, how: str) -> None:
         record = self.attempts.get(attempt)
@@ -72,9 +77,19 @@ class Timeline:
 
 
 def _attempt(attempt: AttemptId, record: AttemptRecord) -> dict[str, Any]:
-    decision = record.decision
-    return {
+    told = {
         "attempt": str(attempt),
+        "resumed_at": record.resumed_at,
+        "ended": record.ended,
+    }
+    if record.decision is None:
+        reasons = ["another conductor began it, or an earlier connection"]
+        return told | {"prefill": None, "decode": record.adopted_at, "reasons": reasons}
+    return told | _decision(record.decision)
+
+
+def _decision(decision: Decision) -> dict[str, Any]:
+    return {
         "prefill": decision.prefill.info.name if decision.prefill else None,
         "decode": decision.decode.info.name,
         "reasons": list(decision.reasons),
@@ -83,8 +98,6 @@ def _attempt(attempt: AttemptId, record: AttemptRecord) -> dict[str, Any]:
         "predicted_ttft_s": decision.ttft_s,
         "predicted_tpot_s": decision.tpot_s,
         "is_guess": decision.is_guess,
-        "resumed_at": record.resumed_at,
-        "ended": record.ended,
     }
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from baton.errors import InvalidRequest, ModelNotFound
 from baton.types.request import MAX_PIN_S, SamplingParams
-from conductor.request import Answer, Ask, Chat, Options, Request
+from conductor.request import Answer, Ask, Chat, Options, Request, Sent
 
 MAX_ANSWERS = 128
 MAX_STOP_STRINGS = 16
@@ -116,15 +116,12 @@ def build_request(
     prompts: Sequence[tuple[int, ...]],
     limits: Limits,
     *,
-    id_prefix: str,
-    made: str,
+    key: str,
     received: float,
     deadline: float,
+    sent: tuple[Sent, ...] = (),
 ) -> Request:
-    """Join what `check_ask` returned with the tokenized prompts; `made` is like no other request's.
-
-    Raises InvalidRequest.
-    """
+    """Join what `check_ask` returned with the tokenized prompts. Raises InvalidRequest."""
     n = ask.options.n or 1
     answers: list[Answer] = []
     for place, prompt in enumerate(prompts):
@@ -132,10 +129,9 @@ def build_request(
         for choice in range(n):
             seed = (fitted.seed + choice) % 2**64
             answers.append(Answer(len(answers), place, prompt, replace(fitted, seed=seed)))
-    chosen = ask.request_id
     return Request(
-        id=chosen or f"{id_prefix}-{made}",
-        key=f"{chosen}~{made[:12]}" if chosen else f"{id_prefix}-{made}",
+        id=ask.request_id or key.rpartition(".")[0],
+        key=key,
         model=ask.model,
         answers=tuple(answers),
         stop=ask.options.stop,
@@ -145,6 +141,7 @@ def build_request(
         cache_pin_s=ask.cache_pin_s,
         received=received,
         deadline=deadline,
+        sent=sent,
     )
 
 
