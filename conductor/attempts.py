@@ -64,6 +64,7 @@ class Attempts:
         self._keys: dict[tuple[int, int | None], tuple[int, bytes]] = {}
         self._placed: dict[AttemptId, tuple[Peer, ...]] = {}  # the last one decodes
         self._avoid: set[str] = set()
+        self._peers: dict[str, Peer] = {}  # the last life of each worker that was asked
 
     @property
     def any_placed(self) -> bool:
@@ -102,7 +103,7 @@ class Attempts:
             cache_salt=request.cache_salt,
             cache_pin_s=request.cache_pin_s,
         )
-        self._placed[task.attempt] = peers(decision)
+        self._place(task.attempt, *peers(decision))
         worker = (decision.prefill or decision.decode).info.name
         self._expected.add(task.attempt, group_of(keys), keys, worker, request.priority)
         fetch = decision.fetch_plan
@@ -136,7 +137,20 @@ class Attempts:
         """Ask the worker for the attempt. Raises WorkerLost when there is no link to it."""
         duty = Assignment(Role.DECODE, self._listener, 0)
         self._fleet.start(place.decode, place.attempt, duty, Adopt(place.attempt))
-        self._placed[place.attempt] = (place.decode,)
+        self._place(place.attempt, place.decode)
+
+    def peer(self, worker: str) -> Peer:
+        """The life of the worker that was asked last."""
+        return self._peers[worker]
+
+    def is_live(self, peer: Peer) -> bool:
+        """Whether that life of the worker has a link."""
+        found = self._fleet.view().find(peer.name)
+        return found is not None and found.info.incarnation == peer.incarnation
+
+    def _place(self, attempt: AttemptId, *workers: Peer) -> None:
+        self._placed[attempt] = workers
+        self._peers.update((worker.name, worker) for worker in workers)
 
     def cancel(self, attempt: AttemptId, reason: str) -> frozenset[str]:
         """Tell its workers, unless that was done before. Returns their names."""

@@ -233,10 +233,11 @@ class Serving:
 
     async def _begin(self, run: AnswerRun) -> None:
         """Route and start an attempt, or wait for a worker. Raises the error that ends the request:
-        NoWorker, or Overloaded when the first attempt would miss an SLO."""
+        NoWorker, PoisonRequest, or Overloaded when the first attempt would miss an SLO."""
         keys = await self._attempts.hash_context(run)
         if self._handed_over:
             return
+        self._tries[run.attempt.request_id].check(self._attempts.is_live)
         now = asyncio.get_running_loop().time()
         try:
             decision = self._attempts.decide(run, keys)
@@ -330,15 +331,16 @@ class Serving:
         return run if run.attempt == attempt else None
 
     def _count_loss(self, run: AnswerRun, lost: Lost) -> None:
-        """Also of attempts that were given up: their other worker may have noticed first. Raises
-        PoisonRequest."""
+        """Also of attempts that were given up: their other worker may have noticed first."""
         if run.is_complete or run.phase in (Phase.SETTLING, Phase.DONE):
             return
         stage = lost.stage
         current = run.attempt == lost.attempt
         if lost.duty is Role.DECODE and stage is Stage.QUEUED and current and run.handed_off:
             stage = Stage.COMPUTING
-        self._tries[lost.attempt.request_id].on_loss(lost.attempt.number, stage)
+        self._tries[lost.attempt.request_id].on_loss(
+            lost.attempt.number, stage, self._attempts.peer(lost.worker)
+        )
 
     def _follow_up(self, run: AnswerRun) -> None:
         """What an answer's new phase asks for."""

@@ -7,7 +7,7 @@
 Two things are guarded against. A retry storm: when much fails at once, retries would be the load
 that keeps it failing, so a budget bounds them by the number of requests (as in Finagle's
 RetryBudget). And poison: a request that kills the workers that compute for it would go through the
-fleet one by one, so it is stopped when a second one has died.
+fleet one by one, so it is stopped when a second one has died (and not merely lost its link).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from baton.errors import BatonError, Overloaded, PoisonRequest
+from baton.types.fleet import Peer
 from conductor.link import Stage
 
 
@@ -25,7 +26,8 @@ class RetryOptions:
     """`seed` of the pauses' jitter; None: another one in every process. Times in seconds."""
 
     failures: int = 6  # in a row until the request fails; tokens begin the count anew
-    losses: int = 2  # workers that die over a request until it counts as poison
+    deaths: int = 2  # of workers that computed for a request, until it counts as poison
+    verdict_s: float = 1.0  # after which a worker that only lost its link should have a new one
     first_pause_s: float = 0.1
     last_pause_s: float = 2.0
     worker_wait_s: float = 30.0  # how long a request waits for a worker that may be restarted
@@ -93,27 +95,36 @@ class Tries:
         self._retries = retries
         self._request_id = request_id
         self._failures = 0
-        self._losses = 0
+        self._lost: list[Peer] = []  # in a row, while they computed for it
         self._lost_in: int | None = None  # the attempt of the last loss
         self._waits_until: float | None = None
 
-    def on_loss(self, number: int, stage: Stage) -> None:
-        """A worker of attempt `number` was lost. Raises PoisonRequest when the request is the
-        likely cause.
+    def on_loss(self, number: int, stage: Stage, worker: Peer) -> None:
+        """The link to a worker of attempt `number` broke.
 
-        Only a worker that was computing for it can have died of it, and one that went on for some
-        tokens has shown that it could: the count begins anew. An attempt counts once: workers
-        that die together have died of something else.
+        Only a worker that was computing for the request can have died of it, and one that went on
+        for some tokens has shown that it could: the count begins anew. An attempt counts once:
+        workers that go together have died of something else.
         """
         if stage is Stage.QUEUED or number == self._lost_in:
             return
         self._lost_in = number
-        self._losses = 1 if stage is Stage.ANSWERING else self._losses + 1
-        if self._losses >= self._retries.options.losses:
+        if stage is Stage.ANSWERING:
+            self._lost.clear()
+        self._lost.append(worker)
+
+    def check(self, is_live: Callable[[Peer], bool]) -> None:
+        """Before another attempt. Raises PoisonRequest when too many of the lost workers have died:
+        whoever has a link again had only lost it."""
+        if len(self._lost) < self._retries.options.deaths:
+            return
+        self._lost = [worker for worker in self._lost if not is_live(worker)]
+        if len(self._lost) >= self._retries.options.deaths:
             self._retries.on_refuse("poison")
+            names = ", ".join(worker.name for worker in self._lost)
             raise PoisonRequest(
-                f"request {self._request_id} was stopped: {self._losses} workers in a row were "
-                "lost while they computed for it"
+                f"request {self._request_id} was stopped: workers died one after the other while "
+                f"they computed for it ({names})"
             )
 
     def after(self, error: BatonError, brought_tokens: bool, now: float) -> float:
@@ -131,7 +142,10 @@ class Tries:
             raise Overloaded(
                 f"too many attempts are failing, so this one is not repeated: {error.message}"
             ) from error
-        return retries.pause_s(self._failures)
+        pause_s = retries.pause_s(self._failures)
+        if len(self._lost) >= retries.options.deaths:
+            pause_s = max(pause_s, retries.options.verdict_s)
+        return pause_s
 
     def may_wait(self, now: float) -> bool:
         """Whether to wait (further) for a worker that can take the next attempt."""

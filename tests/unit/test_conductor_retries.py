@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 
 from baton.errors import InternalError, Overloaded, PoisonRequest, WorkerLost
+from baton.types.fleet import Peer
 from conductor.link import Stage
 from conductor.retries import Retries, RetryBudget, RetryOptions, Tries
 
 GONE = WorkerLost("gone")
+
+
+def worker(number: int) -> Peer:
+    return Peer(f"w{number}", "life", "host:1")
+
+
+def dead(peer: Peer) -> bool:
+    return False
 
 
 def tries(refused: list[str] | None = None, **options: float) -> Tries:
@@ -73,11 +82,25 @@ def test_an_empty_budget_ends_the_request_with_an_error_that_may_be_tried_again(
 @pytest.mark.parametrize("first", [Stage.COMPUTING, Stage.ANSWERING])
 def test_two_workers_that_die_computing_make_poison(first: Stage) -> None:
     refused: list[str] = []
-    answer = tries(refused)
-    answer.on_loss(0, first)
-    with pytest.raises(PoisonRequest, match="request r was stopped: 2 workers"):
-        answer.on_loss(1, Stage.COMPUTING)
+    answer = tries(refused, verdict_s=1.0)
+    answer.on_loss(0, first, worker(0))
+    assert answer.after(GONE, brought_tokens=True, now=0.0) == 0
+    answer.check(dead)
+    answer.on_loss(1, Stage.COMPUTING, worker(1))
+    assert answer.after(GONE, brought_tokens=True, now=0.0) == 1.0  # a link may be back by then
+    with pytest.raises(PoisonRequest, match=r"request r was stopped: .* \(w0, w1\)"):
+        answer.check(dead)
     assert refused == ["poison"]
+
+
+def test_a_worker_that_only_lost_its_link_does_not_count() -> None:
+    answer = tries()
+    for number in range(4):
+        answer.on_loss(number, Stage.COMPUTING, worker(number))
+        answer.check(lambda peer: peer.name != "w0")
+    answer.on_loss(4, Stage.COMPUTING, worker(4))
+    with pytest.raises(PoisonRequest, match=r"\(w0, w4\)"):
+        answer.check(dead)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +115,8 @@ def test_two_workers_that_die_computing_make_poison(first: Stage) -> None:
 def test_a_request_that_happened_to_be_there_is_innocent(losses: list[tuple[int, Stage]]) -> None:
     answer = tries()
     for number, stage in losses:
-        answer.on_loss(number, stage)
+        answer.on_loss(number, stage, worker(number))
+        answer.check(dead)
 
 
 def test_a_worker_is_waited_for_as_long_as_one_may_come_back() -> None:
