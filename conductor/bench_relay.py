@@ -176,7 +176,7 @@ async def _many(rig: Rig, count: int, tokens: int, at_once: int) -> None:
 async def _conductor(cpus: str) -> AsyncIterator[Mapping[str, Any]]:
     """A conductor's process on these CPUs: what it announced."""
     argv = [sys.executable, "-m", "conductor", "--port", "0", "--grpc-port", "0", "--announce"]
-    argv += ["--exit-with-parent", "--cpus", cpus, "--lease-ttl", "3600", "--log-level", "warning"]
+    argv += ["--exit-with-parent", "--cpus", cpus, "--lease-ttl", "3600", "--log-level", "error"]
     argv += ["--local-prefill-tokens", "0"]  # every request goes to two workers
     environ = {**os.environ, "BATON_CLUSTER_TOKEN": _SECRET}
     child = Child(ChildSpec("conductor", argv, environ), _tell)
