@@ -127,23 +127,3 @@ def test_an_answer_is_found_by_the_next_turn_after_a_crash(
         kill(cluster, "workers", name)
     _, cached = ask(cluster, [*prompt, *answer, 5, 6, 7])
     assert cached == BLOCKS * BLOCK
-
-
-def test_a_pinned_prompt_survives_a_flood(start_cluster: ClusterFactory) -> None:
-    """Without NVMe, what is evicted is lost; the pools of the workers are lost with them."""
-    flags = ("--store-memory-mib", "16", *FLAGS[2:])  # 170 blocks
-    with start_cluster(*flags) as cluster:
-        store = lambda: member(cluster, "stores", "store-0")["store"]  # noqa: E731
-        other = [4 + (7 * number + 1) % 3000 for number in range(len(PROMPT))]
-        ask(cluster, other)
-        answer, _ = ask(cluster, PROMPT, cache_pin_s=3600)
-        until(lambda: store()["pinned"] == BLOCKS)
-        for shift in range(4):
-            ask(cluster, [4 + (11 * number + shift) % 3000 for number in range(len(PROMPT))])
-        until(lambda: store()["stored"] >= 6 * BLOCKS)
-        assert store()["evicted"] > BLOCKS
-
-        for name in ("prefill-0", "decode-0"):
-            kill(cluster, "workers", name)
-        assert ask(cluster, other)[1] == 0
-        assert ask(cluster, PROMPT) == (answer, BLOCKS * BLOCK)
