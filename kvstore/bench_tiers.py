@@ -134,7 +134,8 @@ class MemoryBench:
         # In different orders: else slots are evicted one after the other, and reused in sequence.
         in_order = self.random.permutation(self.blocks).tolist()
         out_order = self.random.permutation(self.blocks).tolist()
-        put = await _in_turns(in_order, 8, partial(self._put, store), self._copy_in)
+        # Few turns: each ends when its last block is hashed.
+        put = await _in_turns(in_order, 4, partial(self._put, store), self._copy_in)
         get = await _in_turns(out_order, 8, partial(self._get, store), self._copy_out)
         return *put, *get
 
@@ -195,10 +196,12 @@ class DiskBench:
         )
         self.batch = max(1, self.options.batch_bytes // self.size)
         self.raw = place.disk / "raw"
-        self.slots = _shared(place.shm, max(blocks // 4, 32) * self.size)
+        self.spots = max(blocks // 4, 32)
+        self.slots = _shared(place.shm, self.spots * self.size)
+        self.plain = _shared(place.shm, self.spots * self.size)  # as large, and as cold
         self.source = memoryview(mmap.mmap(-1, self.batch * WRITERS * self.size))
-        _fill(self.source)
-        self.targets = [memoryview(mmap.mmap(-1, self.size)) for _ in range(place.threads)]
+        for area in (self.slots, self.plain, self.source):
+            _fill(area)
         self.direct = False
 
     async def rounds(self, count: int) -> list[TierResult]:
@@ -272,8 +275,9 @@ class DiskBench:
 
     async def _read(self, fd: int, threads: ThreadPoolExecutor, part: Sequence[int]) -> float:
         def read(thread: int) -> None:
-            for n in part[thread :: self.place.threads]:
-                os.preadv(fd, [self.targets[thread]], n * self.size)
+            for at in range(thread, len(part), self.place.threads):
+                spot = at % self.spots * self.size
+                os.preadv(fd, [self.plain[spot : spot + self.size]], part[at] * self.size)
 
         began = time.perf_counter()
         await asyncio.to_thread(lambda: list(threads.map(read, range(self.place.threads))))

@@ -140,14 +140,16 @@ class MemoryTier:
     def commit_hashed(self, key: bytes, found: bytes) -> None:
         """As `commit`, with the payload's checksum."""
         filling = self._filling_of(key)
-        self.commit_verified(BlockInfo(key, filling.depth, filling.parent, found))
+        self._commit(filling.slot, BlockInfo(key, filling.depth, filling.parent, found))
 
     def commit_verified(self, info: BlockInfo) -> None:
         """As `commit`, when the caller knows that the checksum is that of the payload."""
-        slot = self._filling_of(info.key).slot
+        self._commit(self._filling_of(info.key).slot, info)
+
+    def _commit(self, slot: int, info: BlockInfo) -> None:
         del self._filling[info.key]
         self._generation += 1
-        self._table.write(slot, StoredSlot(info, self._generation))
+        self._table.write(slot, info, self._generation)
         self._adopt(slot, info)
 
     def abort(self, key: bytes) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SealOptions:
-    inline_bytes: int = 64 << 10  # blocks up to this size are hashed on the event loop
+    inline_bytes: int = 256 << 10  # blocks up to this size are hashed on the event loop: some 10 us
     batch_bytes: int = 32 << 20  # of one call in a thread; at least one block
     threads: int = 2  # one for what comes in, one for what was found at the start
 

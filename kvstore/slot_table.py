@@ -36,6 +36,7 @@ HEADER_BYTES = 128
 _MAGIC = b"bKVs"
 _VERSION = 1
 _BODY = struct.Struct("<4sI16s16s16sIIQQ16s")
+_SEALED_BYTES = _BODY.size + 8
 _BLANK = bytes(HEADER_BYTES)
 
 
@@ -60,8 +61,8 @@ class SlotTable:
         start = slot * HEADER_BYTES
         self._buffer[start : start + HEADER_BYTES] = _BLANK
 
-    def write(self, slot: int, stored: StoredSlot) -> None:
-        info = stored.info
+    def write(self, slot: int, info: BlockInfo, generation: int) -> None:
+        """The header must be blank."""
         body = _BODY.pack(
             _MAGIC,
             _VERSION,
@@ -70,12 +71,12 @@ class SlotTable:
             info.parent,
             info.depth,
             0,
-            stored.generation,
+            generation,
             self._block_bytes,
             info.checksum,
         )
         start = slot * HEADER_BYTES
-        self._buffer[start : start + HEADER_BYTES] = (body + seal(body)).ljust(HEADER_BYTES, b"\0")
+        self._buffer[start : start + _SEALED_BYTES] = body + seal(body)
 
     def read(self, slot: int) -> StoredSlot | None:
         """None for a header that is empty, torn, or of another version, layout or block size."""

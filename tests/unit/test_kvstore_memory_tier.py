@@ -149,9 +149,10 @@ def test_a_header_that_was_half_written_is_none(cut: int, old: bool) -> None:
     table = SlotTable(memoryview(buffer), fingerprint(LAYOUT), BLOCK)
     stored = StoredSlot(BlockInfo(A, 1, B, C), 7)
     if old:
-        table.write(0, StoredSlot(BlockInfo(D, 9, A, B), 6))
+        table.write(0, BlockInfo(D, 9, A, B), 6)
     before = bytes(buffer)
-    table.write(0, stored)
+    table.clear(0)
+    table.write(0, stored.info, stored.generation)
     buffer[cut:] = before[cut:]
     assert table.read(0) in (stored, StoredSlot(BlockInfo(D, 9, A, B), 6), None)
     if not old and cut < 104:
