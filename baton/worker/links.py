@@ -191,8 +191,7 @@ class LinkServer:
             case Adopt(attempt):
                 self._adopt(link, attempt)
             case Cancel(attempt, reason):
-                if attempt in link.attempts:
-                    self._duty.cancel(attempt, reason)
+                self._cancel(link, attempt, reason)
             case Drain():
                 self.drain()
             case Resync():
@@ -250,6 +249,12 @@ class LinkServer:
             held.link.tell(_failed(held.attempt, error))
         held.link = link
         link.attempts.add(held.attempt)
+
+    def _cancel(self, link: _Link, attempt: AttemptId, reason: str) -> None:
+        """Unless another conductor has it. Whoever knows of an orphan may end it."""
+        held = self._held.get(attempt)
+        if held is not None and held.link in (link, None):
+            self._duty.cancel(attempt, reason)
 
     def _orphan(self, held: _Held) -> None:
         """Its link has ended."""

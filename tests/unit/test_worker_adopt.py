@@ -179,6 +179,24 @@ async def test_a_cancelled_answer_is_forgotten() -> None:
 
 
 @virtual_time
+async def test_a_conductor_that_comes_back_ends_an_orphan_that_it_does_not_need() -> None:
+    async with rig() as r:
+        one = await r.connect()
+        await decoding(r, one)
+        await one.aclose()
+        await settle()
+        again = await r.connect()
+        r.duty.called.clear()
+        await again.send(Cancel(A, "it goes on elsewhere"))
+        await r.call()
+        assert r.duty.cancelled == [(A, "it goes on elsewhere")]
+        r.links.report((AttemptOutput(A, finish=Finish(FinishReason.CANCELLED)),))
+        await asyncio.wait_for(r.links.wait_idle(), 1)
+        await asyncio.sleep(2 * ORPHAN_S)
+        assert len(r.duty.cancelled) == 1
+
+
+@virtual_time
 async def test_a_conductor_that_is_only_cut_off_learns_that_it_was_replaced() -> None:
     async with rig() as r:
         one, two = await r.connect(), await r.connect()
