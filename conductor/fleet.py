@@ -21,7 +21,7 @@ from baton.errors import BatonError, LayoutMismatch, PeerGone, WorkerLost
 from baton.rpc.services import Duplex, WorkerDialer
 from baton.types.fleet import FleetLease, KvLayout, Peer, Role, WorkerInfo, WorkerLoad, WorkerState
 from baton.types.kv_events import KvEvents, KvSnapshot
-from baton.types.link import ConductorMessage, StepReport, WorkerMessage
+from baton.types.link import Cancel, ConductorMessage, StepReport, WorkerMessage
 from baton.types.request import AttemptId, Finish
 from conductor.backlog import EMPTY
 from conductor.cost_fit import CostModel
@@ -53,6 +53,7 @@ class _Member:
     load: WorkerLoad = field(default_factory=WorkerLoad)
     link: Link | None = None
     linked_before: bool = False
+    orphans: tuple[AttemptId, ...] = ()  # of the link before
     leaving: bool = False
     dead_at: float | None = None
     task: asyncio.Task[None] | None = None
@@ -347,9 +348,12 @@ class Fleet:
         member.linked_before = True
         self._touch(member)
         self._kv.on_link(name, link.post)
+        for attempt in member.orphans:  # the request has gone on elsewhere, or ended
+            link.post(Cancel(attempt, "the link to the conductor broke"))
         try:
             reason = await link.run()
         finally:
+            member.orphans = link.orphans
             member.link = None
             self._touch(member)
             if self._members.get(name) is member:  # otherwise a new life has been there since

@@ -97,6 +97,7 @@ class Link:
         self.attempts = 0  # neither finished nor cancelled
         self._prompts = PromptQueue()  # of those; until the first token
         self.ended = False  # nothing may be started any more
+        self.orphans: tuple[AttemptId, ...] = ()  # at its end: those that may still be decoded
 
     def start(self, attempt: AttemptId, assignment: Assignment, message: ConductorMessage) -> None:
         """Hand an attempt to the worker; its listener hears of it until its Finish or the loss.
@@ -177,6 +178,7 @@ class Link:
         self.ended = True
         assignments, self._assignments = self._assignments, {}
         stages = [self._stage(attempt, held) for attempt, held in assignments.items()]
+        self.orphans = tuple(a for a, held in assignments.items() if held.duty is Role.DECODE)
         self.attempts = 0
         self._prompts.clear()
         self._watcher.on_change()

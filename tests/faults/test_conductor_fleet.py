@@ -300,3 +300,27 @@ async def test_nothing_registers_while_the_fleet_does_not_run() -> None:
         fleet = Fleet(network.worker_dialer("conductor"), TTL)
         with pytest.raises(PeerGone):
             await fleet.register(D0)
+
+
+@virtual_time
+async def test_what_a_broken_link_left_decoding_is_cancelled_over_the_next_one() -> None:
+    """The worker keeps it for another conductor; this one has made other arrangements."""
+    async with fleet_and_network() as (fleet, network):
+        worker = await join(fleet, network, hang_at=1)
+        heard = Heard()
+        start(fleet, heard, 0)
+        start(fleet, heard, 1)
+        await settle()
+        fleet.cancel(fleet.view().workers[0].peer, AttemptId("r", 1), "not needed")
+        await settle()
+        await worker.links[-1].aclose()
+        await asyncio.sleep(1)
+        assert len(worker.links) == 2
+        start(fleet, heard, 2)
+        await settle()
+        assert worker.cancelled.count(AttemptId("r", 0)) == 1
+        assert AttemptId("r", 2) not in worker.cancelled
+        await worker.links[-1].aclose()
+        await asyncio.sleep(1)
+        assert worker.cancelled.count(AttemptId("r", 0)) == 1
+        assert worker.cancelled.count(AttemptId("r", 2)) == 1
