@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from baton.errors import RegistryUnavailable
 from baton.types.figures import TierFigures
 from baton.types.fleet import Role, WorkerLoad
 from conductor.service import Conductor
@@ -30,6 +31,30 @@ def describe_cluster(conductor: Conductor, identity: ConductorIdentity) -> dict[
         "workers": [_member_body(view) for view in workers if view.info.role is not Role.STORE],
         "stores": [_member_body(view) for view in workers if view.info.role is Role.STORE],
     }
+
+
+async def other_conductors(
+    conductor: Conductor, identity: ConductorIdentity
+) -> list[dict[str, Any]]:
+    """Those that the registry knows; none while it is away."""
+    if conductor.registry is None:
+        return []
+    try:
+        known = await conductor.registry.conductors()
+    except RegistryUnavailable:
+        return []
+    return [
+        {
+            "name": info.name,
+            "role": "conductor",
+            "address": info.http,
+            "grpc_address": info.grpc,
+            "incarnation": info.incarnation,
+            "state": "live",
+        }
+        for info in known
+        if info.incarnation != identity.incarnation
+    ]
 
 
 def _conductor_body(conductor: Conductor, identity: ConductorIdentity) -> dict[str, Any]:

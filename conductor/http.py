@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from baton.errors import InvalidRequest, Unauthenticated
-from conductor.cluster import ConductorIdentity, describe_cluster
+from conductor.cluster import ConductorIdentity, describe_cluster, other_conductors
 from conductor.http_errors import JsonResponse, error_handlers
 from conductor.http_generate import DIRECT_SEND, GenerationResponse, StreamResponse
 from conductor.openai import (
@@ -74,7 +74,9 @@ def _open_routes(conductor: Conductor, identity: ConductorIdentity) -> list[Rout
         )
 
     async def cluster(_request: Request) -> Response:
-        return JsonResponse(describe_cluster(conductor, identity))
+        body = describe_cluster(conductor, identity)
+        body["conductors"] += await other_conductors(conductor, identity)
+        return JsonResponse(body)
 
     return [  # GET includes HEAD, which load balancers like to ask by
         Route("/health", health),

@@ -78,6 +78,7 @@ class Conductor:
     ) -> None:
         self.model = model
         self.incarnation = secrets.token_hex(8)
+        self.registry = registry  # None: there are no other conductors
         self.policy = policy
         self._make_id = make_id or functools.partial(secrets.token_hex, 12)
         self.fleet = Fleet(dialer, policy.lease_ttl_s, model.fingerprint, policy.map_blocks)

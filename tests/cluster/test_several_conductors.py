@@ -75,6 +75,8 @@ def test_conductors_and_redis_may_come_and_go(cluster: ByHand) -> None:
     until(lambda: third.sees_live(*WORKERS))
     assert ask(third) == ask(one) == ask(two) == answer
     until(lambda: announced(cluster) == {"c-1", "c-2", "c-3"})
+    listed = {(each["name"], each["address"]) for each in two.get("/cluster").json()["conductors"]}
+    assert listed == {("c-1", one.http), ("c-2", two.http), ("c-3", third.http)}
 
     # One is killed in the middle of an answer, which nobody adopts: its blocks come back.
     events = start_long_answer(one)

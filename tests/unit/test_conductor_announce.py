@@ -10,12 +10,16 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from baton.rpc.memory import MemoryNetwork
 from baton.rpc.registry import open_registry
 from baton.rpc.registry_memory import MemoryRegistry, RegistryServer
 from baton.types.registry import ConductorInfo
 from conductor.announce import announce
+from conductor.cluster import ConductorIdentity, other_conductors
+from conductor.service import Conductor, Policy
+from tests.fake_worker import tiny_model
 from tests.redis_server import BINARY, WHY_NOT, redis_server
-from tests.unit.test_conductor_process import conductor
+from tests.unit.test_conductor_process import conductor as conductor_process
 from tests.virtual_time import virtual_time
 
 INFO = ConductorInfo("c", "life", "c:80", "c:50051")
@@ -69,7 +73,7 @@ async def test_a_conductor_process_is_found_in_redis_until_it_stops() -> None:
     with redis_server("secret") as server:
         flags = ("--redis", server.url, "--cluster-name", "x", "--advertise", "host-7")
         registry = open_registry(server.url, "x")
-        with conductor("--name", "c-1", *flags) as (process, event):
+        with conductor_process("--name", "c-1", *flags) as (process, event):
             while not (found := await registry.conductors()):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             ports = [str(event[kind]).rpartition(":")[2] for kind in ("http", "grpc")]
@@ -79,3 +83,22 @@ async def test_a_conductor_process_is_found_in_redis_until_it_stops() -> None:
             assert process.wait(20) == 0
         assert await registry.conductors() == ()
         await registry.aclose()
+
+
+@virtual_time
+async def test_the_list_of_conductors_needs_the_registry_for_the_others_only() -> None:
+    server = RegistryServer()
+    async with MemoryNetwork() as network:
+        registry = MemoryRegistry(server, "c")
+        dialer = network.worker_dialer("c")
+        conductor = Conductor(tiny_model(), dialer, Policy(), registry=registry)
+        identity = ConductorIdentity("c", 1, INFO.incarnation, INFO.http, INFO.grpc, 0.0)
+        other = ConductorInfo("d", "life-d", "d:80", "d:50051")
+        for info in (INFO, other):
+            await registry.announce(info, TTL_S)
+        (listed,) = await other_conductors(conductor, identity)
+        assert (listed["name"], listed["address"]) == ("d", "d:80")
+        server.down = True
+        assert await other_conductors(conductor, identity) == []
+        alone = Conductor(tiny_model(), dialer, Policy())
+        assert await other_conductors(alone, identity) == []
