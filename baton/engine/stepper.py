@@ -89,7 +89,7 @@ class Stepper:
         """A sequence in a step in flight has all the KV now that it began on."""
         running = self._steps.running
         if running is not None and running.items[0].sequence == sequence.number:
-            self._begin(running)
+            self._begin_running()
 
     def take_back(self) -> None:
         """Withdraw the step behind the running one, if it has not been launched."""
@@ -122,18 +122,20 @@ class Stepper:
             if isinstance(event.outcome, BatchResult):
                 self._commit(event.batch, event.outcome)
             elif event.outcome is None:
-                self._publisher.abandon()
                 self._report(self._scheduler.withdraw(event.batch))
             else:
                 self._fail(event.batch, event.outcome)
-            running = self._steps.running
-            if running is not None and not self._steps.recovering:
-                self._begin(running)
+            self._begin_running()
 
     def _goes_by_layers(self, published: Iterable[tuple[Sequence, BatchItem]]) -> bool:
         return self._by_layers and any(
             self._publisher.goes_by_layers(item) for _, item in published
         )
+
+    def _begin_running(self) -> None:
+        running = self._steps.running
+        if running is not None and not self._steps.recovering:
+            self._begin(running)
 
     def _begin(self, batch: Batch) -> None:
         """Nothing runs before this step any more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -14,10 +15,16 @@ from baton.types.request import AttemptId, FinishReason, GenerationTask
 from tests.engine_rig import BLOCK, LAYERS, Faulty, Rig, covered, make_rig, make_task, running
 from tests.fake_runner import FakeRunner, QueueRunner, expected_for
 
-X, Y = AttemptId("x"), AttemptId("y")
+X, Y, Z = AttemptId("x"), AttemptId("y"), AttemptId("z")
 TASK = make_task("x", prompt_len=14)
 WANTED = 3  # of its blocks: the last one is never fetched
 HALF = LAYERS // 2
+
+
+@pytest.fixture(autouse=True)
+def endless_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here ends because it was waited for long enough."""
+    monkeypatch.setattr(gate, "PATIENCE_S", 1000.0)
 
 
 def bring(rig: Rig, wanted: KvWanted, task: GenerationTask = TASK, wrong: bool = False) -> None:
@@ -189,20 +196,36 @@ async def test_a_step_with_something_else_to_do_does_not_begin_early() -> None:
 
 
 async def test_nobody_shares_what_is_computed_early_before_it_counts() -> None:
-    """The same prompt again, while the first one's step waits for the last word."""
+    """Z could find Y's blocks, which are filled in its own step, and behind them one of X."""
     async with running(make_rig(layer_groups=2, num_blocks=40)) as rig:
-        wanted = await submit(rig)
-        bring(rig, wanted, wrong=True)
+        prompt = tuple(range(18))
+        task = GenerationTask(X, prompt, TASK.sampling)
+        rig.engine.submit(task, fetchable=WANTED)
+        await rig.heard.until(lambda: X in rig.heard.wanted)
+        wanted = rig.heard.wanted[X]
+        bring(rig, wanted, task, wrong=True)
         rig.engine.layers_came(wanted.sequence, LAYERS)
         await until(lambda: rig.runner.passed == [HALF, LAYERS])
-        again = GenerationTask(Y, TASK.prompt, TASK.sampling)
-        rig.engine.submit(again)
+        tasks = [GenerationTask(Y, prompt[:13], TASK.sampling), replace(task, attempt=Z)]
+        for other in tasks:
+            rig.engine.submit(other)
         await a_while()
         rig.engine.arrived(wanted.sequence, 0)
-        for attempt in (X, Y):
-            await rig.heard.finish(attempt)
-            assert rig.heard.answers[attempt] == expected_for(TASK)
-        assert starts(rig, wanted.sequence + 1)[0] == 0
+        for one in (task, *tasks):
+            await rig.heard.finish(one.attempt)
+            assert rig.heard.answers[one.attempt] == expected_for(one)
+        assert starts(rig, wanted.sequence + 2)[0] <= WANTED * BLOCK
+
+
+def test_a_step_that_has_given_up_does_not_count_whatever_comes() -> None:
+    closed = gate.Gate()
+    closed.open(LAYERS)
+    closed.close()
+    assert not closed.settle(True)
+    assert not closed.settled()
+    with pytest.raises(gate.GateClosed):
+        closed.wait(1)
+    assert not closed.ready
 
 
 @pytest.mark.parametrize("came", ["nothing", "half", "all"])
