@@ -7,7 +7,7 @@ field at fault, where there is one, in `baton-error-param`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from conductor.answer_run import Delta
 from conductor.dispatch import Usage
 from conductor.http import body_too_large, check_key
 from conductor.request import Ask, Options, Prompt
+from conductor.resume import Bookmark
 from conductor.service import Conductor
 from conductor.validate import DEFAULT_COMPLETION_TOKENS, check_model, make_chat
 
@@ -55,12 +56,14 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
         try:
             self._check(request, context)
             timeout_s = context.time_remaining()
-            prepared = await conductor.prepare(_to_ask(request), "gen", timeout_s)
+            token = request.resume_token or None
+            prepared = await conductor.prepare(_to_ask(request), "gen", timeout_s, token)
+            bookmark = Bookmark(prepared)
             with_details = prepared.answers[0].sampling.logprobs is not None
             async with aclosing(conductor.generate(prepared)) as results:
                 async for result in results:
                     for message in _messages(
-                        prepared.id, result, conductor.model.tokenizer, with_details
+                        prepared.id, result, conductor.model.tokenizer, with_details, bookmark
                     ):
                         await context.write(message)
         except Exception as error:
@@ -166,26 +169,31 @@ def _to_prompt(request: Any, kind: str | None) -> Prompt:
 
 
 def _messages(
-    request_id: str, result: list[Delta] | Usage, tokenizer: Tokenizer, with_details: bool
-) -> list[pb.GenerateResponse]:
+    request_id: str,
+    result: list[Delta] | Usage,
+    tokenizer: Tokenizer,
+    with_details: bool,
+    bookmark: Bookmark,
+) -> Iterator[pb.GenerateResponse]:
     if isinstance(result, Usage):
         usage = pb.Usage(
             prompt_tokens=result.prompt_tokens,
             completion_tokens=result.completion_tokens,
             cached_tokens=result.cached_tokens,
         )
-        return [pb.GenerateResponse(request_id=request_id, usage=usage)]
-    return [
-        pb.GenerateResponse(
+        yield pb.GenerateResponse(request_id=request_id, usage=usage, resume_token=bookmark.token)
+        return
+    for delta in result:
+        bookmark.note(delta)
+        yield pb.GenerateResponse(
             request_id=request_id,
             index=delta.index,
             text=delta.text,
             token_ids=[token.token_id for token in delta.tokens],
             details=[_detail(token, tokenizer) for token in delta.tokens] if with_details else (),
             finish_reason=delta.finish_reason or "",
+            resume_token=bookmark.token,
         )
-        for delta in result
-    ]
 
 
 def _detail(token: SampledToken, tokenizer: Tokenizer) -> pb.TokenDetail:

@@ -93,7 +93,10 @@ def _guarded_routes(
         request: Request, body_class: type[ChatBody] | type[CompletionBody], prefix: str
     ) -> Response:
         body = parse_body(body_class, await read_body(request, max_body_bytes))
-        prepared = await conductor.prepare(body.to_ask(), prefix)
+        token = request.headers.get("last-event-id")
+        if token is not None and not body.stream:
+            raise InvalidRequest("only a stream can be gone on with", param="Last-Event-ID")
+        prepared = await conductor.prepare(body.to_ask(), prefix, resume_token=token)
         tokenizer = conductor.model.tokenizer
         form: type[Reply] = ChatReply if isinstance(body, ChatBody) else CompletionReply
         reply = form(prepared, tokenizer, bool(body.return_token_ids))

@@ -18,6 +18,7 @@ from conductor.dispatch import Usage
 from conductor.http_errors import JsonResponse, error_body, error_response
 from conductor.openai_reply import Reply, usage_body
 from conductor.request import Request
+from conductor.resume import Bookmark
 from conductor.service import Conductor
 
 DIRECT_SEND = "baton.send"  # in the ASGI scope: the server's own `send`
@@ -88,7 +89,8 @@ class StreamResponse(GenerationResponse):
         super().__init__(conductor, request, reply)
         self._include_usage = include_usage
         self._every_chunk = usage_in_every_chunk
-        self._tokens = 0
+        self._tokens = sum(each.tokens for each in request.sent)
+        self._bookmark = Bookmark(request)
         self._plain = not usage_in_every_chunk and reply.text_only
         self._around: dict[int, tuple[bytes, bytes]] = {}  # answer -> what encloses its texts
 
@@ -107,7 +109,9 @@ class StreamResponse(GenerationResponse):
             }
         )
         send = scope.get(DIRECT_SEND, send)
-        opening = b"".join(self._with_usage(chunk) for chunk in self._reply.opening())
+        opening = b""
+        if not self._request.sent:  # who comes back has had it
+            opening = b"".join(self._chunk_with_id(chunk) for chunk in self._reply.opening())
         await _send_body(send, opening + self._events(first))
         try:
             async for result in results:
@@ -122,33 +126,44 @@ class StreamResponse(GenerationResponse):
         await send({"type": "http.response.body", "body": last, "more_body": False})
         return None
 
+    @property
+    def _id(self) -> bytes:
+        """The line that a client which loses its connection comes back with."""
+        return b"id: %b\n" % self._bookmark.token.encode()
+
     def _events(self, result: list[Delta] | Usage) -> bytes:
         if isinstance(result, Usage):
-            return _event(self._reply.frame([], result)) if self._include_usage else b""
+            if not self._include_usage:
+                return b""
+            return self._id + _event(self._reply.frame([], result))
         if len(result) == 1:
             return self._delta_event(result[0])
         return b"".join(map(self._delta_event, result))
 
     def _delta_event(self, delta: Delta) -> bytes:
+        self._bookmark.note(delta)
         if self._plain and delta.finish_reason is None:
             if not delta.text:
                 return b""
             before, after = self._around.get(delta.index) or self._enclosing(delta.index)
-            return before + orjson.dumps(delta.text) + after
+            return self._id + before + orjson.dumps(delta.text) + after
         self._tokens += len(delta.tokens)
         chunk = self._reply.chunk(delta)
-        return b"" if chunk is None else self._with_usage(chunk)
+        return b"" if chunk is None else self._chunk_with_id(chunk)
 
     def _enclosing(self, index: int) -> tuple[bytes, bytes]:
         """What stands before and after the text in the plain events of an answer."""
         chunk = self._reply.chunk(Delta(index, _MARK))
         if chunk is None:
             raise InternalError("a chunk with text was left out")
-        before, _, after = self._with_usage(chunk).rpartition(orjson.dumps(_MARK))
+        before, _, after = self._chunk_event(chunk).rpartition(orjson.dumps(_MARK))
         self._around[index] = before, after
         return before, after
 
-    def _with_usage(self, chunk: dict[str, Any]) -> bytes:
+    def _chunk_with_id(self, chunk: dict[str, Any]) -> bytes:
+        return self._id + self._chunk_event(chunk)
+
+    def _chunk_event(self, chunk: dict[str, Any]) -> bytes:
         """Who asks for the usage gets the field in every chunk; it is null but in the last."""
         if self._every_chunk:
             usage = Usage(self._request.prompt_tokens, self._tokens, 0)

@@ -70,15 +70,18 @@ class Bookmark:
     """The token of one stream, as it goes on."""
 
     def __init__(self, request: Request) -> None:
+        sent = [request.sent_of(answer.index) for answer in request.answers]
         self._start = f"{request.key}:{request.answers[0].sampling.seed:x}:"
-        self._sent = [request.sent_of(answer.index) for answer in request.answers]
+        self._tokens = [each.tokens for each in sent]
+        self._counts = [str(each) for each in sent]
 
     def note(self, delta: Delta) -> None:
-        """The client gets this next."""
-        before = self._sent[delta.index]
-        ended = before.ended or delta.finish_reason is not None
-        self._sent[delta.index] = Sent(before.tokens + len(delta.tokens), ended)
+        """The client gets this next. Called for every token: as cheap as it can be."""
+        index = delta.index
+        self._tokens[index] += len(delta.tokens)
+        end = "e" if delta.finish_reason else ""
+        self._counts[index] = f"{self._tokens[index]}{end}"
 
     @property
     def token(self) -> str:
-        return self._start + ".".join(map(str, self._sent))
+        return self._start + ".".join(self._counts)

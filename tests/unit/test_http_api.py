@@ -42,7 +42,8 @@ async def stream(cluster: FakeCluster, path: str, **body: Any) -> tuple[list[Any
     response = await post(cluster, path, stream=True, **body)
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    sent = response.text.splitlines()
+    lines = [line.removeprefix("data: ") for line in sent if line.startswith("data:")]
     events = [json.loads(line) for line in lines if line != "[DONE]"]
     return events, lines[-1]
 
