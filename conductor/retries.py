@@ -111,7 +111,8 @@ class Tries:
         self._lost_in = number
         if stage is Stage.ANSWERING:
             self._lost.clear()
-        self._lost.append(worker)
+        if worker not in self._lost:  # a life is lost once
+            self._lost.append(worker)
 
     def check(self, is_live: Callable[[Peer], bool]) -> None:
         """Before another attempt. Raises PoisonRequest when too many of the lost workers have died:

@@ -93,6 +93,13 @@ def test_two_workers_that_die_computing_make_poison(first: Stage) -> None:
     assert refused == ["poison"]
 
 
+def test_a_life_is_lost_once() -> None:
+    answer = tries()
+    answer.on_loss(0, Stage.COMPUTING, worker(0))
+    answer.on_loss(1, Stage.COMPUTING, worker(0))  # it stood still, and was dialled once more
+    answer.check(dead)
+
+
 def test_a_worker_that_only_lost_its_link_does_not_count() -> None:
     answer = tries()
     for number in range(4):
