@@ -339,7 +339,7 @@ class Serving:
         if lost.duty is Role.DECODE and stage is Stage.QUEUED and current and run.handed_off:
             stage = Stage.COMPUTING
         self._tries[lost.attempt.request_id].on_loss(
-            lost.attempt.number, stage, self._attempts.peer(lost.worker)
+            lost.attempt.number, lost.duty, stage, self._attempts.peer(lost.worker)
         )
 
     def _follow_up(self, run: AnswerRun) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from baton.errors import BatonError, Overloaded, PoisonRequest
-from baton.types.fleet import Peer
+from baton.types.fleet import Peer, Role
 from conductor.link import Stage
 
 
@@ -96,21 +96,23 @@ class Tries:
         self._request_id = request_id
         self._failures = 0
         self._lost: list[Peer] = []  # in a row, while they computed for it
+        self._lost_duty: Role | None = None
         self._lost_in: int | None = None  # the attempt of the last loss
         self._waits_until: float | None = None
 
-    def on_loss(self, number: int, stage: Stage, worker: Peer) -> None:
+    def on_loss(self, number: int, duty: Role, stage: Stage, worker: Peer) -> None:
         """The link to a worker of attempt `number` broke.
 
-        Only a worker that was computing for the request can have died of it, and one that went on
-        for some tokens has shown that it could: the count begins anew. An attempt counts once:
-        workers that go together have died of something else.
+        Only a worker that was computing for the request can have died of it, and what went well at
+        another worker is not what kills: when tokens came, or the prompt was computed, the count
+        begins anew. An attempt counts once: workers that go together have died of something else.
         """
         if stage is Stage.QUEUED or number == self._lost_in:
             return
         self._lost_in = number
-        if stage is Stage.ANSWERING:
+        if stage is Stage.ANSWERING or duty is not self._lost_duty:
             self._lost.clear()
+        self._lost_duty = duty
         if worker not in self._lost:  # a life is lost once
             self._lost.append(worker)
 

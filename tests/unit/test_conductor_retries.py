@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from baton.errors import InternalError, Overloaded, PoisonRequest, WorkerLost
-from baton.types.fleet import Peer
+from baton.types.fleet import Peer, Role
 from conductor.link import Stage
 from conductor.retries import Retries, RetryBudget, RetryOptions, Tries
 
 GONE = WorkerLost("gone")
+DECODE = Role.DECODE
 
 
 def worker(number: int) -> Peer:
@@ -83,29 +84,41 @@ def test_an_empty_budget_ends_the_request_with_an_error_that_may_be_tried_again(
 def test_two_workers_that_die_computing_make_poison(first: Stage) -> None:
     refused: list[str] = []
     answer = tries(refused, verdict_s=1.0)
-    answer.on_loss(0, first, worker(0))
+    answer.on_loss(0, DECODE, first, worker(0))
     assert answer.after(GONE, brought_tokens=True, now=0.0) == 0
     answer.check(dead)
-    answer.on_loss(1, Stage.COMPUTING, worker(1))
+    answer.on_loss(1, DECODE, Stage.COMPUTING, worker(1))
     assert answer.after(GONE, brought_tokens=True, now=0.0) == 1.0  # a link may be back by then
     with pytest.raises(PoisonRequest, match=r"request r was stopped: .* \(w0, w1\)"):
         answer.check(dead)
     assert refused == ["poison"]
 
 
+def test_what_went_well_at_another_worker_does_not_kill() -> None:
+    answer = tries()
+    answer.on_loss(0, Role.PREFILL, Stage.COMPUTING, worker(0))
+    answer.on_loss(1, DECODE, Stage.COMPUTING, worker(1))  # so the prompt was computed
+    answer.check(dead)
+    answer.on_loss(2, DECODE, Stage.COMPUTING, worker(2))
+    with pytest.raises(PoisonRequest):
+        answer.check(dead)
+
+
 def test_a_life_is_lost_once() -> None:
     answer = tries()
-    answer.on_loss(0, Stage.COMPUTING, worker(0))
-    answer.on_loss(1, Stage.COMPUTING, worker(0))  # it stood still, and was dialled once more
+    answer.on_loss(0, DECODE, Stage.COMPUTING, worker(0))
+    answer.on_loss(
+        1, DECODE, Stage.COMPUTING, worker(0)
+    )  # it stood still, and was dialled once more
     answer.check(dead)
 
 
 def test_a_worker_that_only_lost_its_link_does_not_count() -> None:
     answer = tries()
     for number in range(4):
-        answer.on_loss(number, Stage.COMPUTING, worker(number))
+        answer.on_loss(number, DECODE, Stage.COMPUTING, worker(number))
         answer.check(lambda peer: peer.name != "w0")
-    answer.on_loss(4, Stage.COMPUTING, worker(4))
+    answer.on_loss(4, DECODE, Stage.COMPUTING, worker(4))
     with pytest.raises(PoisonRequest, match=r"\(w0, w4\)"):
         answer.check(dead)
 
@@ -122,7 +135,7 @@ def test_a_worker_that_only_lost_its_link_does_not_count() -> None:
 def test_a_request_that_happened_to_be_there_is_innocent(losses: list[tuple[int, Stage]]) -> None:
     answer = tries()
     for number, stage in losses:
-        answer.on_loss(number, stage, worker(number))
+        answer.on_loss(number, DECODE, stage, worker(number))
         answer.check(dead)
 
 
