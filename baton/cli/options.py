@@ -15,7 +15,13 @@ from baton.client.http import Client
 Options = TypeVar("Options")
 
 Url = Annotated[
-    str, typer.Option("--url", envvar="BATON_URL", help="Address of the cluster.", metavar="URL")
+    str,
+    typer.Option(
+        "--url",
+        envvar="BATON_URL",
+        help="Address of the cluster; A,B: of several conductors.",
+        metavar="URL",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 

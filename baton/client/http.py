@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 from urllib.parse import quote
@@ -12,9 +14,23 @@ import httpx
 import orjson
 
 from baton.client.errors import error_from, error_in
-from baton.errors import BatonError, DeadlineExceeded, InternalError, PeerGone
+from baton.client.sse import Event, EventParser
+from baton.errors import (
+    BatonError,
+    ConfigError,
+    DeadlineExceeded,
+    InternalError,
+    NoWorker,
+    Overloaded,
+    PeerGone,
+)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+RECONNECTS = 10  # in a row without a new event, until a stream that has begun is given up
+FIRST_PAUSE_S = 0.2
+LAST_PAUSE_S = 3.0
+
+_DONE = b"[DONE]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +87,9 @@ class Client:
     """Use as an async context manager. Every method raises a BatonError when it fails.
 
     `timeout_s` bounds the wait for a connection and for each next event of a stream, not a whole
-    stream. `api_key` is sent when it is not empty. A `url` without a scheme means http.
+    stream. `api_key` is sent when it is not empty. A `url` without a scheme means http; there may
+    be several of one cluster, with commas between them. A stream that breaks goes on at the next
+    one, or at the same one when it is back.
     """
 
     def __init__(
@@ -81,17 +99,24 @@ class Client:
         api_key: str = "",
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.url = url.rstrip("/") if "://" in url else f"http://{url}".rstrip("/")
+        self._urls = [_with_scheme(part.strip()) for part in url.split(",") if part.strip()]
+        if not self._urls:
+            raise ConfigError("--url is empty: give an address as http://host:port")
+        self._at = 0  # which of them is in use
         self._model = ""
         # Proxies of the environment are for the outside world; a cluster is addressed directly.
         self._http = httpx.AsyncClient(
-            base_url=self.url,
             headers={"authorization": f"Bearer {api_key}"} if api_key else None,
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
             transport=transport,
             trust_env=False,
         )
+
+    @property
+    def url(self) -> str:
+        """The address in use."""
+        return self._urls[self._at]
 
     async def __aenter__(self) -> Self:
         return self
@@ -104,31 +129,28 @@ class Client:
         await self._http.aclose()
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
-        """The answer as it is generated. Closing the iterator early cancels the request."""
-        body = prompt.body("" if prompt.model else await self.default_model())
-        async with (
-            self._translated(),
-            self._http.stream(
-                "POST",
-                prompt.path,
-                content=orjson.dumps(body),
-                headers={"content-type": "application/json"},
-            ) as response,
-        ):
-            if response.is_error:
-                raise error_from(response.status_code, await response.aread(), response.headers)
-            finished = False
-            async for line in response.aiter_lines():
-                if not line.startswith("data:"):
-                    continue
-                data = line[5:].strip()
-                if data == "[DONE]":
-                    finished = True
-                    break
-                for piece in _pieces(data, prompt.chat):
-                    yield piece
-            if not finished:
+        """The answer as it is generated. Closing the iterator early cancels the request.
+
+        Each piece comes once, however often the connection is lost.
+        """
+        content = orjson.dumps(prompt.body("" if prompt.model else await self.default_model()))
+        last_id, failures = "", 0
+        while True:
+            try:
+                async with aclosing(self._events(prompt.path, content, last_id)) as events:
+                    async for event in events:
+                        if event.data == _DONE:
+                            return
+                        pieces = _pieces(event.data, prompt.chat)
+                        last_id, failures = event.id or last_id, 0
+                        for piece in pieces:
+                            yield piece
                 raise PeerGone(f"{self.url} ended the stream before the answer was complete")
+            except BatonError as error:
+                failures += 1
+                if not self._may_go_on(error, bool(last_id), failures):
+                    raise
+                await self._turn_to_next(error, failures)
 
     async def default_model(self) -> str:
         """The id of the first model that the cluster serves."""
@@ -150,14 +172,60 @@ class Client:
     async def ready(self) -> bool:
         """Whether a request would succeed now. False also when nothing answers."""
         try:
-            response = await self._http.get("/ready")
+            response = await self._http.get(self.url + "/ready")
         except httpx.HTTPError:
             return False
         return response.status_code == 200
 
+    async def _events(self, path: str, content: bytes, last_id: str) -> AsyncGenerator[Event, None]:
+        """Of one connection, after the event `last_id`."""
+        headers = {"content-type": "application/json"}
+        if last_id:
+            headers["last-event-id"] = last_id
+        async with (
+            self._translated(),
+            self._http.stream(
+                "POST", self.url + path, content=content, headers=headers
+            ) as response,
+        ):
+            if response.is_error:
+                raise error_from(response.status_code, await response.aread(), response.headers)
+            parser = EventParser()
+            async for data in response.aiter_bytes():
+                for event in parser.feed(data):
+                    yield event
+
+    def _may_go_on(self, error: BatonError, begun: bool, failures: int) -> bool:
+        """Whether another connection may bring what this one did not."""
+        broken = isinstance(error, PeerGone) or isinstance(error.__cause__, httpx.TimeoutException)
+        if begun:
+            return (broken or error.retryable) and failures <= RECONNECTS
+        # Before the first event, only somebody else may help.
+        return (broken or isinstance(error, NoWorker)) and failures < len(self._urls)
+
+    async def _turn_to_next(self, error: BatonError, failures: int) -> None:
+        """Go round the addresses, with longer and longer pauses."""
+        self._at = (self._at + 1) % len(self._urls)
+        rounds = failures // len(self._urls)
+        pause_s = min(FIRST_PAUSE_S * 2**rounds, LAST_PAUSE_S) if rounds else 0.0
+        if isinstance(error, Overloaded):
+            pause_s = max(pause_s, error.retry_after_s)
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+
     async def _get(self, path: str) -> dict[str, Any]:
+        failures = 0
+        while True:
+            try:
+                return await self._get_once(path)
+            except PeerGone:
+                failures += 1
+                self._at = (self._at + 1) % len(self._urls)
+                if failures == len(self._urls):
+                    raise
+
+    async def _get_once(self, path: str) -> dict[str, Any]:
         async with self._translated():
-            response = await self._http.get(path)
+            response = await self._http.get(self.url + path)
             if response.is_error:
                 raise error_from(response.status_code, response.content, response.headers)
             return _object(response.content)
@@ -178,6 +246,10 @@ class Client:
             raise PeerGone(f"the connection to {self.url} failed: {reason}") from error
 
 
+def _with_scheme(url: str) -> str:
+    return url.rstrip("/") if "://" in url else f"http://{url}".rstrip("/")
+
+
 def _object(data: bytes | str) -> dict[str, Any]:
     try:
         parsed = orjson.loads(data)
@@ -188,7 +260,7 @@ def _object(data: bytes | str) -> dict[str, Any]:
     return parsed
 
 
-def _pieces(data: str, chat: bool) -> list[Piece]:
+def _pieces(data: bytes, chat: bool) -> list[Piece]:
     event = _object(data)
     if (detail := event.get("error")) is not None:
         raise _stream_error(detail)

@@ -254,7 +254,7 @@ async def test_client_that_vanishes_mid_stream_frees_both_workers() -> None:
             ) as response,
         ):
             async for line in response.aiter_lines():
-                assert line.startswith("data: ")
+                assert line.startswith("id: ")
                 break
             assert cluster.conductor.running == 1
         await cluster.check_nothing_left()

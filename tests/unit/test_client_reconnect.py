@@ -1,0 +1,139 @@
+"""The client goes on by itself when a stream breaks: elsewhere, with the last event's id."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from contextlib import aclosing
+
+import httpx
+import pytest
+
+from baton.client.http import RECONNECTS, Client, Prompt
+from baton.client.sse import Event, EventParser
+from baton.errors import BatonError, InvalidRequest, NoWorker, PeerGone
+from tests.virtual_time import virtual_time
+
+Handler = Callable[[httpx.Request], httpx.Response]
+WORDS = ("one ", "two ", "three")
+
+
+def event(number: int) -> bytes:
+    choice = {"index": 0, "text": WORDS[number], "finish_reason": "stop" if number == 2 else None}
+    return b"id: k:1:%d\ndata: %b\n\n" % (number + 1, json.dumps({"choices": [choice]}).encode())
+
+
+REST = {"": 0, "k:1:1": 1, "k:1:2": 2, "k:1:3": 3}
+DONE = b"data: [DONE]\n\n"
+
+
+class Conductors:
+    """`broken` says by host how a connection goes: how many bytes arrive before it breaks."""
+
+    def __init__(self, **broken: list[int | httpx.Response | Exception]) -> None:
+        self.broken = broken
+        self.asked: list[tuple[str, str]] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        host, last = request.url.host, request.headers.get("last-event-id", "")
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "m"}]})
+        self.asked.append((host, last))
+        whole = b"".join(event(n) for n in range(REST[last], 3)) + DONE
+        plan = self.broken.get(host)
+        how = plan.pop(0) if plan else len(whole)
+        if isinstance(how, Exception):
+            raise how
+        return how if isinstance(how, httpx.Response) else httpx.Response(200, content=whole[:how])
+
+
+async def text_from(conductors: Conductors, urls: str) -> str:
+    text = ""
+    async with (
+        Client(urls, transport=httpx.MockTransport(conductors)) as client,
+        aclosing(client.stream(Prompt("hi"))) as pieces,
+    ):
+        async for piece in pieces:
+            text += piece.text
+    return text
+
+
+@virtual_time
+async def test_a_stream_that_breaks_anywhere_is_whole_in_the_end() -> None:
+    length = len(event(0) + event(1) + event(2))
+    for cut in range(len(event(0)), length):
+        conductors = Conductors(a=[cut])
+        assert await text_from(conductors, "http://a,http://b") == "one two three"
+        assert [host for host, _ in conductors.asked] == ["a", "b"]
+
+
+@virtual_time
+async def test_it_goes_round_and_waits_longer_and_longer() -> None:
+    refused = httpx.ConnectError("refused")
+    first = len(event(0))
+    conductors = Conductors(a=[first, refused, refused], b=[refused, refused, refused])
+    assert await text_from(conductors, "http://a,http://b") == "one two three"
+    assert [host for host, _ in conductors.asked] == ["a", "b", "a", "b", "a", "b", "a"]
+    assert {last for _, last in conductors.asked[1:]} == {"k:1:1"}
+    assert 0.5 < asyncio.get_running_loop().time() < 5
+
+
+@virtual_time
+async def test_a_conductor_that_comes_back_needs_no_other_one() -> None:
+    conductors = Conductors(a=[len(event(0)), httpx.ReadTimeout("silent"), len(event(1)) + 5])
+    assert await text_from(conductors, "a") == "one two three"
+    assert [last for _, last in conductors.asked] == ["", "k:1:1", "k:1:1", "k:1:2"]
+
+
+@virtual_time
+async def test_it_gives_up_in_the_end() -> None:
+    conductors = Conductors(a=[len(event(0)), *[httpx.ConnectError("refused")] * 100])
+    with pytest.raises(PeerGone):
+        await text_from(conductors, "a")
+    assert len(conductors.asked) == 1 + RECONNECTS
+
+
+def failed(code: str) -> bytes:
+    return b"data: %b\n\n" % json.dumps({"error": {"message": "no", "code": code}}).encode()
+
+
+@virtual_time
+@pytest.mark.parametrize(
+    ("first", "kind", "asked"),
+    [
+        (httpx.Response(200, content=event(0) + failed("no_worker")), None, 2),
+        (httpx.Response(200, content=event(0) + failed("internal_error")), BatonError, 1),
+        (httpx.Response(200, content=failed("worker_lost")), BatonError, 1),
+        (httpx.Response(503, json={"error": {"message": "no", "code": "no_worker"}}), None, 2),
+        (httpx.Response(400, json={"error": {"message": "no"}}), InvalidRequest, 1),
+        (httpx.ConnectError("refused"), None, 2),
+    ],
+)
+async def test_what_is_worth_another_try(
+    first: httpx.Response | Exception, kind: type[BatonError] | None, asked: int
+) -> None:
+    conductors = Conductors(a=[first])
+    if kind is None:
+        assert await text_from(conductors, "a,b") == "one two three"
+    else:
+        with pytest.raises(kind):
+            await text_from(conductors, "a,b")
+    assert len(conductors.asked) == asked
+
+
+@virtual_time
+async def test_one_address_without_an_event_fails_at_once() -> None:
+    refusal = httpx.Response(503, json={"error": {"message": "no", "code": "no_worker"}})
+    with pytest.raises(NoWorker):
+        await text_from(Conductors(a=[refusal]), "a")
+    assert asyncio.get_running_loop().time() == 0
+
+
+def test_events_are_whole_or_not_there() -> None:
+    stream = "id: 1\ndata: a\u2028b\n\ndata: c\r\n\r\nid: 2\ndata: d\n".encode()
+    for size in (1, 3, 100):
+        parser = EventParser()
+        parts = [stream[at : at + size] for at in range(0, len(stream), size)]
+        events = [event for part in parts for event in parser.feed(part)]
+        assert events == [Event("1", "a\u2028b".encode()), Event("", b"c")]
