@@ -91,7 +91,8 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
         shared=SharedTransport(transport),
         store=config.store,
         early_prefill=_early_prefill(config.early_prefill, device, placement),
-        orphan_timeout_s=config.orphan_timeout,
+        # Without Redis no conductor can know of another one's attempts.
+        orphan_timeout_s=config.orphan_timeout if config.redis else 0.0,
     )
 
 

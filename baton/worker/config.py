@@ -65,7 +65,8 @@ class WorkerConfig:
     log_level: str = option("info", "least level that is logged", choices=LEVELS)
     drain_timeout: float = option(30.0, "seconds that running requests get at SIGTERM")
     orphan_timeout: float = option(
-        ORPHAN_S, "seconds that an answer goes on after its conductor has gone, for another one"
+        ORPHAN_S,
+        "with --redis: seconds that an answer goes on after its conductor has gone, for another one",
     )
     exit_with_parent: bool = option(False, "end when standard input is closed")
 
