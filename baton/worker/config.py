@@ -66,7 +66,7 @@ class WorkerConfig:
     drain_timeout: float = option(30.0, "seconds that running requests get at SIGTERM")
     orphan_timeout: float = option(
         ORPHAN_S,
-        "with --redis: seconds that an answer goes on after its conductor has gone, for another one",
+        "with --redis: seconds that an answer goes on for others when its conductor has gone",
     )
     exit_with_parent: bool = option(False, "end when standard input is closed")
 
