@@ -252,8 +252,7 @@ class Serving:
             run.fail(error)
             self._pause(run)
         else:
-            seed = run.answer.sampling.seed
-            self._note_place(AnswerPlace(run.attempt, decision.decode.peer, seed))
+            self._note_place(AnswerPlace(run.attempt, decision.decode.peer))
 
     def _await_worker(self, run: AnswerRun, error: NoWorker, now: float) -> None:
         """Look again in a moment, for as long as one may come back; else raise."""

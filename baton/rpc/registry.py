@@ -29,9 +29,6 @@ class Registry(Protocol):
 
     async def find_request(self, key: str) -> RequestRecord | None: ...
 
-    async def forget_request(self, key: str) -> None:
-        """Harmless when it is unknown."""
-
     async def aclose(self) -> None:
         """Close connections. Safe to call twice."""
 

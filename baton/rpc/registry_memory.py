@@ -69,9 +69,6 @@ class MemoryRegistry:
     async def find_request(self, key: str) -> RequestRecord | None:
         return await self._call("find_request", lambda s: s.requests.live().get(key))
 
-    async def forget_request(self, key: str) -> None:
-        await self._call("forget_request", lambda s: s.requests.drop(key))
-
     async def aclose(self) -> None:
         """Nothing to free."""
 

@@ -84,9 +84,6 @@ class RedisRegistry:
         body = await self._call(lambda: self._client.get(self._request(key)))
         return None if body is None else _parse(_REQUEST, body)
 
-    async def forget_request(self, key: str) -> None:
-        await self._call(lambda: self._client.delete(self._request(key)))
-
     async def aclose(self) -> None:
         await self._client.aclose()
 

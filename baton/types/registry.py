@@ -24,7 +24,6 @@ class AnswerPlace:
 
     attempt: AttemptId
     decode: Peer
-    seed: int  # unsigned 64 bit; drawn by the conductor when the client gave none
 
 
 @dataclass(frozen=True, slots=True)

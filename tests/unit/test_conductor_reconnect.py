@@ -245,12 +245,11 @@ async def test_who_has_everything_gets_only_the_usage() -> None:
 @virtual_time
 async def test_records_name_the_worker_and_go_after_a_while() -> None:
     async with site(ANSWER) as place:
-        client = Client(question(seed=9))
+        client = Client(question())
         reading = asyncio.create_task(client.read(place.conductors[0]))
         await asyncio.sleep(2)
         (record,) = place.registry.requests.live().values()
         assert record.conductor == place.conductors[0].incarnation
-        assert record.answers[0].seed == 9
         assert place.workers[record.answers[0].decode.name].work
         await reading
         await asyncio.sleep(14)
