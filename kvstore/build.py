@@ -98,7 +98,7 @@ async def build(config: StoreConfig) -> StoreParts:
     )
     await transport.start()
     try:
-        blocks, headers = _files(config, identity.name)
+        blocks, headers = _files(config, config.memory_name or identity.name)
         nbytes = slots * layout.block_bytes
         memory = await asyncio.to_thread(transport.allocate, nbytes, backing=blocks)
         table = SlotTable(

@@ -30,6 +30,7 @@ class StoreConfig:
     advertise: str = option("", "host or host:port that others reach it by; empty: what it bound")
     memory_mib: int = option(1024, "CPU tier: blocks in shared memory")
     memory_dir: str = option("/dev/shm", "file system of the CPU tier")
+    memory_name: str = option("", "of its files there, one store each; empty: the store's name")
     keep_memory: bool = option(
         True, "leave the CPU tier where it is at an orderly stop, for the next start"
     )

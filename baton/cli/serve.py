@@ -261,10 +261,12 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
     store_at = f"127.0.0.1:{_free_port()}" if options.store_memory_mib else ""
 
     def store(addresses: Addresses) -> ChildSpec:
+        memory = f"store-0-{_port(addresses.http)}"  # other clusters of this machine have theirs
         return ChildSpec(
             "store-0",
             _python(
                 *("kvstore", "--name", "store-0", "--conductor", addresses.grpc),
+                *("--memory-name", memory),
                 *("--listen", store_at, "--no-keep-memory", *common, *_store_flags(options)),
             ),
             environ,

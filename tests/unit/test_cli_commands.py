@@ -145,6 +145,16 @@ def test_a_restarted_conductor_keeps_its_ports() -> None:
     assert (flags["--port"], flags["--grpc-port"]) == ("8100", "50100")
 
 
+def test_clusters_on_one_machine_keep_their_stores_apart() -> None:
+    plan = make_plan(ServeOptions(store_memory_mib=8), Path("m"), {})
+    names = [
+        flags_of(plan.workers(Addresses(http, "127.0.0.1:1"))[0].argv)["--memory-name"]
+        for http in ("127.0.0.1:8000", "127.0.0.1:8001", "127.0.0.1:8000")
+    ]
+    assert names[0] != names[1]
+    assert names[0] == names[2]  # a store that was started again finds its blocks
+
+
 def test_colocated_has_no_prefill_workers() -> None:
     plan = make_plan(ServeOptions(colocated=True, decode=2), Path("m"), {})
     assert [spec.name for spec in plan.workers(ADDRESSES)] == ["decode-0", "decode-1"]
