@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,17 @@ class ServeOptions:
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP; 0 = any free port.")] = 8000
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC; 0 = any.")] = 50051
+    conductors: Annotated[
+        int, typer.Option(min=1, help="Conductors, on ports in a row from the given ones.")
+    ] = 1
+    redis: Annotated[
+        str,
+        typer.Option(
+            envvar="BATON_REDIS",
+            metavar="URL",
+            help="Where conductors find each other's requests: when one dies, others go on.",
+        ),
+    ] = ""
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto"
     model_name: Annotated[
@@ -192,12 +204,13 @@ async def _serve(options: ServeOptions) -> None:
             f"--port and --grpc-port are both {options.port}: give HTTP and gRPC a port each"
         )
     for port, flag in ((options.port, "--port"), (options.grpc_port, "--grpc-port")):
-        _check_free(options.host, port, flag)
+        for number in range(options.conductors if port else 0):
+            _check_free(options.host, port + number, flag)
     if not options.store_memory_mib and (options.store_dir or options.store_gib):
         raise ConfigError("--store-dir is for a store: give it --store-memory-mib too")
     with Reporter(options.json, options.verbose) as reporter:
         model = await find_model(options, reporter)
-        plan = make_plan(options, model, new_environ())
+        plan = make_plan(options, model, new_environ(options.redis))
         supervisor = Supervisor(plan, reporter)
 
         async def when_ready(addresses: Addresses) -> None:
@@ -225,11 +238,12 @@ def _say_ready(options: ServeOptions, reporter: Reporter, addresses: Addresses) 
     shape = f"{options.decode} co-located" if options.colocated else split
     reporter.result(
         "ready",
-        f"ready  {addresses.url}  grpc {addresses.grpc}  {options.served_name} {shape}  "
+        f"ready  {addresses.urls}  grpc {addresses.grpcs}  {options.served_name} {shape}  "
         "Ctrl-C stops",
         http=addresses.http,
         grpc=addresses.grpc,
         url=addresses.url,
+        urls=addresses.urls,
         model=options.served_name,
         pid=os.getpid(),
     )
@@ -241,14 +255,14 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
     conductor_cpus = place_conductor(placed)
     common = ("--model", str(model), "--model-name", options.served_name, "--exit-with-parent")
 
-    def conductor(listening: Addresses | None) -> ChildSpec:
-        http_port = _port(listening.http) if listening else options.port
-        grpc_port = _port(listening.grpc) if listening else options.grpc_port
+    def conductor(number: int, listening: Addresses | None) -> ChildSpec:
+        http_port = _port(listening.http) if listening else _nth_port(options.port, number)
+        grpc_port = _port(listening.grpc) if listening else _nth_port(options.grpc_port, number)
         return ChildSpec(
-            "conductor",
+            f"conductor-{number}" if options.conductors > 1 else "conductor",
             _python(
-                *("conductor", "--host", options.host, "--port", str(http_port)),
-                *("--grpc-port", str(grpc_port), "--announce", *common),
+                *("conductor", "--name", f"conductor-{number}", "--host", options.host),
+                *("--port", str(http_port), "--grpc-port", str(grpc_port), "--announce", *common),
                 *(("--cpus", conductor_cpus) if conductor_cpus else ()),
                 *(text for name in _CONDUCTOR_FLAGS for text in _flag(options, name)),
                 *(("--no-kv-fetch",) if not options.kv_fetch else ()),
@@ -265,7 +279,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
         return ChildSpec(
             "store-0",
             _python(
-                *("kvstore", "--name", "store-0", "--conductor", addresses.grpc),
+                *("kvstore", "--name", "store-0", "--conductor", addresses.grpcs),
                 *("--memory-name", memory),
                 *("--listen", store_at, "--no-keep-memory", *common, *_store_flags(options)),
             ),
@@ -280,7 +294,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
             ChildSpec(
                 name,
                 _python(
-                    *(f"{role}_worker", "--name", name, "--conductor", addresses.grpc),
+                    *(f"{role}_worker", "--name", name, "--conductor", addresses.grpcs),
                     *("--listen", "127.0.0.1:0", "--cpus", cpus, *common, *flags),
                 ),
                 environ,
@@ -288,7 +302,8 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
             for role, name, cpus in placed
         ]
 
-    return ClusterPlan(conductor, workers, options.start_timeout, options.drain_timeout)
+    first, *more = [partial(conductor, number) for number in range(options.conductors)]
+    return ClusterPlan(first, workers, options.start_timeout, options.drain_timeout, more)
 
 
 def place_workers(options: ServeOptions, cpus: Sequence[int]) -> list[tuple[str, str, str]]:
@@ -350,9 +365,14 @@ def _flag(options: ServeOptions, name: str) -> Iterator[str]:
         yield from (f"--{name.replace('_', '-')}", str(value))
 
 
-def new_environ() -> dict[str, str]:
-    """The environment of a cluster's processes: ours and a token of its own."""
+def new_environ(redis: str = "") -> dict[str, str]:
+    """The environment of a cluster's processes: ours, a token of its own, and the Redis that its
+    conductors share."""
     environ = dict(os.environ)
+    environ.pop("BATON_REDIS", None)
+    if redis:  # not as a flag, which others on this machine could read: it may have a password
+        environ["BATON_REDIS"] = redis
+        environ.setdefault("BATON_CLUSTER_NAME", f"serve-{secrets.token_hex(4)}")
     # Whoever knows this token may speak for a worker; it lives as long as this cluster.
     environ.setdefault("BATON_CLUSTER_TOKEN", secrets.token_urlsafe(32))
     environ["PYTHONUNBUFFERED"] = "1"
@@ -367,6 +387,10 @@ def _python(module: str, *flags: str) -> tuple[str, ...]:
 
 def _port(address: str) -> int:
     return int(address.rpartition(":")[2])
+
+
+def _nth_port(first: int, number: int) -> int:
+    return first + number if first else 0
 
 
 def _free_port() -> int:

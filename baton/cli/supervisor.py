@@ -1,7 +1,7 @@
 """Starts the processes of a cluster in order, keeps the workers alive, and ends them in order.
 
-start:  conductor --(announces its ports)--> workers --(register)--> ready
-stop:   drain (conductor finishes its requests) -> stop workers -> kill what is left
+start:  conductors --(announce their ports)--> workers --(register)--> ready
+stop:   drain (conductors finish their requests) -> stop workers -> kill what is left
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from baton.cli.child import Child, ChildSpec
@@ -41,27 +41,44 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the conductor listens, as `host:port`."""
+    """Where the conductor listens, as `host:port`, and where `more` of them do."""
 
     http: str
     grpc: str
+    more: tuple[Addresses, ...] = ()
+
+    @property
+    def all(self) -> tuple[Addresses, ...]:
+        return (self, *self.more)
 
     @property
     def url(self) -> str:
         return f"http://{self.http}"
+
+    @property
+    def urls(self) -> str:
+        """Of all, as `--url` takes them."""
+        return ",".join(each.url for each in self.all)
+
+    @property
+    def grpcs(self) -> str:
+        """Of all, as workers take them."""
+        return ",".join(each.grpc for each in self.all)
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterPlan:
     """What to start. The makers get addresses: what they return may depend on them.
 
-    `conductor(None)` is the first start; later ones get the addresses to listen on again.
+    `conductor(None)` is the first start; later ones get the addresses to listen on again. The same
+    holds for `more_conductors`.
     """
 
     conductor: Callable[[Addresses | None], ChildSpec]
     workers: Callable[[Addresses], Sequence[ChildSpec]]
     start_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
+    more_conductors: Sequence[Callable[[Addresses | None], ChildSpec]] = ()
 
 
 @dataclass(slots=True)
@@ -78,7 +95,8 @@ class Supervisor:
     plan: ClusterPlan
     reporter: Reporter
     _processes: dict[str, _Process] = field(default_factory=dict)
-    _addresses: Addresses | None = None
+    _listening: dict[str, Addresses] = field(default_factory=dict)  # by conductor
+    _live: set[str] = field(default_factory=set)  # workers, while it starts
     _ready: bool = False
     _stopping: bool = False
     _failure: BatonError | None = None
@@ -113,23 +131,9 @@ class Supervisor:
         self._interrupted.set()
 
     async def _start(self, group: asyncio.TaskGroup) -> Addresses:
-        conductor = self._spawn(group, lambda: self.plan.conductor(self._addresses))
-        self.reporter.step("conductor", "starting")
-        try:
-            listening = await self._unless_interrupted(
-                conductor.announcement(self.plan.start_timeout_s)
-            )
-        except TimeoutError:
-            what = (
-                f"did not say its address within {self.plan.start_timeout_s:g} s; give it longer "
-                "with --start-timeout"
-            )
-            raise self._blame("conductor", conductor, what) from None
-        addresses = Addresses(_local(listening["http"]), _local(listening["grpc"]))
-        self._addresses = addresses
-        self.reporter.step(
-            "conductor", f"listening on {addresses.http}", done=True, pid=conductor.pid
-        )
+        first = await self._start_conductor(group, self.plan.conductor)
+        more = [await self._start_conductor(group, make) for make in self.plan.more_conductors]
+        addresses = replace(first, more=tuple(more))
         names = []
         for spec in self.plan.workers(addresses):
             self._spawn(group, lambda spec=spec: spec)  # type: ignore[misc]
@@ -137,12 +141,32 @@ class Supervisor:
             names.append(spec.name)
         try:
             async with asyncio.timeout(self.plan.start_timeout_s):
-                await self._unless_interrupted(self._all_live(addresses, names))
+                for each in addresses.all:
+                    await self._unless_interrupted(self._all_live(each, names))
         except TimeoutError:
             raise StartFailed(
                 f"the cluster was not ready after {self.plan.start_timeout_s:.0f} s; "
                 "look at its logs with --verbose, or give it longer with --start-timeout"
             ) from None
+        return addresses
+
+    async def _start_conductor(
+        self, group: asyncio.TaskGroup, make: Callable[[Addresses | None], ChildSpec]
+    ) -> Addresses:
+        name = make(None).name
+        conductor = self._spawn(group, lambda: make(self._listening.get(name)))
+        self.reporter.step(name, "starting")
+        try:
+            said = await self._unless_interrupted(conductor.announcement(self.plan.start_timeout_s))
+        except TimeoutError:
+            what = (
+                f"did not say its address within {self.plan.start_timeout_s:g} s; give it longer "
+                "with --start-timeout"
+            )
+            raise self._blame(name, conductor, what) from None
+        addresses = Addresses(_local(said["http"]), _local(said["grpc"]))
+        self._listening[name] = addresses
+        self.reporter.step(name, f"listening on {addresses.http}", done=True, pid=conductor.pid)
         return addresses
 
     def _spawn(self, group: asyncio.TaskGroup, make: Callable[[], ChildSpec]) -> Child:
@@ -160,8 +184,15 @@ class Supervisor:
                 for worker in await self._workers(client):
                     if worker.get("state") == "live" and worker.get("name") in missing:
                         missing.remove(worker["name"])
-                        self.reporter.step(worker["name"], "live", done=True, pid=worker.get("pid"))
+                        self._say_live(worker)
                 await asyncio.sleep(_POLL_S)
+
+    def _say_live(self, worker: dict[str, Any]) -> None:
+        """Once, however many conductors know it."""
+        name = str(worker["name"])
+        if name not in self._live:
+            self._live.add(name)
+            self.reporter.step(name, "live", done=True, pid=worker.get("pid"))
 
     async def _workers(self, client: Client) -> list[dict[str, Any]]:
         try:
@@ -203,11 +234,13 @@ class Supervisor:
     async def _stop(self) -> None:
         self._stopping = True
         self.reporter.settle()
-        conductor, *workers = [process.child for process in self._processes.values()]
+        children = [process.child for process in self._processes.values()]
+        count = 1 + len(self.plan.more_conductors)  # they are started first
+        conductors, workers = children[:count], children[count:]
         if self._ready and self._failure is None:
             self.reporter.event("draining", "draining: running requests finish", phase="drain")
         grace_s = 1.0 if self._failure else self.plan.drain_timeout_s + _CLOSE_GRACE_S
-        await conductor.stop(grace_s, self._hurry)
+        await asyncio.gather(*(each.stop(grace_s, self._hurry) for each in conductors))
         self.reporter.event("stopping", "stopping the workers", phase="stop workers")
         ended = await asyncio.gather(
             *(worker.stop(_WORKER_GRACE_S, self._hurry) for worker in workers)

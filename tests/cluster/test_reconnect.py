@@ -4,15 +4,20 @@ once; the tokens are those of an undisturbed run."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import os
+import secrets
+import signal
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
 
+import httpx
 import pytest
 
 from baton.client.http import Client, Prompt
 from tests.cluster.by_hand import ByHand, Conductor, by_hand, until
-from tests.redis_server import BINARY, WHY_NOT
+from tests.cluster.conftest import ClusterFactory
+from tests.redis_server import BINARY, WHY_NOT, redis_server
 
 pytestmark = [
     pytest.mark.cluster,
@@ -74,6 +79,48 @@ def test_a_client_of_a_killed_conductor_gets_the_rest_from_another(cluster: ByHa
     assert not value_of(survivor, 'baton_reconnects_total{how="again"}')
     until(survivor.is_idle)
     assert set(cluster.stop_all().values()) == {0}
+
+
+def test_serve_starts_several_conductors_and_any_of_them_may_die(
+    start_cluster: ClusterFactory,
+) -> None:
+    asked = prompt(0.8)
+    with (
+        redis_server(secrets.token_hex(8)) as redis,
+        start_cluster(
+            *("--conductors", "2", "--redis", redis.url, "--colocated", "--decode", "1"),
+            *("--dtype", "float32", "--kv-memory-mib", "64"),
+        ) as cluster,
+    ):
+        first, second = cluster.ready["urls"].split(",")
+        status = httpx.get(f"{second}/cluster", trust_env=False).json()
+
+        async def lose_the_second() -> list[int]:
+            tokens: list[int] = []
+            whole = [token async for token in ids_of(first, asked)]
+            async for token in ids_of(f"{second},{first}", asked):
+                tokens.append(token)
+                if len(tokens) == KILL_AT:
+                    os.kill(status["conductors"][0]["pid"], signal.SIGKILL)
+            assert tokens == whole
+            return tokens
+
+        assert len(asyncio.run(lose_the_second())) == MAX_TOKENS
+        until(lambda: is_ready(second))  # started again, on the same port
+
+
+async def ids_of(urls: str, asked: Prompt) -> AsyncIterator[int]:
+    async with Client(urls) as client, aclosing(client.stream(asked)) as pieces:
+        async for piece in pieces:
+            for token in piece.token_ids:
+                yield token
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def test_without_the_worker_that_had_it_the_answer_is_made_again(cluster: ByHand) -> None:

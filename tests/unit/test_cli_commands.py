@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,29 @@ def test_clusters_on_one_machine_keep_their_stores_apart() -> None:
     ]
     assert names[0] != names[1]
     assert names[0] == names[2]  # a store that was started again finds its blocks
+
+
+def test_several_conductors_have_ports_in_a_row_and_share_the_workers() -> None:
+    plan = make_plan(ServeOptions(conductors=3, port=8000, grpc_port=0), Path("m"), {})
+    makers = (plan.conductor, *plan.more_conductors)
+    flags = [flags_of(tuple(make(None).argv)) for make in makers]
+    assert [each["--name"] for each in flags] == ["conductor-0", "conductor-1", "conductor-2"]
+    assert [each["--port"] for each in flags] == ["8000", "8001", "8002"]
+    assert [each["--grpc-port"] for each in flags] == ["0", "0", "0"]
+    again = flags_of(tuple(makers[2](ADDRESSES).argv))
+    assert (again["--port"], again["--grpc-port"]) == ("8100", "50100")
+    more = (Addresses("127.0.0.1:8101", "127.0.0.1:50101"),)
+    for spec in plan.workers(replace(ADDRESSES, more=more)):
+        assert flags_of(tuple(spec.argv))["--conductor"] == "127.0.0.1:50100,127.0.0.1:50101"
+
+
+def test_redis_is_told_by_the_environment_where_nobody_else_can_read_it() -> None:
+    environ = new_environ("redis://:secret@host:1")
+    assert environ["BATON_REDIS"] == "redis://:secret@host:1"
+    assert environ["BATON_CLUSTER_NAME"] != new_environ("redis://host:1")["BATON_CLUSTER_NAME"]
+    assert "BATON_REDIS" not in new_environ()
+    plan = make_plan(ServeOptions(redis="redis://:secret@host:1"), Path("m"), environ)
+    assert not any("secret" in text for text in plan.conductor(None).argv)
 
 
 def test_colocated_has_no_prefill_workers() -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,28 @@ async def test_starts_everything_then_drains_and_stops_it(tmp_path: Path) -> Non
     done = {fields["name"] for event, fields in recorder.events if event == "done"}
     assert done == {"conductor", "decode-0", "decode-1"}
     assert ("conductor", "WARNING fake conductor drained") in recorder.lines
+    assert_gone(tmp_path)
+
+
+async def test_several_conductors_are_started_and_stopped_together(tmp_path: Path) -> None:
+    def second(listening: Addresses | None) -> ChildSpec:
+        return replace(one.conductor(listening), name="conductor-1")
+
+    recorder, one = Recorder(), plan(tmp_path)
+    seen: list[Addresses] = []
+    supervisor = Supervisor(replace(one, more_conductors=(second,)), recorder)
+
+    async def stop(addresses: Addresses) -> None:
+        seen.append(addresses)
+        supervisor.stop()
+
+    await run(supervisor, stop)
+    assert len({each.http for each in seen[0].all}) == 2
+    assert seen[0].urls == ",".join(each.url for each in seen[0].all)
+    done = [fields["name"] for event, fields in recorder.events if event == "done"]
+    assert sorted(done) == ["conductor", "conductor-1", "decode-0", "decode-1"]
+    drained = [name for name, line in recorder.lines if "fake conductor drained" in line]
+    assert sorted(drained) == ["conductor", "conductor-1"]
     assert_gone(tmp_path)
 
 
