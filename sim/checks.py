@@ -3,27 +3,45 @@
 A request must get its answer, unless
   - its client went away                                       (cancelled),
   - its conductor was killed                                   (conductor_lost),
-  - an incident was at work when it ended, or may still have been: it failed an attempt, and there
-    was nobody to try it again with                            (a retryable error), or
-  - incidents left it less healthy time than NEEDED_S before its deadline  (deadline_exceeded).
+  - incidents were at work when it ended and for TROUBLE_S before, or RetryOptions.failures of them
+    hit it: its attempts failed one after the other            (a retryable error),
+  - two incidents that can look like a worker's death hit it   (poison_request),
+  - the conductor had just come back, and knew of nobody       (no_worker), or
+  - incidents left it less healthy time than NEEDED_S          (deadline_exceeded).
+
+An incident is at work until LAG_S after its end: so long may it take until everybody has noticed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from baton.errors import BatonError, DeadlineExceeded
+from baton.errors import BatonError, DeadlineExceeded, NoWorker, PoisonRequest
 from baton.types.fleet import BlockState
+from conductor.retries import RetryOptions
 from conductor.service import Conductor
 from kvstore.service import StoreService
 from sim.clients import CONDUCTOR_LOST, Story, right_text
 from sim.cluster import Cluster, Hosted
 from sim.network import KEEPALIVE_S, Incident
+from sim.plan import CONDUCTOR, FaultKind
 from sim.process import Process
 
+TROUBLE_S = 0.7  # which the pauses between RetryOptions.failures attempts take at least
+NEWS_S = 2.5  # until a conductor that came back knows its workers
 GRACE_S = 0.5  # that an end may come after its deadline
 NEEDED_S = 10.0  # of a cluster without faults, which is ample for any request
 LAG_S = KEEPALIVE_S + 3.0  # until everybody has noticed what happened
+
+RETRYABLE = {kind.code for kind in BatonError.__subclasses__() if kind.retryable}
+RETRYABLE |= {"digest_mismatch"}
+LOOK_DEADLY = {
+    FaultKind.KILL,
+    FaultKind.STOP,
+    FaultKind.PARTITION,
+    FaultKind.ONE_WAY,
+    FaultKind.BREAK,
+}
 
 
 def check_story(story: Story, incidents: Sequence[Incident], halted_s: float) -> list[str]:
@@ -55,15 +73,28 @@ def check_story(story: Story, incidents: Sequence[Incident], halted_s: float) ->
 def is_legitimate(story: Story, incidents: Sequence[Incident]) -> bool:
     """Whether the error may be."""
     if story.code == CONDUCTOR_LOST:
-        return any("kill c0" in one.what for one in _during(story, incidents))
+        return any(
+            one.kind is FaultKind.KILL and one.who == CONDUCTOR for one in _during(story, incidents)
+        )
     if story.code == DeadlineExceeded.code:
         troubled = _union(_during(story, incidents), story)
         return story.client.deadline_s - troubled < NEEDED_S
-    retryable = {kind.code for kind in BatonError.__subclasses__() if kind.retryable}
-    retryable |= {"digest_mismatch"}
-    return story.code in retryable and any(
-        one.at <= story.ended <= one.until + LAG_S for one in incidents
-    )
+    during = _during(story, incidents)
+    if story.code == PoisonRequest.code:
+        return sum(one.kind in LOOK_DEADLY for one in during) >= RetryOptions().losses
+    if story.code == NoWorker.code:
+        return any(
+            one.kind is FaultKind.KILL
+            and one.who == CONDUCTOR
+            and one.at <= story.ended <= one.until + NEWS_S
+            for one in during
+        )
+    if story.code not in RETRYABLE:
+        return False
+    if len(during) >= RetryOptions().failures:
+        return True
+    now = [one for one in during if one.until + LAG_S >= story.ended]
+    return bool(now) and _union(during, story) >= TROUBLE_S
 
 
 def _during(story: Story, incidents: Iterable[Incident]) -> list[Incident]:

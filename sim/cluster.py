@@ -28,6 +28,7 @@ from baton.types.kv_events import Tier
 from baton.worker.lifecycle import StopSignals
 from baton.worker.parts import WorkerParts
 from baton.worker.serving import Service, live
+from conductor.retries import RetryOptions
 from conductor.router import RouteOptions
 from conductor.service import Conductor, Policy, ServedModel
 from decode_worker.service import DecodeService
@@ -45,7 +46,7 @@ from sim.network import Network
 from sim.plan import BLOCK_SIZE, CONDUCTOR, Machine, Shape
 from sim.process import Process
 from sim.runner import VOCAB, ModelledRunner, modelled_layout
-from sim.steps import ModelledSteps, ModelledThreads, Pace
+from sim.steps import ModelledSteps, ModelledThreads
 
 MODEL = "modelled"
 MAX_MODEL_LEN = 128
@@ -152,7 +153,9 @@ class Cluster:
     def _start_conductor(self, process: Process) -> HostedConductor:
         shape = self.shape
         policy = Policy(
-            lease_ttl_s=shape.fleet_ttl_s, routing=RouteOptions(local_tokens=shape.local_tokens)
+            lease_ttl_s=shape.fleet_ttl_s,
+            routing=RouteOptions(local_tokens=shape.local_tokens),
+            retries=RetryOptions(seed=self._rng.getrandbits(32)),
         )
         model = ServedModel(MODEL, numbers(), VOCAB, MAX_MODEL_LEN, ())
         dialer = self.network.services.worker_dialer(process.name)
@@ -226,6 +229,7 @@ class Cluster:
             prefix_caching=shape.prefix_caching,
             layer_groups=shape.layer_groups,
         )
+        slowness = partial(self.network.slowness, machine.name)
         handoff = HandoffOptions(
             lease_ttl_s=shape.lease_ttl_s,
             attach_timeout_s=5.0,
@@ -247,11 +251,8 @@ class Cluster:
             shared=SharedTransport(transport),
             store=self.shape.stores[0].name if self.shape.stores else "",
             wall_clock=asyncio.get_running_loop().time,
-            make_steps=lambda _, wake: ModelledSteps(runner, self._pace(machine), wake),
+            make_steps=lambda _, wake: ModelledSteps(runner, machine.pace, slowness, wake),
         )
-
-    def _pace(self, machine: Machine) -> Pace:
-        return machine.pace
 
     def _on_wrong(self, incarnation: str) -> Callable[[str], None]:
         return lambda what: self._log.violation(f"{incarnation}: {what}")

@@ -16,7 +16,7 @@ from baton.kv.transport.loopback import LoopbackFabric
 from baton.rpc.memory import Fault, MemoryNetwork
 from sim.log import EventLog
 from sim.loop import SimLoop
-from sim.plan import Weather
+from sim.plan import FaultKind, Weather
 
 KEEPALIVE_S = 3.0
 """A connection over which nothing has come for so long is broken by both ends, as gRPC's is."""
@@ -28,7 +28,8 @@ class Incident:
 
     at: float
     until: float
-    what: str
+    kind: FaultKind
+    who: str  # or between whom, as "a - b"
 
 
 class Network:
@@ -59,23 +60,25 @@ class Network:
     def slow(self, name: str, until: float) -> None:
         self._slow[name] = until
 
-    def is_slow(self, name: str) -> bool:
-        return self._slow.get(name, 0.0) > self._loop.now
+    def slowness(self, name: str) -> float:
+        """What everything of this process takes longer by: a factor."""
+        slow = self._slow.get(name, 0.0) > self._loop.now
+        return self._weather.slow_factor if slow else 1.0
 
     def stopped(self, name: str, until: float) -> None:
         """The process is there, and says nothing."""
         self._stopped[name] = until
 
-    def note(self, what: str, lasts_s: float = 0.0) -> None:
+    def note(self, kind: FaultKind, who: str, lasts_s: float = 0.0) -> None:
         now = self._loop.now
-        self.incidents.append(Incident(now, now + lasts_s, what))
+        self.incidents.append(Incident(now, now + lasts_s, kind, who))
 
     # -- baton.rpc.memory.FaultPlan ------------------------------------------------------------
 
     def on_message(self, sender: str, receiver: str, message: object) -> Fault:
         self._log.note(sender, f"-> {receiver}", message)
         if self._chance(self._weather.break_rate):
-            self._hit(f"a stream broke: {sender} - {receiver}")
+            self._hit(FaultKind.BREAK, f"{sender} - {receiver}")
             return Fault(lose=True)
         blocked_s = self._blocked_s(sender, receiver)
         return Fault(delay_s=self._latency_s(sender, receiver) + blocked_s)
@@ -89,11 +92,11 @@ class Network:
             self._blocked_s(callee, caller),
         )
         if self._chance(self._weather.lost_call_rate):
-            self._hit(f"a call was lost: {caller} => {callee} {method}")
+            self._hit(FaultKind.LOST_CALL, f"{caller} - {callee}")
             return Fault(lose=True)
         delay_s += self._latency_s(caller, callee)
         if self._chance(self._weather.lost_answer_rate):
-            self._hit(f"an answer was lost: {callee} => {caller} {method}")
+            self._hit(FaultKind.LOST_ANSWER, f"{callee} - {caller}")
             return Fault(delay_s, lose_answer=True)
         return Fault(delay_s)
 
@@ -104,16 +107,16 @@ class Network:
         self._log.note(here, f"<< {there}", f"{nbytes} bytes")
         weather = self._weather
         if self._chance(weather.read_hang_rate):
-            self._hit(f"a read hung: {here} from {there}", KEEPALIVE_S)
+            self._hit(FaultKind.READ_HANGS, f"{here} - {there}", KEEPALIVE_S)
             self._loop.call_later(KEEPALIVE_S, self.services.cut, here, there, context=Context())
             return ReadFault(hang=True)
         blocked_s = max(self._blocked_s(here, there), self._blocked_s(there, here))
         delay_s = max(self._stopped_s(there), blocked_s) + weather.read_delay_s * self._rng.random()
         if self._chance(weather.read_error_rate):
-            self._hit(f"a read failed: {here} from {there}")
+            self._hit(FaultKind.READ_FAILS, f"{here} - {there}")
             return ReadFault(delay_s, error="injected")
         if self._chance(weather.read_corrupt_rate):
-            self._hit(f"a read brought a wrong byte: {here} from {there}")
+            self._hit(FaultKind.READ_IS_WRONG, f"{here} - {there}")
             return ReadFault(delay_s, corrupt=True)
         return ReadFault(delay_s)
 
@@ -122,9 +125,9 @@ class Network:
     def _chance(self, rate: float) -> bool:
         return rate > 0 and not self.calm and self._rng.random() < rate
 
-    def _hit(self, what: str, lasts_s: float = 0.0) -> None:
-        self._log.note("network", what)
-        self.note(what, lasts_s)
+    def _hit(self, kind: FaultKind, who: str, lasts_s: float = 0.0) -> None:
+        self._log.note("network", kind, who)
+        self.note(kind, who, lasts_s)
 
     def _blocked_s(self, sender: str, receiver: str) -> float:
         return max(0.0, self._blocked.get((sender, receiver), 0.0) - self._loop.now)
@@ -135,8 +138,7 @@ class Network:
     def _latency_s(self, sender: str, receiver: str) -> float:
         weather = self._weather
         latency_s = weather.latency_s + weather.jitter_s * self._rng.random()
-        slow = self.is_slow(sender) or self.is_slow(receiver)
-        return latency_s * weather.slow_factor if slow else latency_s
+        return latency_s * max(self.slowness(sender), self.slowness(receiver))
 
 
 def _name(life: str) -> str:

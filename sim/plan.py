@@ -29,6 +29,21 @@ class FaultKind(StrEnum):
     ONE_WAY = "one-way partition"  # what `a` says does not reach `b`
     BREAK = "break"  # the streams between `a` and `b`
     SLOW = "slow"  # everything that `a` says and computes
+    LOST_CALL = "lost call"  # these and the following by chance: see Weather
+    LOST_ANSWER = "lost answer"
+    READ_FAILS = "failed read"
+    READ_HANGS = "hanging read"
+    READ_IS_WRONG = "wrong byte"
+
+
+PLANNED = (
+    FaultKind.KILL,
+    FaultKind.STOP,
+    FaultKind.PARTITION,
+    FaultKind.ONE_WAY,
+    FaultKind.BREAK,
+    FaultKind.SLOW,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +144,7 @@ def make_plan(seed: int) -> Plan:
     # A probe repeats what may be cached everywhere.
     chosen = rng.sample(clients, min(2, len(clients)))
     probes = tuple(_probe(number, client) for number, client in enumerate(chosen))
-    faults = tuple(sorted(_faults(rng, shape), key=lambda fault: fault.at))
+    faults = tuple(sorted(_faults(rng, shape, clients), key=lambda fault: fault.at))
     return Plan(seed, shape, _weather(rng, shape), clients, probes, faults)
 
 
@@ -140,7 +155,8 @@ def _shape(rng: Random) -> Shape:
 
     def machine(name: str, blocks: tuple[int, int]) -> Machine:
         low, high = (18, 24) if tiny else blocks
-        pace = Pace(rng.uniform(0.002, 0.01), rng.uniform(0.0002, 0.001), rng.random() < 0.3)
+        step_s = rng.choice((0.002, 0.01, 0.03)) * rng.uniform(0.7, 1.3)
+        pace = Pace(step_s, rng.uniform(0.0002, 0.001), rng.random() < 0.3)
         skewed = rng.random() < 0.5
         return Machine(
             name,
@@ -238,12 +254,15 @@ def _weather(rng: Random, shape: Shape) -> Weather:
     )
 
 
-def _faults(rng: Random, shape: Shape) -> list[Fault]:
+def _faults(rng: Random, shape: Shape, clients: tuple[Client, ...]) -> list[Fault]:
+    """Most of them while some request is on its way."""
     names = [machine.name for machine in shape.machines]
     faults = []
-    for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4))):
-        kind = rng.choice(tuple(FaultKind))
+    for _ in range(rng.choice((0, 1, 2, 2, 3, 4, 5, 6))):
+        kind = rng.choice(PLANNED)
         at = rng.uniform(0.05, TROUBLE_S)
+        if rng.random() < 0.8:
+            at = rng.choice(clients).at + rng.uniform(0.0, 0.4)
         duration = rng.choice((0.05, 0.3, 1.0, 3.0, 6.0)) * rng.uniform(0.5, 1.5)
         one = rng.choice(names)
         if kind in (FaultKind.KILL, FaultKind.STOP) and rng.random() < 0.1:

@@ -182,7 +182,8 @@ class _Run:
 
     def _note(self, fault: Fault, lasts_s: float) -> None:
         self._log.note("FAULT", str(fault))
-        self._network.note(f"{fault.kind} {fault.a} {fault.b}", lasts_s)
+        who = f"{fault.a} - {fault.b}" if fault.b else fault.a
+        self._network.note(fault.kind, who, lasts_s)
 
     async def _kill(self, fault: Fault, until: float) -> None:
         process = self._cluster.process(fault.a)

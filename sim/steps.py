@@ -49,10 +49,17 @@ class _Step:
 class ModelledSteps:
     """Implements `baton.engine.step.Steps`."""
 
-    def __init__(self, runner: ModelledRunner, pace: Pace, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        runner: ModelledRunner,
+        pace: Pace,
+        slowness: Callable[[], float],
+        wake: Callable[[], None],
+    ) -> None:
         self.recovering = False
         self._runner = runner
         self._pace = pace
+        self._slowness = slowness  # what the pace is multiplied by now
         self._wake = wake
         self._steps: deque[_Step] = deque()  # those that have ended are in it until they were told
         self._ended = 0  # of these
@@ -107,7 +114,8 @@ class ModelledSteps:
         self._go_on(step, 0)
 
     def _go_on(self, step: _Step, group: int) -> None:
-        duration = self._pace.of(step.batch) / len(self._runner.group_ends)
+        whole_s = self._pace.of(step.batch) * self._slowness()
+        duration = whole_s / len(self._runner.group_ends)
         asyncio.get_running_loop().call_later(duration, self._group_done, step, group)
 
     def _group_done(self, step: _Step, group: int) -> None:
