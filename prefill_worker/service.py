@@ -74,6 +74,11 @@ class PrefillService:
         """That others read now, handoffs aside."""
         return len(self._engine.loans.leases)
 
+    @property
+    def published(self) -> tuple[AttemptId, ...]:
+        """Attempts that are, or may be, under a lease."""
+        return self._publisher.live()
+
     def check_integrity(self) -> None:
         """Raises InternalError when blocks, attempts or leases are not accounted for."""
         self._engine.check_integrity()

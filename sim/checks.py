@@ -2,6 +2,7 @@
 
 A request must get its answer, unless
   - its client went away                                       (cancelled),
+  - its deadline was so short that the plan says so            (deadline_exceeded),
   - its conductor was killed                                   (conductor_lost),
   - incidents were at work when it ended and for TROUBLE_S before, or RetryOptions.failures of them
     hit it: its attempts failed one after the other            (a retryable error),
@@ -21,6 +22,7 @@ from baton.types.fleet import BlockState
 from conductor.retries import RetryOptions
 from conductor.service import Conductor
 from kvstore.service import StoreService
+from prefill_worker.service import PrefillService
 from sim.clients import CONDUCTOR_LOST, Story, right_text
 from sim.cluster import Cluster, Hosted
 from sim.network import KEEPALIVE_S, Incident
@@ -29,6 +31,8 @@ from sim.process import Process
 
 TROUBLE_S = 0.7  # which the pauses between RetryOptions.failures attempts take at least
 NEWS_S = 2.5  # until a conductor that came back knows its workers
+RELEASE_S = 0.5  # in which a cluster without faults lets go of a request that has ended
+LEASE_SLACK_S = 0.3  # after its time to live, for a lease to end
 GRACE_S = 0.5  # that an end may come after its deadline
 NEEDED_S = 10.0  # of a cluster without faults, which is ample for any request
 LAG_S = KEEPALIVE_S + 3.0  # until everybody has noticed what happened
@@ -76,6 +80,8 @@ def is_legitimate(story: Story, incidents: Sequence[Incident]) -> bool:
         return any(
             one.kind is FaultKind.KILL and one.who == CONDUCTOR for one in _during(story, incidents)
         )
+    if story.code == DeadlineExceeded.code and story.client.hurry:
+        return True
     if story.code == DeadlineExceeded.code:
         troubled = _union(_during(story, incidents), story)
         return story.client.deadline_s - troubled < NEEDED_S
@@ -111,6 +117,37 @@ def _union(incidents: Iterable[Incident], story: Story) -> float:
     return total
 
 
+def check_released(cluster: Cluster, story: Story) -> list[str]:
+    """RELEASE_S after a request has ended nobody works on it, unless some fault is to blame."""
+    if _during(story, cluster.network.incidents):
+        return []
+    name = story.client.name
+    return [
+        f"{worker} still works on {attempt}, which ended {RELEASE_S} s ago"
+        for worker, hosted in cluster.workers.items()
+        for attempt in hosted.service.links.attempts
+        if attempt.request_id.startswith(f"{name}~")
+    ]
+
+
+def check_leases(cluster: Cluster, now: float) -> list[str]:
+    """No lease outlives its time when whoever reads has fallen silent."""
+    wrong = []
+    limit_s = cluster.shape.lease_ttl_s + LEASE_SLACK_S
+    for name, hosted in cluster.workers.items():
+        service = hosted.service
+        if not isinstance(service, PrefillService) or hosted.process.halted:
+            continue
+        for attempt in service.published:
+            renewed_at = cluster.network.renewed_at(name, attempt)
+            if renewed_at is None:
+                continue
+            silent_s = now - max(renewed_at, hosted.process.went_on_at)
+            if silent_s > limit_s:
+                wrong.append(f"{name} keeps {attempt} leased, {silent_s:.2f} s after its renewal")
+    return wrong
+
+
 def is_idle(hosted: Hosted) -> bool:
     load = hosted.service.load()
     settled = load.blocks_in(BlockState.FREE, BlockState.CACHED)
@@ -128,21 +165,24 @@ def check_books(cluster: Cluster) -> list[str]:
         except BatonError as error:
             wrong.append(f"the books of {name} are wrong: {error.message}")
     if cluster.conductor is not None:
-        wrong += _check_map(cluster.conductor.service, cluster.workers)
+        wrong += _check_map(cluster, cluster.conductor.service)
     return wrong
 
 
-def _check_map(conductor: Conductor, workers: dict[str, Hosted]) -> list[str]:
+def _check_map(cluster: Cluster, conductor: Conductor) -> list[str]:
     """What the conductor knows of blocks is what their holders have."""
     known = conductor.fleet.prefix_map
-    wrong, total = [], 0
-    for name, hosted in workers.items():
+    wrong, total, all_told = [], 0, True
+    for name, hosted in cluster.workers.items():
+        if not cluster.network.knows_of_loss(name, CONDUCTOR):
+            all_told = False
+            continue
         for tier, keys in _holdings(hosted):
             total += len(keys)
             missing = [key for key in keys if (name, tier) not in known.holders(key)]
             if missing:
                 wrong.append(f"the prefix map lacks {len(missing)} blocks of {name}")
-    if known.num_entries != total:
+    if all_told and known.num_entries != total:
         wrong.append(f"the prefix map has {known.num_entries} entries, the holders {total} blocks")
     return wrong
 

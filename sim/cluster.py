@@ -21,10 +21,10 @@ from baton.kv.identity import Identity, life
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.loopback import LoopbackTransport
 from baton.kv.transport.shared import SharedTransport
-from baton.rpc.membership import Membership
 from baton.tokenizer import Tokenizer, TokenizerConfig
 from baton.types.fleet import KvLayout, Role, WorkerInfo
 from baton.types.kv_events import Tier
+from baton.worker.conductors import ConductorSet
 from baton.worker.lifecycle import StopSignals
 from baton.worker.parts import WorkerParts
 from baton.worker.serving import Service, live
@@ -63,7 +63,7 @@ class Hosted:
     service: PrefillService | DecodeService | StoreService
     memory: PoolMemory
     transport: LoopbackTransport
-    membership: Membership
+    membership: ConductorSet
     signals: StopSignals
     main: asyncio.Task[None]
     check_integrity: Callable[[], None]
@@ -182,8 +182,8 @@ class Cluster:
                 service, info = self._make_worker(role, identity, machine, transport, memory)
                 check = service.check_integrity
             close = stack.pop_all()
-        fleet = self.network.services.fleet_client(process.name, CONDUCTOR)
-        membership = Membership(fleet, info, service.load)
+        connect = partial(self.network.services.fleet_client, process.name)
+        membership = ConductorSet((CONDUCTOR,), None, connect, info, service.load)
         signals = StopSignals()
         main = process.spawn(_live(service, membership, signals, close), f"main {process.name}")
         return Hosted(process, service, memory, transport, membership, signals, main, check)
@@ -289,7 +289,7 @@ class Cluster:
 
 
 async def _live(
-    service: Service, membership: Membership, signals: StopSignals, close: AsyncExitStack
+    service: Service, membership: ConductorSet, signals: StopSignals, close: AsyncExitStack
 ) -> None:
     async with close:
         await live(service, membership, _ready, DRAIN_S, signals)

@@ -73,7 +73,7 @@ def summarize(outcomes: list[Outcome], wall_s: float) -> dict[str, object]:
         codes.update(dict(outcome.codes))
         faults.update(outcome.faults)
     requests = sum(codes.values())
-    failed = sum(n for code, n in codes.items() if code not in ("ok", "cancelled"))
+    failed = sum(n for code, n in codes.items() if code not in ("ok", "cancelled", "hurried"))
     return {
         "seeds": len(outcomes),
         "failed_seeds": [outcome.seed for outcome in outcomes if outcome.violations],

@@ -14,6 +14,9 @@ from random import Random
 from baton.kv.transport.loopback import Fault as ReadFault
 from baton.kv.transport.loopback import LoopbackFabric
 from baton.rpc.memory import Fault, MemoryNetwork
+from baton.types.handoff import Ranges, Renew
+from baton.types.kv_events import KvEvents, KvSnapshot
+from baton.types.request import AttemptId
 from sim.log import EventLog
 from sim.loop import SimLoop
 from sim.plan import FaultKind, Weather
@@ -47,6 +50,17 @@ class Network:
         self._blocked: dict[tuple[str, str], float] = {}  # (from, to) -> until
         self._slow: dict[str, float] = {}
         self._stopped: dict[str, float] = {}
+        self._untold: set[tuple[str, str]] = set()
+        self._renewed: dict[tuple[str, AttemptId], float] = {}  # (publisher, attempt) -> when
+
+    def knows_of_loss(self, sender: str, receiver: str) -> bool:
+        """Whether `receiver` can have noticed that news from `sender` was lost: the next news
+        show it."""
+        return (sender, receiver) not in self._untold
+
+    def renewed_at(self, publisher: str, attempt: AttemptId) -> float | None:
+        """When somebody last did what keeps the lease of published KV alive; None: never."""
+        return self._renewed.get((publisher, attempt))
 
     # -- what faults do ------------------------------------------------------------------------
 
@@ -80,8 +94,15 @@ class Network:
         if self._chance(self._weather.break_rate):
             self._hit(FaultKind.BREAK, f"{sender} - {receiver}")
             return Fault(lose=True)
-        blocked_s = self._blocked_s(sender, receiver)
-        return Fault(delay_s=self._latency_s(sender, receiver) + blocked_s)
+        if isinstance(message, (KvEvents, KvSnapshot)):
+            self._untold.discard((sender, receiver))
+        if isinstance(message, KvEvents) and self._chance(self._weather.lost_news_rate):
+            self._hit(FaultKind.LOST_NEWS, f"{sender} - {receiver}")
+            self._untold.add((sender, receiver))
+            return Fault(skip=True)
+        delay_s = self._latency_s(sender, receiver) + self._blocked_s(sender, receiver)
+        self._note_renewal(sender, receiver, message, self._loop.now + delay_s)
+        return Fault(delay_s=delay_s)
 
     def on_call(self, caller: str, callee: str, method: str) -> Fault:
         self._log.note(caller, f"=> {callee}", method)
@@ -128,6 +149,15 @@ class Network:
     def _hit(self, kind: FaultKind, who: str, lasts_s: float = 0.0) -> None:
         self._log.note("network", kind, who)
         self.note(kind, who, lasts_s)
+
+    def _note_renewal(self, sender: str, receiver: str, message: object, arrives_at: float) -> None:
+        match message:
+            case Ranges():  # the lease runs at the latest from now on
+                self._renewed.setdefault((sender, message.attempt), self._loop.now)
+            case Renew(attempts):
+                for attempt in attempts:
+                    if (receiver, attempt) in self._renewed:
+                        self._renewed[receiver, attempt] = arrives_at
 
     def _blocked_s(self, sender: str, receiver: str) -> float:
         return max(0.0, self._blocked.get((sender, receiver), 0.0) - self._loop.now)

@@ -34,6 +34,7 @@ class FaultKind(StrEnum):
     READ_FAILS = "failed read"
     READ_HANGS = "hanging read"
     READ_IS_WRONG = "wrong byte"
+    LOST_NEWS = "lost news"
 
 
 PLANNED = (
@@ -77,6 +78,7 @@ class Weather:
     read_error_rate: float = 0.0
     read_corrupt_rate: float = 0.0
     read_hang_rate: float = 0.0
+    lost_news_rate: float = 0.0  # one KvEvents is lost: its number is missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,8 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One request: `cancel_after` tokens its client goes away."""
+    """One request. After `cancel_after` tokens its client goes away; one in a `hurry` may be too
+    late even where nothing goes wrong."""
 
     name: str
     at: float
@@ -125,6 +128,7 @@ class Client:
     salt: str
     deadline_s: float = DEADLINE_S
     cancel_after: int | None = None
+    hurry: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,15 +196,15 @@ def _clients(rng: Random, shape: Shape) -> tuple[Client, ...]:
     for number in range(rng.randint(5, 10)):
         before = rng.choice(clients) if clients and rng.random() < 0.25 else None
         if (
-            before and before.cancel_after is None and len(before.prompt) < 28
+            before and len(before.prompt) + len(before.expected) < 48
         ):  # the next turn of a conversation
             prompt, salt = (*before.prompt, *before.expected), before.salt
         else:
             prompt, salt = rng.choice(prefixes), rng.choice(salts)
         prompt = (*prompt, *_tokens(rng, rng.randint(1, 10)))
-        cancelled = rng.random() < 0.15
+        cancelled, hurry = rng.random() < 0.15, rng.random() < 0.1
         room = 18 * BLOCK_SIZE - len(prompt)
-        length = room if cancelled else min(room, rng.choice((1, 2, 4, 8, 12, 16, 20)))
+        length = room if cancelled or hurry else min(room, rng.choice((1, 2, 4, 8, 12, 16, 20)))
         sampling = SamplingParams(
             temperature=rng.choice((0.0, 1.0)), seed=rng.getrandbits(64), max_tokens=length
         )
@@ -212,7 +216,9 @@ def _clients(rng: Random, shape: Shape) -> tuple[Client, ...]:
                 sampling=sampling,
                 expected=tuple(expected_answer(prompt, sampling, shape.num_layers)),
                 salt=salt,
+                deadline_s=rng.uniform(0.02, 1.0) if hurry else DEADLINE_S,
                 cancel_after=rng.randint(0, 5) if cancelled else None,
+                hurry=hurry,
             )
         )
     return tuple(clients)
@@ -247,10 +253,11 @@ def _weather(rng: Random, shape: Shape) -> Weather:
         break_rate=sometimes(0.002),
         lost_call_rate=sometimes(0.1),
         lost_answer_rate=sometimes(0.1),
-        read_delay_s=rng.choice((0.0, 0.001, 0.05)),
+        read_delay_s=rng.choice((0.0, 0.001, 0.05, 0.3)),
         read_error_rate=sometimes(0.05),
         read_corrupt_rate=sometimes(0.05) if shape.verify is not Verify.OFF else 0.0,
         read_hang_rate=sometimes(0.02),
+        lost_news_rate=sometimes(0.1),
     )
 
 

@@ -34,12 +34,15 @@ class Process:
         self.clock = clock
         self.condition = Condition.RUNNING
         self.halted = False
+        self.went_on_at = 0.0  # the network's time
         self.context = Context()
         self.context.run(OWNER.set, self)
         self._held: list[asyncio.Handle] = []
         self._fuse = 0
         self._at_fuse: Callable[[], None] | None = None
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, SimLoop)
+        self._loop = loop
         self.gone = self._loop.create_future()  # done when it is dead
 
     def do(self, work: Callable[[], T]) -> T:
@@ -74,6 +77,7 @@ class Process:
         """It does at once what it was kept from, in the order in which it came up."""
         if self.condition is Condition.STOPPED:
             self.condition, self.halted = Condition.RUNNING, False
+            self.went_on_at = self._loop.now
             self._release()
 
     def kill(self) -> None:
@@ -110,5 +114,4 @@ class Process:
 
     def _release(self) -> None:
         held, self._held = self._held, []
-        if isinstance(self._loop, SimLoop):
-            self._loop.resume(held)
+        self._loop.resume(held)

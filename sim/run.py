@@ -13,8 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from baton.errors import DeadlineExceeded
 from baton.types.fleet import WorkerState
-from sim.checks import check_books, check_gone, check_story, is_idle
+from sim.checks import (
+    RELEASE_S,
+    check_books,
+    check_gone,
+    check_leases,
+    check_released,
+    check_story,
+    is_idle,
+)
 from sim.clients import CONDUCTOR_LOST, Story, ask
 from sim.cluster import Cluster
 from sim.log import ErrorsAreViolations, EventLog
@@ -73,7 +82,7 @@ def run_plan(plan: Plan, verbose: bool = False) -> Outcome:
     return Outcome(
         seed=plan.seed,
         violations=violations,
-        codes=tuple(sorted(Counter(story.code for story in run.stories).items())),
+        codes=tuple(sorted(Counter(_kind(story) for story in run.stories).items())),
         faults=tuple(fault.kind.value for fault in plan.faults),
         virtual_s=loop.now,
         digest=digest,
@@ -96,6 +105,7 @@ class _Run:
         await cluster.start_all()
         if not await self._until(self._all_live, HEAL_S):
             log.violation("the cluster did not start")
+        watching = asyncio.create_task(self._watch_leases())
         async with asyncio.TaskGroup() as group:
             for fault in self._plan.faults:
                 group.create_task(self._suffer(fault))
@@ -107,6 +117,7 @@ class _Run:
             log.violation(f"the cluster did not heal: {self._states()}")
         for probe in self._plan.probes:
             await self._be_client(probe, is_probe=True)
+        watching.cancel()
         await self._until(self._all_idle, IDLE_S)
         await asyncio.sleep(1.0)  # for the last news of blocks
         for wrong in check_books(cluster):
@@ -150,8 +161,17 @@ class _Run:
             story.code = "cancelled"
         story.ended = self._loop.now
         tiring.cancel()
+        await asyncio.sleep(RELEASE_S)
+        for wrong in check_released(self._cluster, story):
+            self._log.violation(wrong)
         if is_probe and story.code != "ok":
             self._log.violation(f"{client.name} failed in a healed cluster: {story.code}")
+
+    async def _watch_leases(self) -> None:
+        while not self._log.violations:
+            for wrong in check_leases(self._cluster, self._loop.now):
+                self._log.violation(wrong)
+            await asyncio.sleep(POLL_S)
 
     # -- faults --------------------------------------------------------------------------------
 
@@ -280,6 +300,12 @@ class _Run:
         for process in cluster.processes():
             for wrong in check_gone(process):
                 self._log.violation(wrong)
+
+
+def _kind(story: Story) -> str:
+    """How it ended. Who had no time to wait is not counted as failed."""
+    late = story.client.hurry and story.code == DeadlineExceeded.code
+    return "hurried" if late else story.code
 
 
 def _why(task: asyncio.Task[None]) -> str:

@@ -43,12 +43,14 @@ class Fault:
 
     `delay_s` comes first. `lose` breaks the stream instead of delivering the message, or makes the
     call fail without reaching the service. `lose_answer` (calls only) fails it after the service
-    has acted.
+    has acted. `skip` (messages only) loses this one alone: no stream does that, but whoever
+    numbers messages must notice.
     """
 
     delay_s: float = 0.0
     lose: bool = False
     lose_answer: bool = False
+    skip: bool = False
 
 
 NO_FAULT = Fault()
@@ -93,7 +95,8 @@ class MemoryDuplex(Generic[Out, In]):
         fault = self._plan.on_message(self._here, self._there, message)
         if fault.lose:
             self.cut(f"the stream between {self._here} and {self._there} broke")
-        await self._out.put(message, fault.delay_s)
+        if not fault.skip:
+            await self._out.put(message, fault.delay_s)
 
     async def receive(self) -> In:
         return await self._into.get()

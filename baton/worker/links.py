@@ -112,10 +112,13 @@ class LinkServer:
     def report(self, outputs: tuple[AttemptOutput, ...]) -> None:
         """Tell each conductor about its attempts; the outputs of one call go in one message.
 
-        Outputs of attempts that have had their Finish, or were cancelled, are dropped.
+        Outputs of attempts that have had their Finish, or were cancelled, are dropped. What they
+        did to load and blocks is told all the same.
         """
         for output in outputs:
             held = self._held.get(output.attempt)
+            if held is None or held.link is None:
+                self.load_changed()
             if held is None:
                 continue
             if held.tail is not None:
@@ -139,6 +142,11 @@ class LinkServer:
         """Blocks came free or were taken without any output: conductors hear of it too."""
         for link in self._links:
             link.wake.set()
+
+    @property
+    def attempts(self) -> tuple[AttemptId, ...]:
+        """That this worker works on now."""
+        return tuple(self._held)
 
     # -- shutdown ------------------------------------------------------------------------------
 
