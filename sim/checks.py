@@ -6,7 +6,7 @@ A request must get its answer, unless
   - its conductor was killed                                   (conductor_lost),
   - incidents were at work when it ended and for TROUBLE_S before, or RetryOptions.failures of them
     hit it: its attempts failed one after the other            (a retryable error),
-  - two incidents that can look like a worker's death hit it   (poison_request),
+  - two incidents that can amount to a worker's death hit it   (poison_request),
   - the conductor had just come back, and knew of nobody       (no_worker), or
   - incidents left it less healthy time than NEEDED_S          (deadline_exceeded).
 
@@ -39,13 +39,7 @@ LAG_S = KEEPALIVE_S + 3.0  # until everybody has noticed what happened
 
 RETRYABLE = {kind.code for kind in BatonError.__subclasses__() if kind.retryable}
 RETRYABLE |= {"digest_mismatch"}
-LOOK_DEADLY = {
-    FaultKind.KILL,
-    FaultKind.STOP,
-    FaultKind.PARTITION,
-    FaultKind.ONE_WAY,
-    FaultKind.BREAK,
-}
+LOOK_DEADLY = {FaultKind.KILL, FaultKind.STOP, FaultKind.PARTITION, FaultKind.ONE_WAY}
 
 
 def check_story(story: Story, incidents: Sequence[Incident], halted_s: float) -> list[str]:
@@ -87,7 +81,7 @@ def is_legitimate(story: Story, incidents: Sequence[Incident]) -> bool:
         return story.client.deadline_s - troubled < NEEDED_S
     during = _during(story, incidents)
     if story.code == PoisonRequest.code:
-        return sum(one.kind in LOOK_DEADLY for one in during) >= RetryOptions().losses
+        return sum(one.kind in LOOK_DEADLY for one in during) >= RetryOptions().deaths
     if story.code == NoWorker.code:
         return any(
             one.kind is FaultKind.KILL

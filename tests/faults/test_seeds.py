@@ -1,4 +1,4 @@
-"""The fault harness itself: many seeds, every one repeatable, and each bug it found."""
+"""The fault harness itself: many seeds, and every one repeatable."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ from sim.run import run_seed
 SEEDS = 200
 CHUNK = 20
 
-# What the harness found in the past, by the seed that showed it. Plans change with the harness:
-# each bug has a test of its own as well, named here.
-FOUND = {
-    87: "an offering task ignored its cancellation (test_blocks_offers)",
-    161: "an early attach ended a request as if its deadline had passed (test_handoff_failures)",
-}
-
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 def test_nothing_goes_wrong_under_faults(first: int) -> None:
@@ -30,11 +23,6 @@ def test_nothing_goes_wrong_under_faults(first: int) -> None:
     summary = summarize(outcomes, 0.0)
     assert summary["requests"] > 5 * CHUNK
     assert summary["error_share"] < 0.25, "a harness in which everything fails shows nothing"
-
-
-@pytest.mark.parametrize("seed", FOUND)
-def test_what_was_found_once_stays_mended(seed: int) -> None:
-    assert not run_seed(seed).violations, FOUND[seed]
 
 
 def test_a_seed_is_the_same_run_in_every_process() -> None:

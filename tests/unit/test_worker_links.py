@@ -115,6 +115,15 @@ async def test_a_changed_load_is_told_once() -> None:
         assert (await receive(stream)).outputs == (token(AttemptId("a")),)
 
 
+async def test_what_a_forgotten_attempt_did_to_the_load_is_told() -> None:
+    """Found by the fault harness: its link had gone, and others never heard of its end."""
+    async with rig() as r:
+        stream = await r.connect()
+        r.duty.load = WorkerLoad(waiting=2)
+        r.links.report((token(AttemptId("unknown")),))
+        assert await receive(stream) == StepReport((), WorkerLoad(waiting=2))
+
+
 @pytest.mark.parametrize("by_message", [True, False])
 async def test_draining_refuses_new_attempts_and_waits_for_the_rest(by_message: bool) -> None:
     async with rig() as r:
