@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,12 +17,7 @@ import baton.kv.blocks.offer
 from baton.errors import DeadlineExceeded
 from baton.kv.handoff.publisher import HandoffPublisher
 from baton.rpc.errors import to_wire
-from baton.types.fleet import Peer, Role
 from baton.types.handoff import Refused
-from baton.types.request import AttemptOutput
-from baton.worker.links import LinkServer
-from conductor.link import Stage
-from conductor.retries import Tries
 from sim.run import run_seed
 
 Patch = pytest.MonkeyPatch
@@ -49,34 +43,9 @@ def an_early_attach_ended_the_request(patch: Patch) -> None:
     patch.setattr(HandoffPublisher, "_expire", as_before)
 
 
-def nobody_heard_of_blocks_of_forgotten_attempts(patch: Patch) -> None:
-    """When an attempt ended that no conductor held any more, load and blocks changed in silence: an
-    idle worker looked busy until something else happened. test_worker_links.py"""
-    report = LinkServer.report
-
-    def as_before(links: LinkServer, outputs: tuple[AttemptOutput, ...]) -> None:
-        report(links, tuple(output for output in outputs if output.attempt in links._held))
-
-    patch.setattr(LinkServer, "report", as_before)
-
-
-def one_death_was_counted_twice(patch: Patch) -> None:
-    """A request whose next attempt went to the same dead worker, before it was missed, was stopped
-    as poison. test_conductor_retries.py"""
-    on_loss = Tries.on_loss
-
-    def as_before(tries: Tries, number: int, duty: Role, stage: Stage, worker: Peer) -> None:
-        life = replace(worker, incarnation=f"{worker.incarnation}, attempt {number}")
-        on_loss(tries, number, duty, stage, life)
-
-    patch.setattr(Tries, "on_loss", as_before)
-
-
 FOUND: dict[Callable[[Patch], None], int] = {
     offers_ignored_their_cancellation: 25,
     an_early_attach_ended_the_request: 21,
-    nobody_heard_of_blocks_of_forgotten_attempts: 1466,
-    one_death_was_counted_twice: 132,
 }
 
 
