@@ -1,0 +1,1 @@
+"""Real processes, real signals: what dies, when, and what clients see of it."""

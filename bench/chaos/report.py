@@ -1,0 +1,117 @@
+"""What came of a run: one line per repetition, a table, and JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from bench.chaos.cluster import Leftovers, Shape
+from bench.chaos.repetition import Fault, Outcome
+
+SLOW_S = 3.0
+
+_HEADER = (
+    "| killed or stopped | phase | signal | repetitions | requests | lost | wrong tokens "
+    "| blocks leaked | added latency p50 / p99, s | noticed p50 / p99, s | recovery p50 / p99, s |"
+)
+_RULE = "| --- | --- | --- " + "| ---: " * 8 + "|"
+
+
+def line(outcome: Outcome) -> str:
+    """For somebody who watches."""
+    cell = outcome.cell
+    what = cell.phase if cell.fault is Fault.NONE else f"{cell.fault} {outcome.victim} {cell.phase}"
+    recovery = "" if outcome.recovery_s is None else f", back after {outcome.recovery_s:.1f} s"
+    noticed = "" if outcome.noticed_s is None else f", noticed after {outcome.noticed_s:.1f} s"
+    misses = f", missed {outcome.missed} times" if outcome.missed else ""
+    problems = "".join(
+        f"\n    {name}: {problem}"
+        for name in ("lost", "wrong", "leaked")
+        for problem in getattr(outcome, name)
+    )
+    took = f"{outcome.marked_s:.1f} s in {len(outcome.attempts)} attempts"
+    if outcome.marked_s > SLOW_S:
+        problems += "".join(f"\n    {attempt}" for attempt in outcome.attempts)
+    return f"{what}: {took}{noticed}{recovery}{misses}{problems}"
+
+
+def content(
+    command: str,
+    shape: Shape,
+    outcomes: Sequence[Outcome],
+    missed: Sequence[str],
+    left: Leftovers,
+) -> dict[str, Any]:
+    return {
+        "command": command,
+        "cluster": asdict(shape),
+        "outcomes": [outcome.as_json() for outcome in outcomes],
+        "missed": list(missed),
+        "left": asdict(left),
+    }
+
+
+def as_markdown(content: Mapping[str, Any]) -> str:
+    """A table with a row per kind, phase and signal, and what was left at the end."""
+    outcomes = content["outcomes"]
+    undisturbed = {
+        phase: statistics.median(o["marked_s"] for o in group)
+        for (_, phase, fault), group in _cells(outcomes).items()
+        if fault == Fault.NONE
+    }
+    rows = [_HEADER, _RULE]
+    for (kind, phase, fault), group in _cells(outcomes).items():
+        if fault != Fault.NONE:
+            usual = undisturbed.get(phase)
+            added = [] if usual is None else [o["marked_s"] - usual for o in group]
+            rows.append(_row(kind, phase, fault, group, added))
+    hit = [o for o in outcomes if o["cell"]["fault"] != Fault.NONE]
+    rows.append(_row("all", "", "", hit, []))
+    left = content["left"]
+    rows += ["", f"Undisturbed, median s: {_named(undisturbed)}."]
+    rows += [f"Phases that could not be caught: {len(content['missed'])}."]
+    remains = {name: len(left[name]) for name in ("processes", "segments", "files")}
+    codes = {name: code for name, code in left["exit_codes"].items() if code}
+    rows += [f"Left after the end: {remains}; exit codes other than 0: {codes or 'none'}."]
+    return "\n".join(rows)
+
+
+def _cells(
+    outcomes: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
+    cells: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for outcome in outcomes:
+        cell = outcome["cell"]
+        cells.setdefault((cell["kind"], cell["phase"], cell["fault"]), []).append(outcome)
+    return cells
+
+
+def _row(
+    kind: str, phase: str, fault: str, group: Sequence[Mapping[str, Any]], added: Sequence[float]
+) -> str:
+    counts = [sum(len(o[name]) for o in group) for name in ("lost", "wrong", "leaked")]
+    requests = sum(o["requests"] for o in group)
+    times = [_spread(added)] + [
+        _spread([o[name] for o in group if o[name] is not None])
+        for name in ("noticed_s", "recovery_s")
+    ]
+    cells = [kind, phase, fault, len(group), requests, *counts, *times]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{statistics.median(values):.1f} / {_p99(values):.1f}"
+
+
+def _p99(values: Sequence[float]) -> float:
+    """The value that 99 % do not exceed; the largest of fewer than a hundred."""
+    ranked = sorted(values)
+    return ranked[min(len(ranked) - 1, -(-99 * len(ranked) // 100) - 1)]
+
+
+def _named(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f}" for name, value in values.items()) or "none"
