@@ -10,6 +10,8 @@ SERVE_FLAGS ?=
 BENCH_FLAGS ?=
 SEEDS       ?= 2000
 FAULT_FLAGS ?=
+REPETITIONS ?= 20
+CHAOS_FLAGS ?=
 PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
@@ -17,7 +19,7 @@ NATIVE := setup.py $(wildcard baton/native/src/*)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test faults lint format proto bench bench-gpu demo-model clean
+.PHONY: help venv serve test faults chaos lint format proto bench bench-gpu demo-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -60,6 +62,9 @@ test: lint ## everything that CI runs
 
 faults: $(VENV)/.dev ## SEEDS runs of a modelled cluster under faults, each exactly repeatable
 	$(BIN)/python -m sim.faults --seeds $(SEEDS) $(FAULT_FLAGS)
+
+chaos: $(VENV)/.dev ## real processes killed and stopped in every phase of a request; needs redis-server
+	$(BIN)/python -m bench.chaos --repetitions $(REPETITIONS) $(CHAOS_FLAGS)
 
 format: $(VENV)/.dev ## rewrite the sources with ruff
 	$(BIN)/ruff check --fix .

@@ -75,10 +75,7 @@ class Cluster:
         self._ports = {name: (free_port(), free_port()) for name in shape.conductor_names}
         self._tmp = directory / "tmp"
         self._tmp.mkdir()
-        store_port = free_port()
-        # Not the same in two clusters on one machine: files in shared memory are named after it.
-        self.store = f"store-{store_port}"
-        commands = _commands(shape, self._ports, store_port, self._redis_port)
+        commands = _commands(shape, self._ports, free_port(), self._redis_port)
         self.kept = {name: Kept(self._with_env(name, argv), directory) for name, argv in commands}
         self._dialer = GrpcWorkerDialer(self._token)
         self._addresses: dict[str, str] = {}  # of workers
@@ -134,7 +131,7 @@ class Cluster:
         if name == "redis":
             return await self._announced() >= set(self.shape.conductor_names)
         if name in self.shape.conductor_names:
-            others = (*self.shape.workers, self.store)
+            others = (*self.shape.workers, "store-0")
             live = await asyncio.gather(*(self._sees(name, other) for other in others))
             return all(live) and name in await self._announced()
         conductors = self.shape.conductor_names
@@ -188,7 +185,7 @@ class Cluster:
     async def stop(self) -> Leftovers:
         """Workers first, so that they can say goodbye."""
         codes: dict[str, int] = {}
-        for names in (self.shape.workers, (self.store,), self.shape.conductor_names, ("redis",)):
+        for names in (self.shape.workers, ("store-0",), self.shape.conductor_names, ("redis",)):
             ended = await asyncio.gather(*(self.kept[name].stop() for name in names))
             codes |= dict(zip(names, ended, strict=True))
         return Leftovers(
@@ -261,8 +258,10 @@ def _commands(
         at = ("--port", str(http), "--grpc-port", str(grpc), "--local-prefill-tokens", "0")
         commands.append((name, _python("conductor", name, *at, "--exit-with-parent", *ttl)))
     size = ("--memory-mib", str(shape.store_mib), "--no-keep-memory", "--dtype", shape.dtype)
-    flags = (*size, "--listen", store_at, "--exit-with-parent", *ttl)
-    commands.append((f"store-{store_port}", _python("kvstore", f"store-{store_port}", *flags)))
+    # Two clusters of one machine must not share its files in shared memory.
+    memory = ("--memory-name", f"chaos-{store_port}")
+    flags = (*size, *memory, "--listen", store_at, "--exit-with-parent", *ttl)
+    commands.append(("store-0", _python("kvstore", "store-0", *flags)))
     for name in shape.workers:
         role = name.partition("-")[0]
         commands.append((name, _python(f"{role}_worker", name, *worker_flags)))

@@ -6,9 +6,8 @@ import asyncio
 import itertools
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from baton.types.fleet import BlockState
 from bench.chaos.clients import Asking
@@ -71,9 +70,6 @@ class Outcome:
     def good(self) -> bool:
         return not (self.lost or self.wrong or self.leaked)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class Repetitions:
     """Makes them, one after the other, on one cluster."""
@@ -112,7 +108,7 @@ class Repetitions:
             group.create_task(marked.run())
             try:
                 placed = await find(cluster, conductors[0], request_id)
-                victim = _victim(cell.kind, placed, cluster.store)
+                victim = _victim(cell.kind, placed)
                 async with held_in(cell.phase, cluster, placed, marked, victim):
                     hit_at, life = _now(), cluster.kept[victim].pid
                     if cell.fault is Fault.KILL:
@@ -235,11 +231,11 @@ async def _lives_again(kept: Kept, life: int) -> bool:
     return kept.runs and kept.pid != life
 
 
-def _victim(kind: Kind, placed: Placed, store: str) -> str:
+def _victim(kind: Kind, placed: Placed) -> str:
     return {
         Kind.PREFILL: placed.prefill,
         Kind.DECODE: placed.decode,
-        Kind.STORE: store,
+        Kind.STORE: "store-0",
         Kind.CONDUCTOR: placed.conductor,
         Kind.REDIS: "redis",
     }[kind]

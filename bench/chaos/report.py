@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.chaos.cluster import Leftovers, Shape
-from bench.chaos.repetition import Fault, Outcome
+from bench.chaos.cells import Result
+from bench.chaos.cluster import Shape
+from bench.chaos.repetition import Cell, Fault, Outcome
 
 SLOW_S = 3.0
 
@@ -19,8 +20,10 @@ _HEADER = (
 _RULE = "| --- | --- | --- " + "| ---: " * 8 + "|"
 
 
-def line(outcome: Outcome) -> str:
+def line(outcome: Outcome | Cell) -> str:
     """For somebody who watches."""
+    if isinstance(outcome, Cell):
+        return f"{outcome.fault} {outcome.kind} {outcome.phase}: the phase could not be caught"
     cell = outcome.cell
     what = cell.phase if cell.fault is Fault.NONE else f"{cell.fault} {outcome.victim} {cell.phase}"
     recovery = "" if outcome.recovery_s is None else f", back after {outcome.recovery_s:.1f} s"
@@ -37,20 +40,8 @@ def line(outcome: Outcome) -> str:
     return f"{what}: {took}{noticed}{recovery}{misses}{problems}"
 
 
-def content(
-    command: str,
-    shape: Shape,
-    outcomes: Sequence[Outcome],
-    missed: Sequence[str],
-    left: Leftovers,
-) -> dict[str, Any]:
-    return {
-        "command": command,
-        "cluster": asdict(shape),
-        "outcomes": [outcome.as_json() for outcome in outcomes],
-        "missed": list(missed),
-        "left": asdict(left),
-    }
+def content(command: str, shape: Shape, result: Result) -> dict[str, Any]:
+    return {"command": command, "cluster": asdict(shape), **asdict(result)}
 
 
 def as_markdown(content: Mapping[str, Any]) -> str:
