@@ -191,9 +191,9 @@ class AnswerRun:
         if self.phase is not Phase.RUNNING:
             return None
         lost = f"worker {worker} was lost while it held the request: {reason}"
-        if duty is Role.DECODE or self._early:  # early ones waited for the lost worker's token
-            self.fail(WorkerLost(lost))
-        elif not self._prefill_done and not (self._decoding and self.progressed):
+        if duty is Role.DECODE or self._early or not self.progressed:
+            self.fail(WorkerLost(lost))  # nobody else has the first token of this attempt
+        elif not self._prefill_done and not self._decoding:
             # The KV may have been handed over: the decode worker knows.
             self._awaiting = self._prefill_lost = lost
         return self._make_delta(())

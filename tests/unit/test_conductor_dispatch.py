@@ -291,7 +291,7 @@ async def test_a_prefill_worker_lost_during_the_handoff_is_noticed_in_time() -> 
         start = asyncio.get_running_loop().time()
         deltas, _ = await task  # tried again without the prefill worker
         assert text_of(deltas) == "abc"
-        assert asyncio.get_running_loop().time() - start < 6
+        assert asyncio.get_running_loop().time() - start < 1  # whatever the decode worker does
         await cluster.check_nothing_left()
 
 
