@@ -7,8 +7,9 @@ that is what its KV must be found for, or computed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
-from baton.types.fleet import Peer, Role
+from baton.types.fleet import Peer, Role, WorkerState
 from baton.types.link import Adopt, StartDecode, StartPrefill
 from baton.types.registry import AnswerPlace
 from baton.types.request import AttemptId, GenerationTask
@@ -19,6 +20,9 @@ from conductor.link import Assignment, Listener
 from conductor.prompt_keys import prompt_keys
 from conductor.request import Request
 from conductor.router import Decision, RouteOptions, RouteRequest, group_of, route
+
+JOIN_S = 3.0  # within which the workers of a conductor that has just started are linked
+JOIN_POLL_S = 0.1
 
 
 class Placer:
@@ -147,6 +151,20 @@ class Attempts:
         """Whether that life of the worker has a link."""
         found = self._fleet.view().find(peer.name)
         return found is not None and found.info.incarnation == peer.incarnation
+
+    async def wait_for_links(self, workers: Sequence[Peer]) -> None:
+        """To workers that this conductor does not know yet, when it has just started."""
+        now = asyncio.get_running_loop().time
+        until = now() + JOIN_S
+        while any(map(self._may_join, workers)) and now() < until:  # noqa: ASYNC110 (no event)
+            await asyncio.sleep(JOIN_POLL_S)
+
+    def _may_join(self, peer: Peer) -> bool:
+        """Whether that life of the worker may be about to have its first link."""
+        views = [view for view in self._fleet.view().workers if view.info.name == peer.name]
+        return not views or (
+            views[0].state is WorkerState.JOINING and views[0].info.incarnation == peer.incarnation
+        )
 
     def _place(self, attempt: AttemptId, *workers: Peer) -> None:
         self._placed[attempt] = workers

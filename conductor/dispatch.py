@@ -195,7 +195,9 @@ class Serving:
         there; the rest is made again."""
         record = await self._parts.records.find(self._request.key)
         reconnects = self._parts.metrics.reconnects
-        for place in record.answers if record is not None else ():
+        places = record.answers if record is not None else ()
+        await self._attempts.wait_for_links([place.decode for place in places])
+        for place in places:
             run = self._runs.get(place.attempt.request_id)
             if run is None or run.phase is not Phase.NEW:
                 continue

@@ -4,7 +4,7 @@ that answers can be orphaned and adopted. No handoffs: decode workers compute pr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -23,9 +23,16 @@ from baton.types.request import (
 )
 from baton.worker.links import LinkServer
 from conductor.service import Conductor, Policy
-from tests.fake_worker import tiny_model, wait_for, worker_info
+from tests.fake_worker import tiny_model, worker_info
 
 TOKEN_S = 1.0  # virtual time that a token takes
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Look a few times per token."""
+    async with asyncio.timeout(100.0):
+        while not condition():  # noqa: ASYNC110 (plain conditions have no event)
+            await asyncio.sleep(0.1)
 
 
 class ScriptedWorker:
@@ -74,8 +81,8 @@ class Site:
     conductors: list[Conductor] = field(default_factory=list)
     running: list[asyncio.Task[None]] = field(default_factory=list)
 
-    async def add_conductor(self, registry: bool = True) -> Conductor:
-        """Linked to all workers."""
+    async def add_conductor(self, registry: bool = True, alone: bool = False) -> Conductor:
+        """Linked to all workers, unless it is to be `alone` for now."""
         name = f"conductor-{len(self.conductors)}"
         conductor = Conductor(
             tiny_model(),
@@ -86,10 +93,14 @@ class Site:
         self.conductors.append(conductor)
         self.running.append(asyncio.create_task(conductor.run()))
         await asyncio.sleep(0)
+        if not alone:
+            await self.link_workers(conductor)
+        return conductor
+
+    async def link_workers(self, conductor: Conductor) -> None:
         for worker in self.workers:
             await conductor.fleet.register(worker_info(worker, Role.DECODE))
-        await wait_for(lambda: len(conductor.fleet.view().live(Role.DECODE)) == len(self.workers))
-        return conductor
+        await until(lambda: len(conductor.fleet.view().live(Role.DECODE)) == len(self.workers))
 
     async def kill_conductor(self, number: int) -> None:
         """As SIGKILL does: its links break, and nobody hears a last word of it."""
@@ -113,7 +124,7 @@ async def site(answer: tuple[int, ...], workers: int = 2) -> AsyncIterator[Site]
             await place.add_conductor()
             await place.add_conductor()
             yield place
-            await wait_for(lambda: not any(w.work for w in place.workers.values()), 60.0)
+            await until(lambda: not any(w.work for w in place.workers.values()))
             assert all(conductor.running == 0 for conductor in place.conductors)
         finally:
             for task in place.running:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from baton.errors import BatonError, InvalidRequest, NoWorker, StaleAttempt
+from baton.errors import BatonError, InvalidRequest, NoWorker, StaleAttempt, WorkerLost
 from conductor.answer_run import NUMBER_GAP, Delta
 from conductor.dispatch import Usage
 from conductor.request import Ask, Options, Sent
 from conductor.resume import Bookmark, digest_of, parse_token
 from conductor.service import Conductor
-from tests.fake_worker import EOS, wait_for
-from tests.scripted_worker import Site, site
+from tests.fake_worker import EOS
+from tests.scripted_worker import Site, site, until
 from tests.virtual_time import settle, virtual_time
 
 ANSWER = (*b"abcdefghij", EOS)
@@ -62,7 +62,7 @@ class Client:
 
 
 async def has(client: Client, deltas: int) -> None:
-    await wait_for(lambda: len(client.deltas) >= deltas, 100.0)
+    await until(lambda: len(client.deltas) >= deltas)
 
 
 async def lose_conductor(place: Site, client: Client, after: int) -> None:
@@ -141,6 +141,32 @@ async def test_a_drawn_seed_stays_the_same() -> None:
             seeds[task.attempt.request_id].add(task.sampling.seed)
         assert [len(found) for found in seeds.values()] == [1, 1]
         assert client.tokens(0) == client.tokens(1) == list(ANSWER)
+
+
+@virtual_time
+async def test_a_conductor_that_has_just_started_waits_for_its_links() -> None:
+    async with site(ANSWER) as place:
+        client = Client(question())
+        await lose_conductor(place, client, 4)
+        new = await place.add_conductor(alone=True)
+        reading = asyncio.create_task(client.read(new))
+        await asyncio.sleep(1)
+        await place.link_workers(new)
+        await reading
+        assert (client.tokens(), client.ends()) == (list(ANSWER), ["stop"])
+        assert len(place.all_tasks()) == 1
+
+
+@virtual_time
+async def test_it_does_not_wait_for_ever() -> None:
+    async with site(ANSWER) as place:
+        client = Client(question())
+        await lose_conductor(place, client, 4)
+        new = await place.add_conductor(alone=True)
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(WorkerLost, match="has just gone"):
+            await client.read(new)
+        assert asyncio.get_running_loop().time() - began < 60
 
 
 @virtual_time
