@@ -1,5 +1,6 @@
 """`python -m bench.chaos`: kill and stop every kind of process in every phase of a request, under
-load, and count what clients lost."""
+load, and count what clients lost. `python -m bench.chaos report FILE...`: the table of earlier runs
+together."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ async def _until_signal(work: Coroutine[object, object, Result]) -> Result:
 
 def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["report"]:
-        print(report.as_markdown(json.loads(Path(argv[1]).read_text(encoding="utf-8"))))
+        runs = [json.loads(Path(file).read_text(encoding="utf-8")) for file in argv[1:]]
+        print(report.as_markdown(runs))
         return 0
     options = _arguments(argv)
     shape = Shape(lease_ttl_s=options.lease_ttl, dtype=options.dtype)
@@ -90,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     content = report.content(shlex.join(["python", "-m", "bench.chaos", *argv]), shape, result)
     if options.json is not None:
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(report.as_markdown(content))
+    print(report.as_markdown([content]))
     return 0 if result.good else 1
 
 

@@ -68,7 +68,8 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        return not (self.lost or self.wrong or self.leaked)
+        came_back = self.cell.fault is Fault.NONE or self.recovery_s is not None
+        return came_back and not (self.lost or self.wrong or self.leaked)
 
 
 class Repetitions:
@@ -119,7 +120,7 @@ class Repetitions:
                 missed: PhaseMissed | None = error
             else:
                 missed = None
-                noticed_s, recovery_s = await self._recover(cell, victim, life, hit_at)
+                noticed_s, recovery_s = await self._recover(cell, victim, life, hit_at, marked)
         leaked = await self._leaks()
         if missed is not None:
             raise missed
@@ -155,7 +156,7 @@ class Repetitions:
         return askings
 
     async def _recover(
-        self, cell: Cell, victim: str, life: int, hit_at: float
+        self, cell: Cell, victim: str, life: int, hit_at: float, marked: Asking
     ) -> tuple[float | None, float | None]:
         """Return `noticed_s` and `recovery_s`. `life` is the process id that was hit."""
         cluster, kept = self._cluster, self._cluster.kept[victim]
@@ -167,6 +168,8 @@ class Repetitions:
                 await asyncio.sleep(REDIS_STOP_S)
             elif await until(lambda: cluster.is_dead(victim), DEAD_S):
                 noticed_s = _now() - hit_at
+            if cell.kind is Kind.CONDUCTOR:  # it wakes up when another one has given the answer
+                await until(marked.has_ended, DEAD_S)
             kept.send(signal.SIGCONT)
             hit_at = _now()
         else:

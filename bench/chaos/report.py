@@ -26,7 +26,7 @@ def line(outcome: Outcome | Cell) -> str:
         return f"{outcome.fault} {outcome.kind} {outcome.phase}: the phase could not be caught"
     cell = outcome.cell
     what = cell.phase if cell.fault is Fault.NONE else f"{cell.fault} {outcome.victim} {cell.phase}"
-    recovery = "" if outcome.recovery_s is None else f", back after {outcome.recovery_s:.1f} s"
+    recovery = f", back after {outcome.recovery_s:.1f} s" if outcome.recovery_s else ""
     noticed = "" if outcome.noticed_s is None else f", noticed after {outcome.noticed_s:.1f} s"
     misses = f", missed {outcome.missed} times" if outcome.missed else ""
     problems = "".join(
@@ -44,9 +44,9 @@ def content(command: str, shape: Shape, result: Result) -> dict[str, Any]:
     return {"command": command, "cluster": asdict(shape), **asdict(result)}
 
 
-def as_markdown(content: Mapping[str, Any]) -> str:
-    """A table with a row per kind, phase and signal, and what was left at the end."""
-    outcomes = content["outcomes"]
+def as_markdown(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A table with a row per kind, phase and signal, and what was left at the end of each run."""
+    outcomes = [outcome for run in runs for outcome in run["outcomes"]]
     undisturbed = {
         phase: statistics.median(o["marked_s"] for o in group)
         for (_, phase, fault), group in _cells(outcomes).items()
@@ -60,13 +60,20 @@ def as_markdown(content: Mapping[str, Any]) -> str:
             rows.append(_row(kind, phase, fault, group, added))
     hit = [o for o in outcomes if o["cell"]["fault"] != Fault.NONE]
     rows.append(_row("all", "", "", hit, []))
-    left = content["left"]
-    rows += ["", f"Undisturbed, median s: {_named(undisturbed)}."]
-    rows += [f"Phases that could not be caught: {len(content['missed'])}."]
-    remains = {name: len(left[name]) for name in ("processes", "segments", "files")}
+    return "\n".join(
+        [*rows, "", f"Undisturbed, median s: {_named(undisturbed)}.", *map(_end, runs)]
+    )
+
+
+def _end(run: Mapping[str, Any]) -> str:
+    left = run["left"]
+    remains = ", ".join(f"{len(left[name])} {name}" for name in ("processes", "segments", "files"))
     codes = {name: code for name, code in left["exit_codes"].items() if code}
-    rows += [f"Left after the end: {remains}; exit codes other than 0: {codes or 'none'}."]
-    return "\n".join(rows)
+    return (
+        f"`{run['command']}`: {len(run['outcomes'])} repetitions, {len(run['missed'])} whose phase "
+        f"could not be caught; left after the end: {remains}; exit codes other than 0: "
+        f"{codes or 'none'}."
+    )
 
 
 def _cells(
