@@ -60,6 +60,12 @@ class LayoutMismatch(BatonError):
     code = "layout_mismatch"
 
 
+class ProtocolMismatch(BatonError):
+    """Two processes are of versions that do not understand each other; the message names both."""
+
+    code = "protocol_mismatch"
+
+
 class Overloaded(BatonError):
     """A queue or pool bound was reached before any work was spent; retry later."""
 

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from baton.errors import BatonError, LayoutMismatch, PeerGone, WorkerLost
+from baton.errors import BatonError, PeerGone, WorkerLost
 from baton.rpc.services import Duplex, WorkerDialer
 from baton.types.fleet import FleetLease, KvLayout, Peer, Role, WorkerInfo, WorkerLoad, WorkerState
 from baton.types.kv_events import KvEvents, KvSnapshot
@@ -25,6 +25,7 @@ from baton.types.link import Cancel, ConductorMessage, StepReport, WorkerMessage
 from baton.types.request import AttemptId, Finish
 from conductor.backlog import EMPTY
 from conductor.cost_fit import CostModel
+from conductor.fit import check_fit
 from conductor.kv_feed import KvFeed
 from conductor.link import Assignment, Link
 from conductor.prefix_map import PrefixMap
@@ -110,10 +111,11 @@ class Fleet:
                     self._stop(member, "the conductor is closing")
 
     async def register(self, info: WorkerInfo) -> FleetLease:
-        """Raises LayoutMismatch, naming both sides, when the worker does not fit the fleet."""
+        """Raises LayoutMismatch or ProtocolMismatch, naming both sides, when it does not fit."""
         if self._tasks is None:
             raise PeerGone("the conductor is not running: register again")
-        self._check_layout(info)
+        live = [member.info for member in self._members.values() if member.dead_at is None]
+        check_fit(info, live, self._fingerprint)
         old = self._members.get(info.name)
         if old is not None and old.is_life(info.incarnation):
             old.seen_at = _now()
@@ -259,21 +261,6 @@ class Fleet:
         if member is None or not member.is_life(worker.incarnation):
             return None
         return member.open_link
-
-    def _check_layout(self, info: WorkerInfo) -> None:
-        if self._fingerprint is not None and info.layout.model != self._fingerprint:
-            raise LayoutMismatch(
-                f"worker {info.name} serves {info.model_name} ({info.layout.describe()}), but "
-                f"this conductor serves the model with fingerprint {self._fingerprint[:12]}: "
-                "start both with the same model"
-            )
-        for member in self._members.values():
-            other = member.info
-            if member.dead_at is None and other.name != info.name and other.layout != info.layout:
-                raise LayoutMismatch(
-                    f"worker {info.name} has {info.layout.describe()}, but worker {other.name} of "
-                    f"this fleet has {other.layout.describe()}: start both with the same settings"
-                )
 
     def _state(self, member: _Member, now: float) -> WorkerState:
         if member.dead_at is not None:

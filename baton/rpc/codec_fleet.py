@@ -106,6 +106,8 @@ def info_to_pb(value: WorkerInfo) -> pb.WorkerInfo:
         cpus=value.cpus,
         threads=value.threads,
         node=value.node,
+        protocol=value.protocol,
+        version=value.version,
     )
 
 
@@ -125,6 +127,8 @@ def info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
         cpus=message.cpus,
         threads=message.threads,
         node=message.node,
+        protocol=message.protocol,
+        version=message.version,
     )
 
 

@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from baton.errors import BatonError, LayoutMismatch, Unauthenticated
+from baton.errors import BatonError, LayoutMismatch, ProtocolMismatch, Unauthenticated
 from baton.rpc.services import FleetService
 from baton.types.fleet import FleetLease, WorkerInfo, WorkerLoad
 
 log = logging.getLogger("baton.rpc.membership")
 
+REFUSALS = (LayoutMismatch, ProtocolMismatch, Unauthenticated)  # waiting cannot mend them
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
 
@@ -38,8 +39,7 @@ class Membership:
         self._leaving = False
 
     async def run(self) -> None:
-        """Until cancelled, or forgotten after `leave`. Raises LayoutMismatch or Unauthenticated,
-        which waiting cannot mend."""
+        """Until cancelled, or forgotten after `leave`. Raises one of REFUSALS."""
         while not self._leaving:
             lease = await self._register()
             self.registered.set()
@@ -69,7 +69,7 @@ class Membership:
                 if lease.accepted:
                     return lease
                 log.warning("the conductor did not accept the registration; trying again")
-            except (LayoutMismatch, Unauthenticated):
+            except REFUSALS:
                 raise
             except BatonError as error:
                 log.warning("cannot register, trying again in %g s: %s", delay, error.message)

@@ -59,7 +59,7 @@ class FleetService(Protocol):
     """Implemented by conductors, called by workers. Also the client side of it."""
 
     async def register(self, info: WorkerInfo) -> FleetLease:
-        """Raises LayoutMismatch when the worker does not fit the fleet."""
+        """Raises LayoutMismatch or ProtocolMismatch when the worker does not fit the fleet."""
 
     async def renew(self, name: str, incarnation: str, load: WorkerLoad) -> FleetLease: ...
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from baton import __version__
 from baton.types.figures import OfferCounts, StoreFigures
+
+# Between conductors, workers and stores. One more whenever those of an older version would take a
+# message for something else: then they refuse each other, with a message that says so.
+PROTOCOL = 1
 
 
 class Role(StrEnum):
@@ -104,6 +109,8 @@ class WorkerInfo:
     cpus: str = ""  # that the process may run on, as 0-3,8
     threads: int = 0  # of the model on a CPU
     node: str = ""  # the host that the process is on: its store is the one of that name
+    protocol: int = PROTOCOL
+    version: str = __version__  # for people: what counts is `protocol`
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ ROLE_DECODE: Role
 ROLE_STORE: Role
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("name", "role", "incarnation", "address", "pid", "model_name", "layout", "num_blocks", "max_model_len", "transport", "device", "cpus", "threads", "node")
+    __slots__ = ("name", "role", "incarnation", "address", "pid", "model_name", "layout", "num_blocks", "max_model_len", "transport", "device", "cpus", "threads", "node", "protocol", "version")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,8 @@ class WorkerInfo(_message.Message):
     CPUS_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: Role
     incarnation: str
@@ -48,7 +50,9 @@ class WorkerInfo(_message.Message):
     cpus: str
     threads: int
     node: str
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., transport: _Optional[str] = ..., device: _Optional[str] = ..., cpus: _Optional[str] = ..., threads: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
+    protocol: int
+    version: str
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., transport: _Optional[str] = ..., device: _Optional[str] = ..., cpus: _Optional[str] = ..., threads: _Optional[int] = ..., node: _Optional[str] = ..., protocol: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("info",)

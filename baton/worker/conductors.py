@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from baton.errors import BatonError, LayoutMismatch, RegistryUnavailable, Unauthenticated
-from baton.rpc.membership import Membership
+from baton.errors import BatonError, RegistryUnavailable
+from baton.rpc.membership import REFUSALS, Membership
 from baton.rpc.registry import Registry
 from baton.rpc.services import FleetService
 from baton.types.fleet import WorkerInfo, WorkerLoad
@@ -66,8 +66,8 @@ class ConductorSet:
         return frozenset(self._known)
 
     async def run(self) -> None:
-        """Until cancelled. Raises a group with LayoutMismatch or Unauthenticated when every known
-        conductor refuses this worker."""
+        """Until cancelled. Raises a group with REFUSALS when every known conductor refuses this
+        worker."""
         async with asyncio.TaskGroup() as group:
             for address in sorted(self._told):
                 self._meet(group, address)
@@ -123,7 +123,7 @@ class ConductorSet:
             conductor.refusal = None
             try:
                 await conductor.membership.run()
-            except (LayoutMismatch, Unauthenticated) as error:
+            except REFUSALS as error:
                 conductor.refusal = error
                 if all(each.refusal is not None for each in self._known.values()):
                     raise
