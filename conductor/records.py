@@ -1,7 +1,8 @@
 """Says in the registry where requests run, so that another conductor can take them over.
 
-Serving never waits for it: records are noted here, and one task brings them to the registry. While
-that is away, they are dropped; a request without a record is made again from its start.
+Serving never waits for it: records are noted here, and one task brings them to the registry. What
+that could not take is brought again when it can, and everything when it has lost what it had. A
+request without a record is made again from its start.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from baton.rpc.registry import Registry
 from baton.types.registry import AnswerPlace, RequestRecord
 
 LINGER_S = 15.0  # how long a record stays when its request has ended: the client may not know
-MAX_UNTOLD = 4096  # records that wait; more, and the oldest are dropped
+RETRY_S = 1.0  # between tries while the registry is away
+FEW = 1024  # records that are kept without looking for old ones
 
 
 class Records:
@@ -23,7 +25,9 @@ class Records:
     def __init__(self, registry: Registry | None, conductor: str) -> None:
         self._registry = registry
         self._conductor = conductor
-        self._untold: dict[str, tuple[RequestRecord, float]] = {}
+        self._noted: dict[str, tuple[RequestRecord, float]] = {}  # by key; until when
+        self._untold: dict[str, None] = {}  # keys, the oldest first
+        self._sweep_at = FEW
         self._wake = asyncio.Event()
 
     @property
@@ -35,10 +39,16 @@ class Records:
         """The request's answers are made there now."""
         if self._registry is None or not answers:
             return
-        self._untold.pop(key, None)
-        self._untold[key] = (RequestRecord(self._conductor, answers), ttl_s)
-        if len(self._untold) > MAX_UNTOLD:
-            del self._untold[next(iter(self._untold))]
+        self._noted[key] = (RequestRecord(self._conductor, answers), _now() + ttl_s)
+        self._untold[key] = None
+        if len(self._noted) > self._sweep_at:
+            self._sweep()
+        self._wake.set()
+
+    def tell_again(self) -> None:
+        """The registry has lost what it was told."""
+        self._sweep()
+        self._untold.update(dict.fromkeys(self._noted))
         self._wake.set()
 
     async def find(self, key: str) -> RequestRecord | None:
@@ -56,6 +66,25 @@ class Records:
             self._wake.clear()
             while self._registry is not None and self._untold:
                 key = next(iter(self._untold))
-                record, ttl_s = self._untold.pop(key)
-                with contextlib.suppress(RegistryUnavailable):
-                    await self._registry.note_request(key, record, ttl_s)
+                del self._untold[key]  # first: it may be noted again meanwhile
+                try:
+                    await self._tell(self._registry, key)
+                except RegistryUnavailable:
+                    self._untold.setdefault(key)
+                    await asyncio.sleep(RETRY_S)
+
+    async def _tell(self, registry: Registry, key: str) -> None:
+        record, until = self._noted.get(key, (None, 0.0))
+        left_s = until - _now()
+        if record is not None and left_s > 0:
+            await registry.note_request(key, record, left_s)
+
+    def _sweep(self) -> None:
+        """Forget what has run out. Rarely enough to cost nothing."""
+        now = _now()
+        self._noted = {key: noted for key, noted in self._noted.items() if noted[1] > now}
+        self._sweep_at = max(FEW, 2 * len(self._noted))
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

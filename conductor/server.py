@@ -135,7 +135,9 @@ class Server:
             http=reachable_address(advertise, identity.http),
             grpc=reachable_address(advertise, identity.grpc),
         )
-        await announce(self._registry, info, self._config.lease_ttl)
+        await announce(
+            self._registry, info, self._config.lease_ttl, self.conductor.records.tell_again
+        )
 
     async def _drain(self) -> None:
         admission = self.conductor.admission

@@ -86,7 +86,7 @@ class Conductor:
         now = asyncio.get_running_loop().time()
         self.traces = Traces(now)
         self.admission = Admission(policy.max_answers, policy.slos, self.metrics.note_rejection)
-        self._records = Records(registry, self.incarnation)
+        self.records = Records(registry, self.incarnation)
         self._dispatcher = Dispatcher(
             self.fleet,
             model.tokenizer,
@@ -96,7 +96,7 @@ class Conductor:
             self.admission,
             policy.routing,
             Retries(policy.retries, now, self.metrics.note_retry_refusal),
-            self._records,
+            self.records,
         )
         self._servings: dict[str, Serving] = {}  # by the requests' keys
         self._threads: ThreadPoolExecutor | None = None
@@ -107,7 +107,7 @@ class Conductor:
             self._threads = threads
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._records.run(), name="records")
+                    tasks.create_task(self.records.run(), name="records")
                     await self.fleet.run()
             finally:
                 self._threads = None
@@ -207,7 +207,7 @@ class Conductor:
         """End every running request with `error`; where there are other conductors, workers go on,
         so that clients get the rest of their answers from those."""
         for serving in list(self._servings.values()):
-            if self._records.shared:
+            if self.records.shared:
                 serving.hand_over(error)
             else:
                 serving.abort(error)

@@ -15,8 +15,9 @@ from baton.types.registry import ConductorInfo, RequestRecord
 class Registry(Protocol):
     """Every call has a deadline and raises RegistryUnavailable, and nothing else, when it fails."""
 
-    async def announce(self, info: ConductorInfo, ttl_s: float) -> None:
-        """Say, or say again, that the conductor is there, for `ttl_s` seconds from now."""
+    async def announce(self, info: ConductorInfo, ttl_s: float) -> bool:
+        """Say, or say again, that the conductor is there, for `ttl_s` seconds from now. Returns
+        whether the registry knew that already."""
 
     async def withdraw(self, incarnation: str) -> None:
         """The conductor goes. Harmless when it is unknown."""

@@ -53,8 +53,13 @@ class MemoryRegistry:
         self._caller = caller
         self._plan = plan or NoFaults()
 
-    async def announce(self, info: ConductorInfo, ttl_s: float) -> None:
-        await self._call("announce", lambda s: s.leases.put(info.incarnation, info, ttl_s))
+    async def announce(self, info: ConductorInfo, ttl_s: float) -> bool:
+        def act(server: RegistryServer) -> bool:
+            known = info.incarnation in server.leases.live()
+            server.leases.put(info.incarnation, info, ttl_s)
+            return known
+
+        return await self._call("announce", act)
 
     async def withdraw(self, incarnation: str) -> None:
         await self._call("withdraw", lambda s: s.leases.drop(incarnation))

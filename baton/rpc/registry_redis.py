@@ -54,21 +54,24 @@ class RedisRegistry:
         self._pause_s = 0.0
         self._pause_until = 0.0
 
-    async def announce(self, info: ConductorInfo, ttl_s: float) -> None:
-        async def act() -> None:
-            async with self._client.pipeline(transaction=True) as both:
-                both.sadd(self._conductors, info.incarnation)
-                both.set(self._conductor(info.incarnation), orjson.dumps(info), px=_ms(ttl_s))
-                await both.execute()
+    async def announce(self, info: ConductorInfo, ttl_s: float) -> bool:
+        async def act() -> bool:
+            async with self._client.pipeline(transaction=True) as together:
+                key = self._conductor(info.incarnation)
+                together.exists(key)
+                together.sadd(self._conductors, info.incarnation)
+                together.set(key, orjson.dumps(info), px=_ms(ttl_s))
+                known, *_ = await together.execute()
+            return bool(known)
 
-        await self._call(act)
+        return await self._call(act)
 
     async def withdraw(self, incarnation: str) -> None:
         async def act() -> None:
-            async with self._client.pipeline(transaction=True) as both:
-                both.delete(self._conductor(incarnation))
-                both.srem(self._conductors, incarnation)
-                await both.execute()
+            async with self._client.pipeline(transaction=True) as together:
+                together.delete(self._conductor(incarnation))
+                together.srem(self._conductors, incarnation)
+                await together.execute()
 
         await self._call(act)
 

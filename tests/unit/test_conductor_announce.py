@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -14,7 +14,7 @@ from baton.rpc.memory import MemoryNetwork
 from baton.rpc.registry import open_registry
 from baton.rpc.registry_memory import MemoryRegistry, RegistryServer
 from baton.types.registry import ConductorInfo
-from conductor.announce import announce
+from conductor.announce import RETRY_S, announce
 from conductor.cluster import ConductorIdentity, other_conductors
 from conductor.service import Conductor, Policy
 from tests.fake_worker import tiny_model
@@ -27,9 +27,11 @@ TTL_S = 9.0
 
 
 @asynccontextmanager
-async def announced(server: RegistryServer) -> AsyncIterator[MemoryRegistry]:
+async def announced(
+    server: RegistryServer, on_new: Callable[[], None] = lambda: None
+) -> AsyncIterator[MemoryRegistry]:
     """The registry as others see it."""
-    task = asyncio.create_task(announce(MemoryRegistry(server, "c"), INFO, TTL_S))
+    task = asyncio.create_task(announce(MemoryRegistry(server, "c"), INFO, TTL_S, on_new))
     await asyncio.sleep(0.01)
     yield MemoryRegistry(server, "w")
     task.cancel()
@@ -49,15 +51,22 @@ async def test_a_lease_is_renewed_and_given_back() -> None:
 
 @virtual_time
 async def test_a_registry_that_went_and_forgot_everything_is_told_again() -> None:
-    server = RegistryServer()
-    async with announced(server) as seen:
+    server, new = RegistryServer(), []
+    async with announced(server, lambda: new.append(1)) as seen:
+        await asyncio.sleep(5 * TTL_S)
+        assert len(new) == 1
         server.down = True
         await asyncio.sleep(10 * TTL_S)
         server.wipe()
         server.down = False
         assert await seen.conductors() == ()
+        await asyncio.sleep(RETRY_S)
+        assert await seen.conductors() == (INFO,)
+        assert len(new) == 2
+        server.wipe()  # between two renewals: nobody has seen it go
         await asyncio.sleep(TTL_S / 3)
         assert await seen.conductors() == (INFO,)
+        assert len(new) == 3
 
 
 @virtual_time

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import pytest
 
 from baton.errors import BatonError, InvalidRequest, NoWorker, StaleAttempt, WorkerLost
+from baton.rpc.registry_memory import MemoryRegistry, RegistryServer
+from baton.types.fleet import Peer
+from baton.types.registry import AnswerPlace, RequestRecord
+from baton.types.request import AttemptId
 from conductor.answer_run import NUMBER_GAP, Delta
 from conductor.dispatch import Usage
+from conductor.records import FEW, RETRY_S, Records
 from conductor.request import Ask, Options, Sent
 from conductor.resume import Bookmark, digest_of, parse_token
 from conductor.service import Conductor
@@ -282,6 +288,46 @@ async def test_records_name_the_worker_and_go_after_a_while() -> None:
         assert place.registry.requests.live()
         await asyncio.sleep(2)
         assert not place.registry.requests.live()
+
+
+@virtual_time
+@pytest.mark.parametrize("noticed", ["down", "wiped"])
+async def test_a_registry_that_was_away_has_all_records_again(noticed: str) -> None:
+    async with site(ANSWER) as place:
+        client = Client(question(seed=5))
+        place.registry.down = noticed == "down"
+        reading = asyncio.create_task(client.read(place.conductors[0], 4))
+        await has(client, 4)
+        place.registry.down = False
+        if noticed == "wiped":
+            place.registry.wipe()
+            place.conductors[0].records.tell_again()
+        await asyncio.sleep(RETRY_S)
+        await place.kill_conductor(0)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await client.read(place.conductors[1])
+        assert (client.tokens(), client.ends()) == (list(ANSWER), ["stop"])
+        assert len(place.all_tasks()) == 1  # adopted
+
+
+@virtual_time
+async def test_records_that_have_run_out_are_forgotten() -> None:
+    server = RegistryServer()
+    records = Records(MemoryRegistry(server, "c"), "life")
+    place = AnswerPlace(AttemptId("r.0"), Peer("d", "i", "d:1"))
+    telling = asyncio.create_task(records.run())
+    for number in range(3 * FEW):
+        records.note(f"r{number}", (place,), ttl_s=10.0)
+        await asyncio.sleep(0.1)
+    server.wipe()
+    kept = sum(isinstance(each, RequestRecord) for each in gc.get_objects())
+    assert 99 <= kept <= FEW + 1
+    records.tell_again()
+    await settle(500)
+    assert len(server.requests.live()) == 99
+    telling.cancel()
+    await asyncio.gather(telling, return_exceptions=True)
 
 
 @virtual_time

@@ -60,9 +60,9 @@ async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
 async def test_conductors_are_found_until_they_withdraw(pair: tuple[Registry, Registry]) -> None:
     one, other = pair
     assert await other.conductors() == ()
-    await one.announce(B, 60.0)
-    await one.announce(A, 60.0)
-    await one.announce(A, 60.0)
+    assert not await one.announce(B, 60.0)
+    assert not await one.announce(A, 60.0)
+    assert await one.announce(A, 60.0)
     assert await other.conductors() == (A, B)
     await one.withdraw(A.incarnation)
     await one.withdraw("never there")
@@ -80,7 +80,7 @@ async def test_a_conductor_is_forgotten_when_it_falls_silent(
         return await other.conductors() == (A,)
 
     await eventually(b_is_gone)
-    await one.announce(B, 60.0)  # it was only slow
+    assert not await one.announce(B, 60.0)  # it was only slow
     assert await other.conductors() == (A, B)
 
 
