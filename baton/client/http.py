@@ -135,9 +135,11 @@ class Client:
         """
         content = orjson.dumps(prompt.body("" if prompt.model else await self.default_model()))
         last_id, failures = "", 0
+        at = self._at  # its own way round: others may be going, too
         while True:
+            url = self._urls[at]
             try:
-                async with aclosing(self._events(prompt.path, content, last_id)) as events:
+                async with aclosing(self._events(url + prompt.path, content, last_id)) as events:
                     async for event in events:
                         if event.data == _DONE:
                             return
@@ -145,12 +147,13 @@ class Client:
                         last_id, failures = event.id or last_id, 0
                         for piece in pieces:
                             yield piece
-                raise PeerGone(f"{self.url} ended the stream before the answer was complete")
+                raise PeerGone(f"{url} ended the stream before the answer was complete")
             except BatonError as error:
                 failures += 1
                 if not self._may_go_on(error, bool(last_id), failures):
                     raise
-                await self._turn_to_next(error, failures)
+                at = self._at = (at + 1) % len(self._urls)
+                await self._pause(error, failures)
 
     async def default_model(self) -> str:
         """The id of the first model that the cluster serves."""
@@ -177,16 +180,14 @@ class Client:
             return False
         return response.status_code == 200
 
-    async def _events(self, path: str, content: bytes, last_id: str) -> AsyncGenerator[Event, None]:
+    async def _events(self, url: str, content: bytes, last_id: str) -> AsyncGenerator[Event, None]:
         """Of one connection, after the event `last_id`."""
         headers = {"content-type": "application/json"}
         if last_id:
             headers["last-event-id"] = last_id
         async with (
             self._translated(),
-            self._http.stream(
-                "POST", self.url + path, content=content, headers=headers
-            ) as response,
+            self._http.stream("POST", url, content=content, headers=headers) as response,
         ):
             if response.is_error:
                 raise error_from(response.status_code, await response.aread(), response.headers)
@@ -203,9 +204,8 @@ class Client:
         # Before the first event, only somebody else may help.
         return (broken or isinstance(error, NoWorker)) and failures < len(self._urls)
 
-    async def _turn_to_next(self, error: BatonError, failures: int) -> None:
-        """Go round the addresses, with longer and longer pauses."""
-        self._at = (self._at + 1) % len(self._urls)
+    async def _pause(self, error: BatonError, failures: int) -> None:
+        """Longer and longer ones, each time that all addresses have been tried."""
         rounds = failures // len(self._urls)
         pause_s = min(FIRST_PAUSE_S * 2**rounds, LAST_PAUSE_S) if rounds else 0.0
         if isinstance(error, Overloaded):

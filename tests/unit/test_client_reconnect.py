@@ -94,6 +94,27 @@ async def test_it_gives_up_in_the_end() -> None:
     assert len(conductors.asked) == 1 + RECONNECTS
 
 
+@virtual_time
+async def test_streams_that_break_together_do_not_send_each_other_back() -> None:
+    """All streams of a client lose a conductor at the same time. Each goes to the other one,
+    whatever the others have done to the address in use."""
+    arrived = asyncio.Barrier(4)
+
+    async def ask(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST" and request.url.host == "a":
+            await arrived.wait()
+            raise httpx.ConnectError("refused")
+        return Conductors()(request)
+
+    async def one(client: Client) -> str:
+        async with aclosing(client.stream(Prompt("hi"))) as pieces:
+            return "".join([piece.text async for piece in pieces])
+
+    async with Client("a,b", transport=httpx.MockTransport(ask)) as client:
+        texts = await asyncio.gather(*(one(client) for _ in range(4)))
+    assert set(texts) == {"one two three"}
+
+
 def failed(code: str) -> bytes:
     return b"data: %b\n\n" % json.dumps({"error": {"message": "no", "code": code}}).encode()
 
