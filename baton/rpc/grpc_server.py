@@ -14,7 +14,7 @@ import functools
 import hmac
 import inspect
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import grpc
@@ -287,8 +287,9 @@ async def _serve(
 ) -> None:
     """Run `handle` on the stream until it returns.
 
-    grpc cancels this coroutine when the client goes. The service does not see that: it gets
-    PeerGone from its stream, as with every other adapter, and has WIND_UP_S to clean up.
+    grpc cancels this coroutine when the client goes, at any moment, also while it ends by itself.
+    The service does not see that: it gets PeerGone from its stream, as with every other adapter,
+    and has WIND_UP_S to clean up.
     """
     await context.send_initial_metadata(())  # the dialer waits for it
     closed = asyncio.Event()
@@ -306,19 +307,33 @@ async def _serve(
             await duplex.aclose()  # flushes
     finally:
         duplex.lose("the stream has ended")
-        await _wind_up(service)
-        pump.cancel()
-        end.cancel()
-        await asyncio.wait({pump, end})
+        await _to_its_end(_wind_up(service, pump, end))
     if not service.cancelled() and (error := service.exception()) is not None:
         log.error("a stream ended with an error", exc_info=error)
         await _abort(context, error)
 
 
-async def _wind_up(service: asyncio.Future[None]) -> None:
+async def _wind_up(service: asyncio.Future[None], *others: asyncio.Task[Any]) -> None:
     """Wait for the service to notice the end and clean up; cancel it when it does not."""
     _, late = await asyncio.wait({service}, timeout=WIND_UP_S)
     for task in late:
         log.error("a stream's service did not end within %g s of its stream", WIND_UP_S)
         task.cancel()
         await asyncio.wait({task})
+    for other in others:
+        other.cancel()
+    await asyncio.wait(others)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await work that must not be cut short; a cancellation meanwhile counts afterwards."""
+    task = asyncio.create_task(work, name="stream-wind-up")
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
