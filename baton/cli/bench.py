@@ -20,8 +20,10 @@ from baton.bench.serve import LoadPlan, Run, as_json, measure, rows
 from baton.bench.sessions import Shape, TraceScale
 from baton.bench.stats import Slo
 from baton.cli.options import api_key
+from baton.cli.plan import make_plan, new_environ
 from baton.cli.report import Reporter
-from baton.cli.serve import ServeOptions, find_model, make_plan, new_environ
+from baton.cli.serve import find_model
+from baton.cli.serve_options import ServeOptions
 from baton.cli.supervisor import Addresses, Supervisor
 from baton.errors import ConfigError
 

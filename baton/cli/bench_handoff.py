@@ -16,7 +16,7 @@ from baton.bench.exposed import Exposure, measure
 from baton.bench.exposed import table as exposure_table
 from baton.cli.bench import CLUSTER, JsonFile, progress_bar, with_cluster, write_json
 from baton.cli.options import api_key
-from baton.cli.serve import ServeOptions
+from baton.cli.serve_options import ServeOptions
 from baton.errors import ConfigError
 
 _TRANSPORTS = ("nixl", "nccl", "shm")

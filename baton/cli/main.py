@@ -15,7 +15,8 @@ from baton.cli.chat import chat
 from baton.cli.doctor import doctor
 from baton.cli.generate import generate
 from baton.cli.options import command
-from baton.cli.serve import ServeOptions, serve
+from baton.cli.serve import serve
+from baton.cli.serve_options import ServeOptions
 from baton.cli.status import status
 from baton.cli.top import top
 from baton.cli.trace import trace

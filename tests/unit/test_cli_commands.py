@@ -22,8 +22,9 @@ from baton.cli import doctor, generate, main
 from baton.cli.bench import BenchServeOptions
 from baton.cli.bench_handoff import BenchHandoffOptions, bench_handoff
 from baton.cli.doctor import Check, Verdict
+from baton.cli.plan import make_plan, new_environ, place_conductor, place_workers
 from baton.cli.report import Reporter
-from baton.cli.serve import ServeOptions, make_plan, new_environ, place_conductor, place_workers
+from baton.cli.serve_options import ServeOptions
 from baton.cli.status import fleet_table, store_lines
 from baton.cli.supervisor import Addresses
 from baton.cli.top import view
