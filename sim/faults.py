@@ -16,7 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from sim.run import Outcome, run_seed
+from sim.run import GOOD_ENDS, Outcome, run_seed
 
 CHUNK = 10  # seeds that a process gets at a time
 SHOWN = 5  # failing seeds whose logs are printed
@@ -34,11 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
     outcomes = []
     for outcome in run_many(seeds, options.jobs):
         outcomes.append(outcome)
+        if outcome.errors and options.errors:
+            sys.stdout.write(f"seed {outcome.seed}: {'; '.join(outcome.errors)}\n")
         if outcome.violations:
             failed = sum(1 for one in outcomes if one.violations)
             if failed <= SHOWN:
                 _show(outcome, options.verbose)
             sys.stdout.write(f"{_headline(outcome)}\n")
+        sys.stdout.flush()  # a long run is watched
     summary = summarize(outcomes, time.perf_counter() - began)
     if options.json:
         Path(options.json).write_text(json.dumps(summary, indent=2) + "\n")
@@ -73,7 +76,7 @@ def summarize(outcomes: list[Outcome], wall_s: float) -> dict[str, object]:
         codes.update(dict(outcome.codes))
         faults.update(outcome.faults)
     requests = sum(codes.values())
-    failed = sum(n for code, n in codes.items() if code not in ("ok", "cancelled", "hurried"))
+    failed = sum(n for code, n in codes.items() if code not in GOOD_ENDS)
     return {
         "seeds": len(outcomes),
         "failed_seeds": [outcome.seed for outcome in outcomes if outcome.violations],
@@ -93,6 +96,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="the first one")
     parser.add_argument("--seed", type=int, help="replay this one alone")
     parser.add_argument("--verbose", action="store_true", help="print the event log in any case")
+    parser.add_argument("--errors", action="store_true", help="print requests that failed rightly")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--json", help="file for the summary")
     return parser.parse_args(arguments)

@@ -37,12 +37,15 @@ IDLE_S = 12.0  # until everything is idle after the last request
 SHUTDOWN_S = 30.0
 POLL_S = 0.1
 
+GOOD_ENDS = ("ok", "cancelled", "hurried")
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     seed: int
     violations: tuple[str, ...]
     codes: tuple[tuple[str, int], ...]  # how many requests ended with which code
+    errors: tuple[str, ...]  # of requests that failed as they may
     faults: tuple[str, ...]
     virtual_s: float
     digest: str  # of the log; like the log empty unless something is wrong, or it was asked for
@@ -83,6 +86,11 @@ def run_plan(plan: Plan, verbose: bool = False) -> Outcome:
         seed=plan.seed,
         violations=violations,
         codes=tuple(sorted(Counter(_kind(story) for story in run.stories).items())),
+        errors=tuple(
+            f"{story.client.name} {story.code}: {story.message}"
+            for story in run.stories
+            if _kind(story) not in GOOD_ENDS
+        ),
         faults=tuple(fault.kind.value for fault in plan.faults),
         virtual_s=loop.now,
         digest=digest,

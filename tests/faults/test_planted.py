@@ -23,7 +23,7 @@ from conductor.link import Link
 from conductor.prefix_map import PrefixMap
 from sim.run import run_seed
 
-SEEDS = 400
+SEEDS = 150
 Patch = pytest.MonkeyPatch
 
 
@@ -126,7 +126,7 @@ PLANTED: tuple[Callable[[Patch], None], ...] = (
 )
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 def test_a_planted_fault_is_found(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     plant(monkeypatch)
