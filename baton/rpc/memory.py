@@ -106,9 +106,9 @@ class MemoryDuplex(Generic[Out, In]):
         self._out.end(f"{self._here} ended the stream")
 
     def cut(self, reason: str) -> None:
-        """Break the stream for both ends, as a lost connection does."""
-        self._into.end(reason)
-        self._out.end(reason)
+        """Break the stream for both ends, as a lost connection does: with what is under way."""
+        self._into.end(reason, cut=True)
+        self._out.end(reason, cut=True)
 
 
 def duplex_pair(

@@ -27,6 +27,7 @@ class Pipe(Generic[T]):
         self._readable = asyncio.Event()
         self._writable = asyncio.Event()
         self._end: str | None = None
+        self._nap: asyncio.Future[None] | None = None  # of the reader, until an item is due
 
     async def put(self, item: T, delay_s: float = 0.0) -> None:
         """Wait for room, then append. Raises PeerGone once the pipe has ended."""
@@ -43,30 +44,48 @@ class Pipe(Generic[T]):
 
     async def get(self) -> T:
         """The next item. Raises PeerGone when the pipe has ended and nothing is left in it."""
-        while not self._items:
-            if self._end is not None:
-                raise PeerGone(self._end)
-            self._readable.clear()
-            await self._readable.wait()
-        due = self._items[0][0]
-        if due > 0.0:
-            await self._sleep_until(due)
-        if not self._items:  # discarded while this one was under way
-            return await self.get()
-        item = self._items.popleft()[1]
-        self._writable.set()
-        return item
+        while True:
+            while not self._items:
+                if self._end is not None:
+                    raise PeerGone(self._end)
+                self._readable.clear()
+                await self._readable.wait()
+            due = self._items[0][0]
+            if due > 0.0 and (delay := due - self._clock()) > 0:
+                await self._sleep(delay)
+            if self._items:  # else the end has come before it
+                item = self._items.popleft()[1]
+                self._writable.set()
+                return item
 
-    def end(self, reason: str, *, discard: bool = False) -> None:
-        """Take no more; what is inside can still be read unless `discard`."""
+    def end(self, reason: str, *, discard: bool = False, cut: bool = False) -> None:
+        """Take no more. What is inside can still be read, unless `discard`; with `cut`, only what
+        is due already: what was under way is lost."""
         if self._end is None:
             self._end = reason
         if discard:
             self._items.clear()
+        elif cut:
+            now = self._clock()
+            while self._items and self._items[-1][0] > now:
+                self._items.pop()
+        if not self._items and self._nap is not None and not self._nap.done():
+            self._nap.set_result(None)
         self._readable.set()
         self._writable.set()
 
-    async def _sleep_until(self, due: float) -> None:
-        delay = due - self._clock()
-        if delay > 0:
-            await asyncio.sleep(delay)
+    async def _sleep(self, delay: float) -> None:
+        """Until then, or until the end if that leaves nothing to wait for."""
+        loop = asyncio.get_running_loop()
+        self._nap = loop.create_future()
+        timer = loop.call_later(delay, _finish, self._nap)
+        try:
+            await self._nap
+        finally:
+            timer.cancel()
+            self._nap = None
+
+
+def _finish(nap: asyncio.Future[None]) -> None:
+    if not nap.done():
+        nap.set_result(None)

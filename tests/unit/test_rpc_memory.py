@@ -139,6 +139,30 @@ def test_delays_pass_in_virtual_time_and_never_reorder() -> None:
     run_virtual(scenario())
 
 
+def test_what_is_under_way_when_a_connection_is_lost_is_lost_with_it() -> None:
+    async def scenario() -> None:
+        plan = Plan(messages={int: Fault(delay_s=3600.0)})
+        near: Duplex[object, object]
+        near, far = duplex_pair("a", "b", plan)
+        await near.send("arrived")
+        await near.send(1)
+        asyncio.get_running_loop().call_later(5.0, near.cut, "cable pulled")
+        assert await far.receive() == "arrived"
+        with pytest.raises(PeerGone, match="cable"):
+            await far.receive()
+        assert asyncio.get_running_loop().time() == pytest.approx(5.0)
+
+    run_virtual(scenario())
+
+
+async def test_a_message_can_be_lost_alone() -> None:
+    near: Duplex[object, object]
+    near, far = duplex_pair("a", "b", Plan(messages={str: Fault(skip=True)}))
+    await near.send("lost")
+    await near.send(1)
+    assert await far.receive() == 1
+
+
 async def test_a_broken_stream_ends_both_sides() -> None:
     near: Duplex[object, object]
     near, far = duplex_pair("a", "b", Plan(messages={str: Fault(lose=True)}))
