@@ -81,6 +81,28 @@ def test_a_client_of_a_killed_conductor_gets_the_rest_from_another(cluster: ByHa
     assert set(cluster.stop_all().values()) == {0}
 
 
+def test_a_conductor_that_is_told_to_end_leaves_its_answers_to_another(cluster: ByHand) -> None:
+    survivor = cluster.conductor("conductor-0")
+    victim = cluster.conductor("conductor-1", "--drain-timeout", "0.2")
+    cluster.worker("decode", "decode-0")
+    until(lambda: survivor.sees_live("decode-0") and victim.sees_live("decode-0"))
+    asked = prompt(0.8)
+    undisturbed = asyncio.run(read(cluster, survivor.http, asked))
+
+    async def end_the_victim() -> list[int]:
+        tokens: list[int] = []
+        async for token in ids_of(f"{victim.http},{survivor.http}", asked):
+            tokens.append(token)
+            if len(tokens) == KILL_AT:
+                victim.process.send_signal(signal.SIGTERM)
+        return tokens
+
+    assert asyncio.run(end_the_victim()) == undisturbed
+    assert value_of(survivor, 'baton_reconnects_total{how="adopted"}') == 1
+    until(survivor.is_idle)
+    assert set(cluster.stop_all().values()) == {0}
+
+
 def test_serve_starts_several_conductors_and_any_of_them_may_die(
     start_cluster: ClusterFactory,
 ) -> None:
