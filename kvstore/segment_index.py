@@ -28,6 +28,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from kvstore.format import ALIGN, checksum, padded, seal
 
@@ -95,7 +96,11 @@ class IndexCodec:
 
 
 def parse_entries(data: memoryview, trailer: Trailer) -> Keys | None:
-    """None unless they are those that the trailer was written with."""
+    """None unless they are those that the trailer was written with, and possible: a position that
+    the segment does not have would be one of another segment, and one that comes twice two blocks
+    in one place."""
     if checksum(data) != trailer.digest:
         return None
-    return tuple(_ENTRY.iter_unpack(data[: trailer.entries * _ENTRY.size]))
+    keys: Keys = tuple(_ENTRY.iter_unpack(data[: trailer.entries * _ENTRY.size]))
+    rising = all(one[0] < next_one[0] for one, next_one in pairwise(keys))
+    return keys if rising and keys[-1][0] < trailer.used else None

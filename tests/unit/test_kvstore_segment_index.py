@@ -11,10 +11,12 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.format import ALIGN
+from kvstore.format import ALIGN, fingerprint
+from kvstore.segment import number_of
 from kvstore.segment_index import IndexCodec, parse_entries
 from tests.unit.kvstore_kit import (
     BLOCK,
+    LAYOUT,
     FaultyFiles,
     chain_of,
     disk_options,
@@ -158,3 +160,22 @@ def test_an_index_belongs_to_one_segment() -> None:
         IndexCodec(b"l" * 16, 7, 2 * BLOCK),
     ):
         assert other.parse_trailer(page) is None
+
+
+@virtual_time
+async def test_an_index_with_impossible_positions_is_not_believed(tmp_path: Path) -> None:
+    """Found by fuzzing: a position beyond the segment was taken for one of the next segment."""
+    options = disk_options(tmp_path, RECORDS, segments=8)
+    layout = fingerprint(LAYOUT)
+    impossible = ([(RECORDS, key_of(77))], [(0, KEYS[0]), (0, KEYS[1])], [(1, KEYS[1]), (0, KEYS[0])])
+    for keys in impossible:
+        await fill(tmp_path)
+        path = segments(tmp_path)[0]
+        lies = IndexCodec(layout, number_of(path.name) or 0, BLOCK).pack(RECORDS, keys)
+        path.write_bytes(path.read_bytes()[:-INDEX] + lies)
+        async with opened(make_disk(options)) as disk:
+            disk.check_integrity()
+            for key in KEYS:
+                assert await read_block(disk, key) == payload_of(key)
+        for path in segments(tmp_path):
+            path.unlink()
