@@ -12,6 +12,7 @@ from baton.kv.handoff.leases import Ending
 from baton.kv.transport.loopback import Fault, LoopbackTransport
 from baton.rpc.memory import Fault as MessageFault
 from baton.rpc.services import Duplex
+from baton.types.fleet import Peer
 from baton.types.handoff import Attach, DecodeMessage, Hello, PrefillMessage, Ranges, Refused
 from baton.types.request import AttemptId
 from tests.unit.handoff_kit import FIRST, LAYOUT, OPTIONS, Cluster, Plan, PrefillSide, cluster, same
@@ -197,3 +198,25 @@ async def test_an_old_stream_that_ends_late_leaves_the_new_ones_connection_alone
         await new.aclose()
         await settle()
         assert ours._peers == {}
+
+
+@virtual_time
+async def test_a_wrong_address_of_a_worker_does_not_cut_the_stream_to_it() -> None:
+    """Found by fuzzing: the failed dial disconnected the transport from that life of the worker,
+    and every handoff over the stream that stood failed from then on."""
+    async with cluster() as c:
+        prefill, decode = await c.prefill(), await c.decode()
+
+        async def hand_over(name: str, peer: Peer) -> None:
+            attempt = AttemptId(name)
+            prefill.publish(attempt, (4,))
+            prefill.publisher.prefilled(attempt, FIRST, 1)
+            await within(5, decode.fetch(attempt, peer, (1,)))
+
+        elsewhere = replace(prefill.peer, address="nobody:1")
+        with pytest.raises(PeerGone):
+            await hand_over("a", elsewhere)
+        await hand_over("b", prefill.peer)
+        await hand_over("c", elsewhere)  # there is a stream to that life
+        await hand_over("d", prefill.peer)
+        c.network.kill("d0")

@@ -28,7 +28,7 @@ from baton.errors import (
 from baton.kv.digest import Cell, cells_of, combine, verify_digests
 from baton.kv.handoff.options import HandoffOptions
 from baton.kv.handoff.pair import Inbox, Pair
-from baton.kv.identity import Identity
+from baton.kv.identity import Identity, life
 from baton.kv.layout import Coverage, copies_for
 from baton.kv.settle import settle, verdict
 from baton.kv.transport.base import PoolMemory, Transfer, Transport
@@ -141,7 +141,7 @@ class HandoffReader:
         self._quarantine = quarantine
         self._end_quarantine = end_quarantine
         self._options = options
-        self._pairs: dict[Peer, Pair] = {}
+        self._pairs: dict[str, Pair] = {}  # by life: the transport knows each once, too
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -185,17 +185,18 @@ class HandoffReader:
         """The stream to this life of `peer`, dialled if need be. Raises why there is none."""
         if self._tasks is None:
             raise InternalError("HandoffReader.run is not running")
-        pair = self._pairs.get(peer)
+        key = life(peer.name, peer.incarnation)
+        pair = self._pairs.get(key)
         if pair is None:
             pair = Pair(peer, self._identity, self._transport, self._dialer, self._options)
-            self._pairs[peer] = pair
+            self._pairs[key] = pair
             self._tasks.create_task(pair.run(self._forget), name=f"handoff stream {pair.key}")
         await pair.ready()
         return pair
 
     def _forget(self, pair: Pair) -> None:
-        if self._pairs.get(pair.peer) is pair:
-            del self._pairs[pair.peer]
+        if self._pairs.get(pair.key) is pair:
+            del self._pairs[pair.key]
 
     async def _fetch(self, fetch: _Fetch, reserve: Reserve) -> Fetched:
         await fetch.pair.send(Attach(fetch.attempt))
