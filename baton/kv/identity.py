@@ -8,6 +8,8 @@ from baton.errors import ConfigError
 from baton.kv.layout import check_layouts
 from baton.types.fleet import KvLayout
 
+SHORTEST_TTL_S, LONGEST_TTL_S = 0.01, 86_400.0
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -21,6 +23,12 @@ class Identity:
 def life(name: str, incarnation: str) -> str:
     """What transports and messages call one life of a process. Unique in a cluster."""
     return f"{name}/{incarnation}"
+
+
+def is_ttl(seconds: float) -> bool:
+    """Whether a peer may name this as its leases' time to live. It is renewed every third of it:
+    less would be a storm of renewals, and what is not a number no time at all."""
+    return SHORTEST_TTL_S <= seconds <= LONGEST_TTL_S
 
 
 def check_peer(ours: Identity, our_transport: str, theirs: Identity, their_transport: str) -> None:

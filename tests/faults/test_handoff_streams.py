@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from baton.errors import DeadlineExceeded, PeerGone
+from baton.errors import DeadlineExceeded, PeerGone, TransportError
 from baton.kv.handoff.leases import Ending
 from baton.kv.transport.loopback import Fault, LoopbackTransport
 from baton.rpc.memory import Fault as MessageFault
@@ -220,3 +220,32 @@ async def test_a_wrong_address_of_a_worker_does_not_cut_the_stream_to_it() -> No
         await hand_over("c", elsewhere)  # there is a stream to that life
         await hand_over("d", prefill.peer)
         c.network.kill("d0")
+
+
+class Leases:
+    """A prefill worker that greets with leases of `ttl_s`."""
+
+    def __init__(self, ttl_s: float) -> None:
+        self.ttl_s = ttl_s
+
+    async def pair(self, stream: Duplex[PrefillMessage, DecodeMessage]) -> None:
+        await stream.receive()
+        await stream.send(Hello("p9", "life1", LAYOUT, "loopback", b"", self.ttl_s))
+        with pytest.raises(PeerGone):
+            await stream.receive()
+
+
+@pytest.mark.parametrize("ttl_s", [float("nan"), float("inf"), 0.0, -1.0, 1e-9, 1e300])
+def test_a_lease_that_cannot_be_renewed_in_time_is_refused(ttl_s: float) -> None:
+    """Found by fuzzing: a time to live that is no number, or nearly none, was renewed without a
+    pause; nothing else ran any more."""
+
+    @virtual_time
+    async def run() -> None:
+        async with cluster() as c:
+            decode = await c.decode()
+            c.network.add_handoff("p9:1", Leases(ttl_s))
+            with pytest.raises(TransportError, match="greeting"):
+                await decode.fetch(A, Peer("p9", "life1", "p9:1"), (1,))
+
+    run()

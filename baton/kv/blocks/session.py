@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 from baton.errors import BatonError, InvalidRequest, PeerGone, TransportError
 from baton.kv.blocks.options import BlocksOptions
-from baton.kv.identity import Identity, check_peer, life
+from baton.kv.identity import Identity, check_peer, is_ttl, life
 from baton.kv.settle import uninterrupted
 from baton.kv.transport.base import Transport
 from baton.rpc.errors import from_wire, to_wire
@@ -173,7 +173,7 @@ def _check_answer(
     who = peer.name or peer.address
     if isinstance(hello, BlocksRefused):
         raise from_wire(hello.error)
-    if not isinstance(hello, BlocksHello) or not hello.lease_ttl_s > 0:
+    if not isinstance(hello, BlocksHello) or not is_ttl(hello.lease_ttl_s):
         raise TransportError(f"{who} answered a greeting with {hello!r}")
     found = life(hello.name, hello.incarnation)
     if peer.incarnation and found != life(peer.name, peer.incarnation):
@@ -187,7 +187,7 @@ def _check_answer(
 
 def _check_call(hello: BlocksMessage, identity: Identity, transport: Transport) -> BlocksHello:
     """Raises why the dialing side is refused."""
-    if not isinstance(hello, BlocksHello) or not hello.lease_ttl_s > 0:
+    if not isinstance(hello, BlocksHello) or not is_ttl(hello.lease_ttl_s):
         raise InvalidRequest(f"a blocks stream begins with a greeting, not {hello!r}")
     if hello.expected_incarnation not in ("", identity.incarnation):
         raise PeerGone(  # that life has: others may have the blocks

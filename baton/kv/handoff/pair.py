@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from baton.errors import BatonError, InternalError, PeerGone, StaleAttempt, TransportError
 from baton.kv.handoff.options import HandoffOptions, check_hello
-from baton.kv.identity import Identity, life
+from baton.kv.identity import Identity, is_ttl, life
 from baton.kv.transport.base import Transport
 from baton.rpc.errors import from_wire
 from baton.rpc.services import Duplex, HandoffDialer
@@ -115,7 +115,7 @@ class Pair:
             hello = await self._stream.receive()
             if isinstance(hello, Refused):
                 raise from_wire(hello.error)
-            if not isinstance(hello, Hello) or hello.lease_ttl_s <= 0:
+            if not isinstance(hello, Hello) or not is_ttl(hello.lease_ttl_s):
                 raise TransportError(f"{self.peer.name} answered a greeting with {hello!r}")
             if (hello.worker, hello.incarnation) != (self.peer.name, self.peer.incarnation):
                 raise PeerGone(
