@@ -24,6 +24,7 @@ from conductor.openai import (
     parse_body,
 )
 from conductor.openai_reply import ChatReply, CompletionReply, Reply
+from conductor.openapi import make_document
 from conductor.service import Conductor
 from conductor.validate import check_model, check_token_ids, quote
 
@@ -41,7 +42,7 @@ def make_app(
     if api_keys:
         guarded = [_with_key(route, api_keys) for route in guarded]
     app = Starlette(
-        routes=[*_open_routes(conductor, identity), *guarded],
+        routes=[*_open_routes(conductor, identity, bool(api_keys)), *guarded],
         exception_handlers=error_handlers(),
     )
     app.router.redirect_slashes = False
@@ -59,7 +60,7 @@ def with_direct_send(app: ASGIApp) -> ASGIApp:
     return keep_send
 
 
-def _open_routes(conductor: Conductor, identity: ConductorIdentity) -> list[Route]:
+def _open_routes(conductor: Conductor, identity: ConductorIdentity, with_key: bool) -> list[Route]:
     async def health(_request: Request) -> Response:
         return JsonResponse({"status": "ok"})
 
@@ -78,7 +79,11 @@ def _open_routes(conductor: Conductor, identity: ConductorIdentity) -> list[Rout
         body["conductors"] += await other_conductors(conductor, identity)
         return JsonResponse(body)
 
+    async def document(_request: Request) -> Response:
+        return JsonResponse(make_document(conductor.limits, with_key))
+
     return [  # GET includes HEAD, which load balancers like to ask by
+        Route("/openapi.json", document),
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", metrics),

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -27,13 +28,15 @@ from conductor.validate import (
     DEFAULT_COMPLETION_TOKENS,
     MAX_ANSWERS,
     MAX_LOGIT_BIAS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
     make_chat,
     quote,
 )
 
 # Fields of OpenAI's and vLLM's APIs that have no counterpart here. Frameworks send many of them
 # with a value that asks for nothing (null, false, empty), which is taken as not given.
-_UNSUPPORTED = frozenset(
+UNSUPPORTED = frozenset(
     {
         "audio", "best_of", "function_call", "functions", "guided_json", "guided_regex", "logits",
         "metadata", "modalities", "parallel_tool_calls", "prediction", "prompt_logprobs",
@@ -43,6 +46,44 @@ _UNSUPPORTED = frozenset(
 )  # fmt: skip
 
 MAX_FIELDS = 64  # of one object in a body
+
+# What the fields below take that have a validator of their own, for the API's document.
+_STRING = {"type": "string"}
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_STOP = {
+    "anyOf": [
+        _STOP_STRING,
+        {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS},
+        {"type": "null"},
+    ]
+}
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": _STRING},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CONTENT = {"anyOf": [_STRING, {"type": "array", "items": _PART}]}
+_BIAS = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,18}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": MAX_LOGIT_BIAS,
+}
+_TOKENS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_PROMPT = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1},
+            "minItems": 1,
+            "maxItems": MAX_ANSWERS,
+        },
+        _TOKENS,
+        {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": MAX_ANSWERS},
+    ]
+}
 
 Body = TypeVar("Body", bound=BaseModel)
 Item = TypeVar("Item")
@@ -138,7 +179,7 @@ class ResponseFormat(_Object):
 
 class Message(_Object):
     role: str
-    content: Annotated[str, BeforeValidator(_as_text)]
+    content: Annotated[str, BeforeValidator(_as_text), WithJsonSchema(_CONTENT)]
 
 
 class _Common(_Object):
@@ -148,7 +189,7 @@ class _Common(_Object):
     max_tokens: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop: Annotated[_List[str] | None, BeforeValidator(_as_stop)] = None
+    stop: Annotated[_List[str] | None, BeforeValidator(_as_stop), WithJsonSchema(_STOP)] = None
     stop_token_ids: _List[int] | None = None
     seed: int | None = None
     n: int | None = None
@@ -159,7 +200,9 @@ class _Common(_Object):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_as_bias)] | None = None
+    logit_bias: (
+        Annotated[dict[int, float], BeforeValidator(_as_bias), WithJsonSchema(_BIAS)] | None
+    ) = None
     skip_special_tokens: bool | None = None
     cache_salt: str | None = None
     cache_pin_s: float | None = None
@@ -238,7 +281,7 @@ class _Common(_Object):
 
 
 class CompletionBody(_Common):
-    prompt: Annotated[tuple[Any, ...], BeforeValidator(_as_prompts)]
+    prompt: Annotated[tuple[Any, ...], BeforeValidator(_as_prompts), WithJsonSchema(_PROMPT)]
     logprobs: int | None = None
     add_special_tokens: bool | None = None
     echo: bool | None = None
@@ -316,7 +359,7 @@ def parse_body(cls: type[Body], raw: bytes) -> Body:
         raise explain_json(error) from None
     if not isinstance(data, dict):
         raise InvalidRequest("the body must be a JSON object")
-    for name in _UNSUPPORTED & data.keys():
+    for name in UNSUPPORTED & data.keys():
         value = data.pop(name)
         if not (value is None or value is False or value in ([], {}, "")):
             raise InvalidRequest(

@@ -25,7 +25,8 @@ MAX_SALT_LENGTH = 256  # characters
 MAX_QUOTE = 80  # characters of a client's text that a message repeats
 ROLES = ("system", "developer", "user", "assistant")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default where the prompt is not a conversation
-_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+REQUEST_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
+_REQUEST_ID = re.compile(REQUEST_ID)
 _INT32 = 2**31
 
 
