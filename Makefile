@@ -12,6 +12,8 @@ SEEDS       ?= 2000
 FAULT_FLAGS ?=
 REPETITIONS ?= 20
 CHAOS_FLAGS ?=
+MINUTES     ?= 10
+FUZZ        ?= tests/fuzz
 PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
@@ -19,7 +21,7 @@ NATIVE := setup.py $(wildcard baton/native/src/*)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test faults chaos lint format proto bench bench-gpu demo-model clean
+.PHONY: help venv serve test faults chaos fuzz lint format proto bench bench-gpu demo-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -54,9 +56,9 @@ lint: $(VENV)/.dev ## ruff, mypy, import layers, generated stubs
 	$(BIN)/python tools/gen_proto.py --check
 
 # One thread per process: the tests start many processes on few cores.
-test: export OMP_NUM_THREADS ?= 1
-test: export TOKENIZERS_PARALLELISM := false
-test: export HF_HUB_OFFLINE := 1
+test fuzz: export OMP_NUM_THREADS ?= 1
+test fuzz: export TOKENIZERS_PARALLELISM := false
+test fuzz: export HF_HUB_OFFLINE := 1
 test: lint ## everything that CI runs
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
@@ -65,6 +67,10 @@ faults: $(VENV)/.dev ## SEEDS runs of a modelled cluster under faults, each exac
 
 chaos: $(VENV)/.dev ## real processes killed and stopped in every phase of a request; needs redis-server
 	$(BIN)/python -m bench.chaos --repetitions $(REPETITIONS) $(CHAOS_FLAGS)
+
+# Without pytest's own logging: it keeps every line of every case.
+fuzz: $(VENV)/.dev ## try what nobody should send, MINUTES for each file of FUZZ
+	FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -p no:logging --show-capture=no $(FUZZ) $(PYTEST_FLAGS)
 
 format: $(VENV)/.dev ## rewrite the sources with ruff
 	$(BIN)/ruff check --fix .

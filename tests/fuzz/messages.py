@@ -17,7 +17,19 @@ from hypothesis import strategies as st
 Msg = TypeVar("Msg", bound=Message)
 Draw = Any
 
-_DOUBLES = [0.0, -0.0, -1.0, 0.5, 1e-300, 1e-9, 1e9, 1e300, float("inf"), float("-inf"), float("nan")]
+_DOUBLES = [
+    0.0,
+    -0.0,
+    -1.0,
+    0.5,
+    1e-300,
+    1e-9,
+    1e9,
+    1e300,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+]
 _TEXTS = ["", "a", "\0", "é\u202e", "x" * 3000, "../../etc/passwd", "127.0.0.1:1", "[::1", "%s{}"]
 _BYTES = [b"", b"\xff", bytes(15), bytes(16), bytes(17), b"\xff" * 16, bytes(32), b"k" * 4096]
 _MANY = 2000  # items of a list that is very long

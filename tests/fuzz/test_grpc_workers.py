@@ -56,7 +56,7 @@ class Workers:
         self.prefill.check_integrity()
         self.decode.check_integrity()
         pairs = (self.prefill._publisher._pairs, self.decode._reader._pairs)
-        ours = ({"d/d-life"}, {self.peer})  # the stream between the two stays
+        ours = ({"d/d-life"}, {"p/p-life"})  # the stream between the two stays
         await until(lambda: all(map(lambda p, o: set(p) <= o, pairs, ours)), lambda: pairs)
 
     async def check_good(self) -> None:
@@ -66,7 +66,8 @@ class Workers:
         task = _task(attempt, max_tokens=3)
         dialer = GrpcWorkerDialer(TOKEN)
         links = [
-            Conductor(await dialer.link(to.address, 5.0)) for to in (self.to_prefill, self.to_decode)
+            Conductor(await dialer.link(to.address, 5.0))
+            for to in (self.to_prefill, self.to_decode)
         ]
         async with asyncio.TaskGroup() as tasks:
             for link in links:

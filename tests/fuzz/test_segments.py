@@ -89,17 +89,21 @@ async def _play_index(
     async with opened(make_disk(options)) as disk:
         for key in KEYS:
             await write_blocks(disk, [key])
+    _spoil(directory, lies, hits)
+    for _ in range(2):  # what the first opening has made of it, too
+        async with opened(make_disk(options)) as disk:
+            await _check(disk)
+            await write_blocks(disk, KEYS)
+            assert await _check(disk) >= set(KEYS)
+
+
+def _spoil(directory: Path, lies: list[Lie], hits: list[tuple[int, float, int, int, str]]) -> None:
     paths = sorted(directory.glob("segment-*"))
     for lie in lies:
         _tell(paths[lie.segment], lie)
     for which, back, offset, length, how in hits:
         size = paths[which].stat().st_size
         damage(paths[which], max(0.0, 1 - back / max(1, size - 1)), offset, length, how)
-    for _ in range(2):  # what the first opening has made of it, too
-        async with opened(make_disk(options)) as disk:
-            await _check(disk)
-            await write_blocks(disk, KEYS)
-            assert await _check(disk) >= set(KEYS)
 
 
 async def _check(disk: DiskTier) -> set[bytes]:

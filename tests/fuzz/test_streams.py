@@ -52,7 +52,7 @@ from tests.unit.blocks_kit import Slot, World, keys, world
 from tests.unit.handoff_kit import FIRST, LAYOUT, Cluster, cluster
 from tests.virtual_time import run_virtual, settle, within
 
-CPU_S = 20.0  # of one case, which lasts milliseconds
+CPU_S = 3.0  # of one case, which lasts milliseconds
 A, B, C = AttemptId("a"), AttemptId("b", 2), AttemptId("c")
 LATER_S = 300.0  # by then every lease, timeout and lingering has ended
 ERROR = WireError("overloaded", "no room", retryable=True)
@@ -139,7 +139,15 @@ def _prefill(raw: bytes) -> Any:
 
 def test_what_decode_workers_say(campaign: Campaign, errors: ErrorLog) -> None:
     hello = Hello("evil", "life1", LAYOUT, "loopback", b"evil", 0.0, "life1")
-    said = [hello, Attach(A), Attach(B), Attach(C), Renew((A, B)), Release(A), Release(B, b"d" * 16)]
+    said = [
+        hello,
+        Attach(A),
+        Attach(B),
+        Attach(C),
+        Renew((A, B)),
+        Release(A),
+        Release(B, b"d" * 16),
+    ]
     odd = Odd([decode_to_pb(message) for message in [*said, Abort(A, "gone")]])
 
     def case(script: Script) -> None:
@@ -183,7 +191,12 @@ async def _hand_over(c: Cluster, prefill: handoff_kit.PrefillSide) -> None:
 
 def test_what_prefill_workers_say(campaign: Campaign, errors: ErrorLog) -> None:
     hello = Hello("evil", "life1", LAYOUT, "loopback", b"evil", 10.0)
-    said = [hello, Ranges(A, 0, (3, 4), 0, 4), Ranges(A, 0, (3, 4), 0, 2), Ranges(A, 0, (3, 4), 2, 4)]
+    said = [
+        hello,
+        Ranges(A, 0, (3, 4), 0, 4),
+        Ranges(A, 0, (3, 4), 0, 2),
+        Ranges(A, 0, (3, 4), 2, 4),
+    ]
     said += [Ranges(B, 0, (5,), 0, 4), Prefilled(A, FIRST, 2), Prefilled(B, FIRST, 1)]
     said += [Released(A), Released(B), Expired(A), Refused(A, ERROR), Refused(None, ERROR)]
     odd = Odd([prefill_to_pb(message) for message in said])
@@ -235,7 +248,12 @@ def _blocks_messages(expected: str) -> tuple[list[Any], Any]:
     said = [hello, Ask(1, keys(1, 2)), Ask(2, keys(3)), Ask(3, keys(9)), Return(1), Return(2)]
     said += [Offer(1, keys(5, 6), (1, 2), 0, ()), Offer(2, keys(7), (3,), 2, (), 60.0)]
     said += [RenewLoans((1, 2)), Returned(1), Returned(2), LoanExpired(1)]
-    said += [Lend(1, 0, (1, 2), ()), Lend(1, 0, (1,), ()), Lend(1, 1, (2,), ()), Lend(2, 0, (3,), ())]
+    said += [
+        Lend(1, 0, (1, 2), ()),
+        Lend(1, 0, (1,), ()),
+        Lend(1, 1, (2,), ()),
+        Lend(2, 0, (3,), ()),
+    ]
     said += [LendEnd(1, 2), LendEnd(2, 1), LendEnd(2, 0)]
     said += [BlocksRefused(1, ERROR), BlocksRefused(None, ERROR)]
     return [blocks_to_pb(message) for message in said], blocks_to_pb(hello)
@@ -322,5 +340,3 @@ async def _side(w: World, name: str) -> blocks_kit.Side:
 
     side.pool.commit = commit  # type: ignore[method-assign]
     return side
-
-

@@ -167,7 +167,11 @@ async def test_an_index_with_impossible_positions_is_not_believed(tmp_path: Path
     """Found by fuzzing: a position beyond the segment was taken for one of the next segment."""
     options = disk_options(tmp_path, RECORDS, segments=8)
     layout = fingerprint(LAYOUT)
-    impossible = ([(RECORDS, key_of(77))], [(0, KEYS[0]), (0, KEYS[1])], [(1, KEYS[1]), (0, KEYS[0])])
+    impossible = (
+        [(RECORDS, key_of(77))],
+        [(0, KEYS[0]), (0, KEYS[1])],
+        [(1, KEYS[1]), (0, KEYS[0])],
+    )
     for keys in impossible:
         await fill(tmp_path)
         path = segments(tmp_path)[0]
