@@ -16,8 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "/fuzz/" in item.path.as_posix():
             item.add_marker("fuzz")
-            if MINUTES:
-                item.add_marker(pytest.mark.timeout(60 * MINUTES + SLACK_S))
+            item.add_marker(pytest.mark.timeout(60 * MINUTES + SLACK_S))
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_api(campaign: Campaign, errors: ErrorLog) -> None:
             growth.check()
             errors.check()
 
-        campaign.run(cases(document), lambda case: host.run(play(case)), examples=60)
+        campaign.run(cases(document), lambda case: host.run(play(case)), examples=40)
     errors.check()
 
 
@@ -118,7 +118,7 @@ def test_api_of_real_processes(campaign: Campaign, tmp_path: Path) -> None:
             assert cluster.process.poll() is None
             assert not [line for line in cluster.stderr if "Traceback" in line or "ERROR" in line]
 
-        campaign.run(cases(document), play, examples=60)
+        campaign.run(cases(document), play, examples=40)
         cluster.assert_idle()
         body = {"model": cluster.ready["model"], "prompt": "def f(", "max_tokens": 4}
         assert cluster.post("/v1/completions", body).status_code == 200
@@ -222,4 +222,4 @@ def test_any_bytes(campaign: Campaign, errors: ErrorLog) -> None:
 
         methods = st.sampled_from(["POST", "POST", "POST", "GET", "PUT", "DELETE", "PATCH", "X"])
         drawn = st.tuples(methods, st.sampled_from(PATHS), HEADERS, BODIES)
-        campaign.run(drawn, lambda case: host.run(play(case)), examples=60)
+        campaign.run(drawn, lambda case: host.run(play(case)), examples=40)

@@ -68,7 +68,7 @@ def test_damaged_segments(campaign: Campaign, errors: ErrorLog) -> None:
             run_virtual(play(Path(name), *drawn))
         errors.check()
 
-    campaign.run(st.tuples(damages, st.booleans()), case, examples=100)
+    campaign.run(st.tuples(damages, st.booleans()), case, examples=60)
 
 
 def test_damaged_and_untrue_indexes(campaign: Campaign, errors: ErrorLog) -> None:
@@ -78,7 +78,7 @@ def test_damaged_and_untrue_indexes(campaign: Campaign, errors: ErrorLog) -> Non
         errors.check()
 
     campaign.run(
-        st.tuples(st.lists(lies, max_size=2), st.lists(hits, max_size=3)), case, examples=100
+        st.tuples(st.lists(lies, max_size=2), st.lists(hits, max_size=3)), case, examples=60
     )
 
 

@@ -155,7 +155,7 @@ def test_what_decode_workers_say(campaign: Campaign, errors: ErrorLog) -> None:
             run_virtual(_against_publisher(script))
         errors.check()
 
-    campaign.run(scripts(odd, decode_to_pb(hello)), case, examples=100)
+    campaign.run(scripts(odd, decode_to_pb(hello)), case, examples=60)
 
 
 async def _against_publisher(script: Script) -> None:
@@ -206,7 +206,7 @@ def test_what_prefill_workers_say(campaign: Campaign, errors: ErrorLog) -> None:
             run_virtual(_against_reader(script))
         errors.check()
 
-    campaign.run(scripts(odd, prefill_to_pb(hello)), case, examples=100)
+    campaign.run(scripts(odd, prefill_to_pb(hello)), case, examples=60)
 
 
 async def _against_reader(script: Script) -> None:
@@ -267,7 +267,7 @@ def test_what_borrowers_and_offerers_say(campaign: Campaign, errors: ErrorLog) -
             run_virtual(_against_server(script))
         errors.check()
 
-    campaign.run(scripts(Odd(said), hello), case, examples=100)
+    campaign.run(scripts(Odd(said), hello), case, examples=60)
 
 
 async def _against_server(script: Script) -> None:
@@ -296,7 +296,7 @@ def test_what_lenders_and_stores_say(campaign: Campaign, errors: ErrorLog) -> No
             run_virtual(_against_borrower(script))
         errors.check()
 
-    campaign.run(scripts(Odd(said), hello), case, examples=100)
+    campaign.run(scripts(Odd(said), hello), case, examples=60)
 
 
 async def _against_borrower(script: Script) -> None:
