@@ -152,7 +152,7 @@ async def test_one_address_without_an_event_fails_at_once() -> None:
 
 
 def test_events_are_whole_or_not_there() -> None:
-    stream = "id: 1\ndata: a\u2028b\n\ndata: c\r\n\r\nid: 2\ndata: d\n".encode()
+    stream = "id: 1\n: a comment\ndata: a\u2028b\n\ndata: c\r\n\r\nid: 2\ndata: d\n".encode()
     for size in (1, 3, 100):
         parser = EventParser()
         parts = [stream[at : at + size] for at in range(0, len(stream), size)]

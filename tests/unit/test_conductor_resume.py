@@ -15,10 +15,12 @@ from baton.types.fleet import Role
 from baton.types.kv_events import KvSnapshot, Tier
 from baton.types.link import StepReport
 from baton.types.request import FinishReason, GenerationTask, WireError
+from conductor import attempts
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
 from conductor.request import Ask, Options
 from conductor.retries import RetryOptions
+from conductor.router import RouteRequest, route
 from conductor.service import Policy
 from tests.fake_worker import (
     BLOCK_SIZE,
@@ -232,8 +234,12 @@ async def test_the_cached_tokens_are_those_of_the_first_attempt() -> None:
 
 
 @virtual_time
-async def test_a_resumed_attempt_is_routed_by_its_whole_context() -> None:
+async def test_a_resumed_attempt_is_routed_by_its_whole_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     text = bytes(range(97, 97 + 24))
+    asked: list[RouteRequest] = []
+    monkeypatch.setattr(attempts, "route", lambda *args: (asked.append(args[0]), route(*args))[1])
     async with dying(text, 20) as cluster:
         prompt = "p" * (2 * BLOCK_SIZE - 4)
         for worker in cluster.workers.values():  # somebody caches: keys are asked for
@@ -249,6 +255,7 @@ async def test_a_resumed_attempt_is_routed_by_its_whole_context() -> None:
         first, resumed = seen
         assert resumed.startswith(first)
         assert (len(first) // 16, len(resumed) // 16) == (1, 3)  # 28 tokens, then 48
+        assert [(len(a.prompt), a.max_tokens) for a in asked] == [(28, 40), (48, 20)]
 
 
 @virtual_time
