@@ -12,7 +12,7 @@ from baton.client.http import Client
 from baton.errors import BatonError
 from bench.chaos.questions import Question
 
-EVENT_TIMEOUT_S = 8.0  # after which a client gives a silent conductor up
+EVENT_TIMEOUT_S = 20.0  # after which a client gives a silent conductor up
 ANSWER_TIMEOUT_S = 120.0
 
 

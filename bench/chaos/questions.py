@@ -11,7 +11,7 @@ from baton.client.http import Prompt
 
 MARKED_PROMPT = 1500  # tokens: a dozen steps of prefill, and several hundred KiB of KV per layer
 MARKED_ANSWER = 160
-AHEAD_PROMPT = 2400  # several of these are what a marked request queues behind
+AHEAD_PROMPT = 1600  # several of these are what a marked request queues behind
 _FIRST_ID, _LAST_ID = 5, 4000  # no special tokens of the demo model
 
 
