@@ -19,9 +19,10 @@ from typing import TypeVar
 from bench.chaos import report
 from bench.chaos.cells import Result, make_cells, run_cells
 from bench.chaos.cluster import Shape
+from bench.chaos.faults import Fault, Kind
 from bench.chaos.phases import Phase
 from bench.chaos.processes import ChaosFailed
-from bench.chaos.repetition import Cell, Fault, Kind, Outcome
+from bench.chaos.repetition import Cell, Outcome
 
 Name = TypeVar("Name", bound=StrEnum)
 

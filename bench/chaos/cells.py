@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.chaos.cluster import Leftovers, Shape, running
+from bench.chaos.faults import Fault, Kind
 from bench.chaos.phases import Phase, PhaseMissed
+from bench.chaos.processes import ChaosFailed
 from bench.chaos.questions import make_questions
 from bench.chaos.references import find_answers
-from bench.chaos.repetition import Cell, Fault, Kind, Outcome, Repetitions
+from bench.chaos.repetition import Cell, Outcome, Repetitions
 
 _LIVE_S = 120.0
 
@@ -69,5 +72,6 @@ async def run_cells(
             except PhaseMissed:
                 missed.append(cell)
                 tell(cell)
-        await cluster.all_live(_LIVE_S)  # so that all of them are stopped in order
+        with suppress(ChaosFailed):  # then its exit code tells
+            await cluster.all_live(_LIVE_S)  # so that all of them are stopped in order
         return Result(tuple(outcomes), tuple(missed), await cluster.stop())

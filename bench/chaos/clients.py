@@ -53,12 +53,6 @@ class Asking:
         finally:
             self.ended = loop.time()
 
-    def verdict(self, right: Sequence[int]) -> str:
-        """`right` | `lost`: it ended with an error | `wrong`: other tokens than `right`."""
-        if self.error:
-            return "lost"
-        return "right" if self.tokens == list(right) else "wrong"
-
 
 class BreakingTransport(httpx.AsyncHTTPTransport):
     """The first streamed answer breaks off after some reads, as when a laptop changes networks."""

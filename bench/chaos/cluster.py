@@ -6,9 +6,10 @@ import asyncio
 import secrets
 import shutil
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -166,14 +167,9 @@ class Cluster:
     async def all_live(self, within_s: float) -> None:
         """Return when every process is seen by everybody. Raises ChaosFailed."""
         for name in self.kept:
-            await self._until(lambda name=name: self.is_live(name), within_s, f"{name} is not live")  # type: ignore[misc]
-
-    async def _until(
-        self, condition: Callable[[], Awaitable[bool]], within_s: float, what: str
-    ) -> None:
-        if not await until(condition, within_s):
-            logs = "\n".join(f"--- {n}\n{kept.log_tail()}" for n, kept in self.kept.items())
-            raise ChaosFailed(f"{what} after {within_s:g} s\n{logs}")
+            if not await until(partial(self.is_live, name), within_s):
+                logs = "\n".join(f"--- {n}\n{kept.log_tail()}" for n, kept in self.kept.items())
+                raise ChaosFailed(f"{name} is not live after {within_s:g} s\n{logs}")
 
     # -- its life ------------------------------------------------------------------------------
 
@@ -227,7 +223,8 @@ async def running(shape: Shape, logs: Path | None = None) -> AsyncGenerator[Clus
                 await keeping
 
 
-async def _unless_failed(keeping: asyncio.Task[None], work: Any) -> None:
+async def _unless_failed(keeping: asyncio.Task[None], work: Awaitable[None]) -> None:
+    """Await `work`, or raise why the cluster cannot be kept running."""
     waiting = asyncio.ensure_future(work)
     await asyncio.wait({keeping, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if keeping.done():

@@ -40,7 +40,7 @@ class Kept:
     def __init__(self, command: Command, directory: Path) -> None:
         self.name = command.name
         self.segments: set[Path] = set()  # shared memory that any life of it has mapped
-        self.exit_codes: list[int] = []
+        self._vain = 0  # starts in a row that ended with an error
         self._command = command
         self._log = directory / f"{command.name}.log"
         self._process: asyncio.subprocess.Process | None = None
@@ -58,14 +58,14 @@ class Kept:
         return self._process is not None and self._process.returncode is None
 
     async def run(self) -> None:
-        while not self._stopping and len(self.exit_codes) < 1000:
+        while not self._stopping:
             try:
                 await self._live()
             finally:
                 if self._process is not None and self._process.returncode is None:
                     self._process.kill()
                     await self._process.wait()
-            if self._ends_in_vain():
+            if self._vain == _MAX_STARTS_IN_VAIN:
                 raise ChaosFailed(f"{self.name} ends again and again:\n{self.log_tail()}")
             await asyncio.sleep(0 if self._stopping else _AGAIN_S)
 
@@ -79,11 +79,8 @@ class Kept:
                 env={**os.environ, **self._command.env},
                 start_new_session=True,
             )
-        self.exit_codes.append(await self._process.wait())
-
-    def _ends_in_vain(self) -> bool:
-        last = self.exit_codes[-_MAX_STARTS_IN_VAIN:]
-        return len(last) == _MAX_STARTS_IN_VAIN and all(code > 0 for code in last)
+        failed = await self._process.wait() > 0  # and not by a signal
+        self._vain = self._vain + 1 if failed else 0
 
     def send(self, number: signal.Signals) -> None:
         """Harmless when it has just ended."""

@@ -9,9 +9,8 @@ from typing import Any
 
 from bench.chaos.cells import Result
 from bench.chaos.cluster import Shape
-from bench.chaos.repetition import Cell, Fault, Outcome
-
-SLOW_S = 3.0
+from bench.chaos.faults import Fault
+from bench.chaos.repetition import Cell, Outcome
 
 _HEADER = (
     "| killed or stopped | phase | signal | repetitions | requests | lost | wrong tokens "
@@ -24,20 +23,20 @@ def line(outcome: Outcome | Cell) -> str:
     """For somebody who watches."""
     if isinstance(outcome, Cell):
         return f"{outcome.fault} {outcome.kind} {outcome.phase}: the phase could not be caught"
-    cell = outcome.cell
+    cell, back = outcome.cell, outcome.recovery
     what = cell.phase if cell.fault is Fault.NONE else f"{cell.fault} {outcome.victim} {cell.phase}"
-    recovery = f", back after {outcome.recovery_s:.1f} s" if outcome.recovery_s else ""
-    noticed = "" if outcome.noticed_s is None else f", noticed after {outcome.noticed_s:.1f} s"
-    misses = f", missed {outcome.missed} times" if outcome.missed else ""
-    problems = "".join(
-        f"\n    {name}: {problem}"
-        for name in ("lost", "wrong", "leaked")
-        for problem in getattr(outcome, name)
-    )
-    took = f"{outcome.marked_s:.1f} s in {len(outcome.attempts)} attempts"
-    if outcome.marked_s > SLOW_S:
-        problems += "".join(f"\n    {attempt}" for attempt in outcome.attempts)
-    return f"{what}: {took}{noticed}{recovery}{misses}{problems}"
+    told = f"{what}: {outcome.marked_s:.1f} s in {len(outcome.attempts)} attempts"
+    if back.noticed_s is not None:
+        told += f", noticed after {back.noticed_s:.1f} s"
+    if back.recovery_s is not None:
+        told += f", back after {back.recovery_s:.1f} s"
+    if outcome.missed:
+        told += f", missed {outcome.missed} times"
+    for name, found in asdict(outcome.problems).items():
+        told += "".join(f"\n    {name}: {problem}" for problem in found)
+    if not outcome.good:
+        told += "".join(f"\n    {attempt}" for attempt in outcome.attempts)
+    return told
 
 
 def content(command: str, shape: Shape, result: Result) -> dict[str, Any]:
@@ -89,10 +88,10 @@ def _cells(
 def _row(
     kind: str, phase: str, fault: str, group: Sequence[Mapping[str, Any]], added: Sequence[float]
 ) -> str:
-    counts = [sum(len(o[name]) for o in group) for name in ("lost", "wrong", "leaked")]
+    counts = [sum(len(o["problems"][name]) for o in group) for name in ("lost", "wrong", "leaked")]
     requests = sum(o["requests"] for o in group)
     times = [_spread(added)] + [
-        _spread([o[name] for o in group if o[name] is not None])
+        _spread([o["recovery"][name] for o in group if o["recovery"][name] is not None])
         for name in ("noticed_s", "recovery_s")
     ]
     cells = [kind, phase, fault, len(group), requests, *counts, *times]

@@ -6,8 +6,9 @@ import pytest
 
 from bench.chaos.cells import run_cells
 from bench.chaos.cluster import Shape
+from bench.chaos.faults import Fault, Kind
 from bench.chaos.phases import Phase
-from bench.chaos.repetition import Cell, Fault, Kind
+from bench.chaos.repetition import Cell
 from tests.redis_server import BINARY, WHY_NOT
 
 pytestmark = [
