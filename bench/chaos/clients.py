@@ -38,7 +38,7 @@ class Asking:
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         self.began = loop.time()
-        transport = BreakingTransport() if self.breaks else None
+        transport = (BreakingTransport if self.breaks else httpx.AsyncHTTPTransport)(verify=False)
         try:
             async with (
                 asyncio.timeout(ANSWER_TIMEOUT_S),
@@ -57,8 +57,8 @@ class Asking:
 class BreakingTransport(httpx.AsyncHTTPTransport):
     """The first streamed answer breaks off after some reads, as when a laptop changes networks."""
 
-    def __init__(self, reads: int = 12) -> None:
-        super().__init__()
+    def __init__(self, verify: bool = True, reads: int = 12) -> None:
+        super().__init__(verify=verify)
         self._reads = reads
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:

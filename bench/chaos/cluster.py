@@ -80,6 +80,8 @@ class Cluster:
         self.kept = {name: Kept(self._with_env(name, argv), directory) for name, argv in commands}
         self._dialer = GrpcWorkerDialer(self._token)
         self._addresses: dict[str, str] = {}  # of workers
+        # Opened once: a client is slow to make, and these are looked through all the time.
+        self._clients = {name: Client(self.url(name), timeout_s=ASK_S) for name in self._ports}
 
     def _with_env(self, name: str, argv: tuple[str, ...]) -> Command:
         env = {
@@ -100,8 +102,7 @@ class Cluster:
     async def members(self, conductor: str) -> dict[str, dict[str, Any]]:
         """Workers and stores by name, as `baton status` has them. Empty when nobody answers."""
         try:
-            async with Client(self.url(conductor), timeout_s=ASK_S) as client:
-                told = await client.cluster()
+            told = await self._clients[conductor].cluster()
         except BatonError:
             return {}
         return {member["name"]: member for member in (*told["workers"], *told["stores"])}
@@ -109,8 +110,7 @@ class Cluster:
     async def trace(self, conductor: str, request_id: str) -> dict[str, Any]:
         """Empty when it is not known, or nobody answers."""
         try:
-            async with Client(self.url(conductor), timeout_s=ASK_S) as client:
-                return await client.trace(request_id)
+            return await self._clients[conductor].trace(request_id)
         except BatonError:
             return {}
 
@@ -178,6 +178,10 @@ class Cluster:
             for name, kept in self.kept.items():
                 group.create_task(kept.run(), name=name)
 
+    async def aclose(self) -> None:
+        """What looks at it; the processes are `run`'s."""
+        await asyncio.gather(*(client.close() for client in self._clients.values()))
+
     async def stop(self) -> Leftovers:
         """Workers first, so that they can say goodbye."""
         codes: dict[str, int] = {}
@@ -221,6 +225,7 @@ async def running(shape: Shape, logs: Path | None = None) -> AsyncGenerator[Clus
             keeping.cancel()
             with suppress(asyncio.CancelledError, ExceptionGroup):
                 await keeping
+            await cluster.aclose()
 
 
 async def _unless_failed(keeping: asyncio.Task[None], work: Awaitable[None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-POLL_S = 0.05
+POLL_S = 0.1
 
 
 async def until(
