@@ -14,7 +14,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bench.chaos import report
 from bench.chaos.cells import Result, make_cells, run_cells
@@ -76,10 +76,15 @@ async def _until_signal(work: Coroutine[object, object, Result]) -> Result:
     return await task
 
 
+def _runs(file: Path) -> list[dict[str, Any]]:
+    """A file has one run, as `--json` writes it, or a list of them."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, list) else [content]
+
+
 def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["report"]:
-        runs = [json.loads(Path(file).read_text(encoding="utf-8")) for file in argv[1:]]
-        print(report.as_markdown(runs))
+        print(report.as_markdown([run for file in argv[1:] for run in _runs(Path(file))]))
         return 0
     options = _arguments(argv)
     shape = Shape(lease_ttl_s=options.lease_ttl, dtype=options.dtype)

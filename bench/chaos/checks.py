@@ -40,12 +40,14 @@ async def find_problems(cluster: Cluster, askings: Sequence[Asking], answers: An
     wrong = [
         f"{each.question.name}: {difference}"
         for each in askings
-        if not each.error and (difference := _difference(each.tokens, answers[each.question.name]))
+        if not each.error
+        and (difference := find_difference(each.tokens, answers[each.question.name]))
     ]
     return Problems(tuple(lost), tuple(wrong), await _leaks(cluster))
 
 
-def _difference(tokens: Sequence[int], right: Sequence[int]) -> str:
+def find_difference(tokens: Sequence[int], right: Sequence[int]) -> str:
+    """Empty when there is none."""
     if tuple(tokens) == tuple(right):
         return ""
     same = (n for n, (a, b) in enumerate(zip(tokens, right, strict=False)) if a != b)
@@ -61,22 +63,22 @@ async def _leaks(cluster: Cluster) -> tuple[str, ...]:
         found.clear()
         for conductor in cluster.shape.conductor_names:
             members = await cluster.members(conductor)
-            found.extend(f"{text} at {conductor}" for text in _held(members))
+            found.extend(f"{text} at {conductor}" for text in held(members))
         return not found
 
     await until(none, IDLE_S)
     return tuple(found)
 
 
-def _held(members: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def held(members: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Of processes that are live. The states of a worker's blocks add up to its pool."""
     for name, member in members.items():
         if member["state"] != "live":
             continue
-        held = {state: n for state, n in member["blocks"].items() if n and state not in _IDLE}
-        held |= {what: n for what in ("running", "waiting") if (n := member[what])}
+        kept = {state: n for state, n in member["blocks"].items() if n and state not in _IDLE}
+        kept |= {what: n for what in ("running", "waiting") if (n := member[what])}
         total = sum(member["blocks"].values())
         if member["role"] != "store" and total != member["num_blocks"]:
-            held["blocks accounted for"] = total
-        if held:
-            yield f"{name}: {held}"
+            kept["blocks accounted for"] = total
+        if kept:
+            yield f"{name}: {kept}"
