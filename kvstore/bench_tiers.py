@@ -319,7 +319,7 @@ async def measure_indexes(place: Place) -> list[IndexResult]:
     for n, key in enumerate(keys):
         depth = n % CHAIN
         memory.begin(key, depth, keys[n - 1] if depth else NO_PARENT)
-        memory.commit(key)
+        memory.seal(memory.commit(key), digest)
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     return [IndexResult("cpu", _lookups(Store(memory, None, journal), keys), used / INDEXED), nvme]

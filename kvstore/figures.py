@@ -25,7 +25,7 @@ class Refusal(StrEnum):
 
     PRESENT = "present"  # in CPU memory already
     BUSY = "busy"  # being put, or on its way up from NVMe
-    PRESSURE = "pressure"  # every slot is being filled or read
+    PRESSURE = "pressure"  # every slot is being filled or read, or too much waits to be hashed
 
 
 @dataclass(slots=True)

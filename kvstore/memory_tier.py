@@ -3,7 +3,10 @@
     FREE     holds nothing
     CLAIMED  an earlier process filled it, says its header; nobody has verified it yet
     FILLING  belongs to who writes it (a transport's read, a read from disk) until commit or abort
-    READY    keyed, complete and verified; never changes until it is evicted, which no pin allows
+    READY    keyed and complete; never changes until it is evicted, which no pin allows
+
+A READY block is sealed, with a checksum and a header that a later process believes, or not yet: its
+header is blank, and it would not outlive this process.
 
 A pin says that somebody reads the slot, or wants it to stay. Who pins also unpins. Every operation
 is O(1), a victim O(log n). Not thread-safe: belongs to the event loop.
@@ -18,7 +21,7 @@ from enum import StrEnum
 
 from baton.errors import InternalError
 from kvstore.eviction import EvictionPolicy
-from kvstore.format import NO_PARENT, BlockInfo, checksum
+from kvstore.format import NO_PARENT, BlockInfo
 from kvstore.journal import TierChanges
 from kvstore.slot_table import SlotTable, StoredSlot
 
@@ -38,11 +41,15 @@ class Claim:
     stored: StoredSlot
 
 
-@dataclass(slots=True)  # not frozen: that takes three times as long to make, for every put
-class _Filling:
+@dataclass(slots=True, eq=False)  # not frozen: that takes three times as long to make
+class Put:
+    """A block that is not sealed. One of the same key that comes later is another Put."""
+
+    key: bytes
     slot: int
     depth: int
     parent: bytes
+    generation: int = 0  # from its commit on
 
 
 class MemoryTier:
@@ -67,9 +74,10 @@ class MemoryTier:
         self._generation = 0
         self._free = list(reversed(range(self.num_slots)))  # a stack
         self._claimed: set[int] = set()
-        self._filling: dict[bytes, _Filling] = {}
+        self._filling: dict[bytes, Put] = {}
         self._ready: dict[bytes, int] = {}
-        self._infos: list[BlockInfo | None] = [None] * self.num_slots  # of READY slots
+        self._unsealed: dict[bytes, Put] = {}  # READY, too
+        self._infos: list[BlockInfo | None] = [None] * self.num_slots  # of sealed slots
         self._pins = [0] * self.num_slots
         self._pinned = 0  # slots with a pin
         self._settled: Callable[[bytes], None] | None = None
@@ -109,7 +117,8 @@ class MemoryTier:
         info = claim.stored.info
         good = found == info.checksum and not (info.key in self._ready or info.key in self._filling)
         if good:
-            self._adopt(claim.slot, info)
+            self._infos[claim.slot] = info
+            self._adopt(claim.slot, info.key, info.depth, info.parent)
         else:
             self._table.clear(claim.slot)
             self._free.append(claim.slot)
@@ -126,36 +135,40 @@ class MemoryTier:
         if not self._free:
             return None
         slot = self._free.pop()  # its header is blank since it became FREE
-        self._filling[key] = _Filling(slot, depth, parent)
+        self._filling[key] = Put(key, slot, depth, parent)
         return slot
 
-    def filling_view(self, key: bytes) -> memoryview:
-        """The bytes of a FILLING slot."""
-        return self.view(self._filling_of(key).slot)
+    def commit(self, key: bytes) -> Put:
+        """The payload is complete: FILLING becomes READY, and is to be sealed."""
+        put = self._take_filling(key)
+        self._generation += 1
+        put.generation = self._generation
+        self._unsealed[key] = put
+        self._adopt(put.slot, key, put.depth, put.parent)
+        return put
 
-    def commit(self, key: bytes) -> None:
-        """The payload is complete: FILLING becomes READY, and durable against a killed process."""
-        self.commit_hashed(key, checksum(self.filling_view(key)))
-
-    def commit_hashed(self, key: bytes, found: bytes) -> None:
-        """As `commit`, with the payload's checksum."""
-        filling = self._filling_of(key)
-        self._commit(filling.slot, BlockInfo(key, filling.depth, filling.parent, found))
+    def seal(self, put: Put, found: bytes) -> None:
+        """The payload had that checksum when it was read after its commit: the block is durable
+        against a killed process. Nothing happens if it was evicted or sealed meanwhile."""
+        if not self.is_unsealed(put):
+            return
+        del self._unsealed[put.key]
+        info = BlockInfo(put.key, put.depth, put.parent, found)
+        self._table.write(put.slot, info, put.generation)
+        self._infos[put.slot] = info
 
     def commit_verified(self, info: BlockInfo) -> None:
-        """As `commit`, when the caller knows that the checksum is that of the payload."""
-        self._commit(self._filling_of(info.key).slot, info)
-
-    def _commit(self, slot: int, info: BlockInfo) -> None:
-        del self._filling[info.key]
+        """As `commit` and `seal`, when the caller knows that the checksum is that of the payload.
+        What is known of its place in a chain is the description's."""
+        slot = self._take_filling(info.key).slot
         self._generation += 1
         self._table.write(slot, info, self._generation)
-        self._adopt(slot, info)
+        self._infos[slot] = info
+        self._adopt(slot, info.key, info.depth, info.parent)
 
     def abort(self, key: bytes) -> None:
         """Nobody writes to the FILLING slot any more, and it is not complete."""
-        self._free.append(self._filling_of(key).slot)
-        del self._filling[key]
+        self._free.append(self._take_filling(key).slot)
         if self._settled is not None:
             self._settled(key)
 
@@ -170,11 +183,23 @@ class MemoryTier:
         return key in self._filling
 
     def info(self, key: bytes) -> BlockInfo:
-        """Of a READY block."""
+        """Of a sealed block."""
         info = self._infos[self._ready[key]]
         if info is None:
-            raise InternalError("A ready block has no description.")
+            raise InternalError("A block was asked for its checksum that is not sealed.")
         return info
+
+    @property
+    def unsealed(self) -> int:
+        """READY blocks that would not outlive this process."""
+        return len(self._unsealed)
+
+    def unsealed_put(self, key: bytes) -> Put | None:
+        return self._unsealed.get(key)
+
+    def is_unsealed(self, put: Put) -> bool:
+        """Whether it is neither sealed nor evicted."""
+        return self._unsealed.get(put.key) is put
 
     def __contains__(self, key: object) -> bool:
         return key in self._ready
@@ -214,9 +239,10 @@ class MemoryTier:
         if self._pins[slot]:
             raise InternalError("A pinned block was to be evicted.")
         del self._ready[key]
-        self._infos[slot] = None
         self._policy.on_remove(key)
-        self._table.clear(slot)
+        if self._unsealed.pop(key, None) is None:
+            self._infos[slot] = None
+            self._table.clear(slot)
         self._free.append(slot)
         self._changes.remove(key)
 
@@ -245,33 +271,37 @@ class MemoryTier:
         _require(slots == Counter(range(self.num_slots)), "a slot is not in exactly one state")
         _require(not self._filling.keys() & self._ready.keys(), "a key is both filling and ready")
         _require(len(self._policy) == len(self._ready), "the policy knows other blocks")
-        for key, slot in self._ready.items():
+        for key, put in self._unsealed.items():
+            _require(self._ready.get(key) == put.slot, f"unsealed slot {put.slot} is not ready")
+        for key in self._ready.keys() - self._unsealed.keys():
+            slot = self._ready[key]
             stored = self._table.read(slot)
             _require(self.info(key).key == key, f"slot {slot} is described as another block")
             _require(
                 stored is not None and stored.info == self._infos[slot],
-                f"the header of ready slot {slot} differs",
+                f"the header of sealed slot {slot} differs",
             )
         for slot in [*self._free, *self._claimed, *filling]:
-            _require(self._infos[slot] is None, f"slot {slot} is not ready and described")
             _require(self._pins[slot] == 0, f"slot {slot} is not ready and pinned")
-        for slot in [*self._free, *filling]:
-            _require(self._table.read(slot) is None, f"slot {slot} is not ready and has a header")
+        unsealed = [put.slot for put in self._unsealed.values()]
+        for slot in [*self._free, *self._claimed, *filling, *unsealed]:
+            _require(self._infos[slot] is None, f"slot {slot} is not sealed and described")
+        for slot in [*self._free, *filling, *unsealed]:
+            _require(self._table.read(slot) is None, f"slot {slot} is not sealed and has a header")
         _require(self._pinned == len(self.pins()), "pinned slots were miscounted")
 
-    def _filling_of(self, key: bytes) -> _Filling:
-        filling = self._filling.get(key)
-        if filling is None:
+    def _take_filling(self, key: bytes) -> Put:
+        put = self._filling.pop(key, None)
+        if put is None:
             raise InternalError("A block was to be finished that nobody has begun.")
-        return filling
+        return put
 
-    def _adopt(self, slot: int, info: BlockInfo) -> None:
-        self._ready[info.key] = slot
-        self._infos[slot] = info
-        self._policy.on_insert(info.key, info.depth, info.parent)
-        self._changes.add(info.key)
+    def _adopt(self, slot: int, key: bytes, depth: int, parent: bytes) -> None:
+        self._ready[key] = slot
+        self._policy.on_insert(key, depth, parent)
+        self._changes.add(key)
         if self._settled is not None:
-            self._settled(info.key)
+            self._settled(key)
 
 
 def _require(holds: bool, message: str) -> None:

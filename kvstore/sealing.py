@@ -1,10 +1,11 @@
-"""Slots become READY off the event loop: to hash a block reads all of it, at the speed of memory.
+"""Blocks are sealed off the event loop: to hash a block reads all of it, at the speed of memory.
 
-    commit     FILLING, complete     -> queue -> a thread hashes a batch -> READY, in order
+    commit     READY, header blank       -> queue -> a thread hashes a batch -> sealed, in order
     recover    CLAIMED, earlier life ----------> a thread hashes a batch -> READY; damaged: FREE
 
-Nobody finds a block before it is READY, so nothing that was not verified is lent. Small blocks are
-hashed at once: to hand one to a thread and back costs more than that.
+A block that was just received is found and lent at once: its bytes came under a lease that held,
+and with the digests that its owner made. The checksum is for what happens to them later. So a store
+that is killed loses what was not sealed, and believes nothing that was not.
 """
 
 from __future__ import annotations
@@ -17,38 +18,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvstore.files import Threads
-from kvstore.format import checksum
-from kvstore.memory_tier import Claim, MemoryTier
+from kvstore.format import BlockInfo, checksum
+from kvstore.memory_tier import Claim, MemoryTier, Put
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class SealOptions:
-    inline_bytes: int = 256 << 10  # blocks up to this size are hashed on the event loop: some 10 us
     batch_bytes: int = 32 << 20  # of one call in a thread; at least one block
+    behind_bytes: int = 1 << 30  # unsealed, with that much no more blocks are taken
     threads: int = 2  # one for what comes in, one for what was found at the start
 
 
 class Sealer:
-    """What waits is bounded by the slots: each belongs to one of them. On the event loop, from
-    `open` to `close`."""
+    """The only owner of what waits to be sealed. On the event loop, from `open` to `close`."""
 
     def __init__(self, memory: MemoryTier, threads: Threads, options: SealOptions) -> None:
         self.damaged = 0  # blocks of an earlier process that are not what their headers say
         self._memory = memory
         self._threads = threads
-        self._inline = memory.block_bytes <= options.inline_bytes
         self._batch = max(1, options.batch_bytes // memory.block_bytes)
-        self._waiting: deque[bytes] = deque()
-        self._committing: asyncio.Task[None] | None = None
+        self._most = max(1, options.behind_bytes // memory.block_bytes)
+        self._waiting: deque[Put] = deque()  # also such as were evicted since
+        self._sealing: asyncio.Task[None] | None = None
         self._recovering: asyncio.Task[None] | None = None
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
         """Under way."""
-        both = (self._committing, self._recovering)
+        both = (self._sealing, self._recovering)
         return [task for task in both if task is not None and not task.done()]
+
+    @property
+    def behind(self) -> bool:
+        """As much waits as may be lost when the process is killed, but for a batch."""
+        return len(self._waiting) >= self._most
 
     def open(self) -> None:
         """Claim what an earlier process left, and begin to verify it."""
@@ -57,36 +62,42 @@ class Sealer:
             self._recovering = _spawn(self._recover(claims))
 
     async def close(self) -> None:
-        """Finish what was committed; claims that were not verified stay for the next start."""
+        """Seal what was committed; claims that were not verified stay for the next start."""
         if self._recovering is not None:
             self._recovering.cancel()
         while tasks := self.tasks:
             await asyncio.wait(tasks)
         self._threads.close()
 
-    def commit(self, key: bytes) -> None:
-        """The key's slot is complete: it becomes READY, after all that were committed before."""
-        if self._inline:
-            self._memory.commit(key)
-            return
-        self._waiting.append(key)
-        if self._committing is None or self._committing.done():
-            self._committing = _spawn(self._commit_all())
+    def add(self, put: Put) -> None:
+        """It was committed: it is sealed after all that were committed before."""
+        self._waiting.append(put)
+        if self._sealing is None or self._sealing.done():
+            self._sealing = _spawn(self._seal_all())
 
-    async def _commit_all(self) -> None:
+    async def info(self, key: bytes) -> BlockInfo:
+        """Of a READY block, which must be pinned meanwhile; it is sealed out of turn if need be."""
+        put = self._memory.unsealed_put(key)
+        if put is not None:
+            await self._seal([put])
+        return self._memory.info(key)
+
+    async def _seal_all(self) -> None:
+        """What cannot be hashed stays as it is: readable, and sealed when it is demoted."""
         while self._waiting:
             count = min(self._batch, len(self._waiting))
-            keys = [self._waiting.popleft() for _ in range(count)]
+            batch = [self._waiting.popleft() for _ in range(count)]
             try:
-                views = [self._memory.filling_view(key) for key in keys]
-                sums = await self._threads.run(_checksums, views)
-            except BaseException:
-                for key in [*keys, *self._waiting]:
-                    self._memory.abort(key)
-                self._waiting.clear()
-                raise
-            for key, found in zip(keys, sums, strict=True):
-                self._memory.commit_hashed(key, found)
+                await self._seal([put for put in batch if self._memory.is_unsealed(put)])
+            except Exception:
+                log.exception("%d blocks could not be hashed: they end with this process", count)
+
+    async def _seal(self, puts: Sequence[Put]) -> None:
+        """A slot may be evicted and filled anew while it is read: its Put is not unsealed then."""
+        views = [self._memory.view(put.slot) for put in puts]
+        sums = await self._threads.run(_checksums, views)
+        for put, found in zip(puts, sums, strict=True):
+            self._memory.seal(put, found)
 
     async def _recover(self, claims: Sequence[Claim]) -> None:
         good = 0

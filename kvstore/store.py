@@ -1,6 +1,6 @@
 """The tier policy of one node's KV store: CPU memory in front of NVMe. No network, no torch.
 
-    put       begin_put -> the caller fills the slot -> commit_put -> hashed           CPU
+    put       begin_put -> the caller fills the slot -> commit_put -> found; sealed    CPU
     get       READY slots at once; blocks on NVMe are read into slots (promotion)      NVMe -> CPU
     demotion  ahead of need, the next victims of the CPU tier are written and freed    CPU -> NVMe
     keep      a block that is pinned for a time is no victim; see kvstore/pins.py
@@ -81,7 +81,7 @@ class Store:
         self._sealer.open()
 
     async def settle(self) -> None:
-        """Wait until no block is on its way between tiers, or being hashed."""
+        """Wait until no block is on its way between tiers, or waits to be hashed."""
         while tasks := [*self._demoting.values(), *self.loads.tasks, *self._sealer.tasks]:
             await asyncio.wait(tasks)
 
@@ -89,8 +89,9 @@ class Store:
         """End what is under way. What is in memory and on disk stays there for the next start."""
         if self._disk is not None:
             await self._disk.close()
+        while tasks := [*self._demoting.values(), *self.loads.tasks]:  # they may need the sealer
+            await asyncio.wait(tasks)
         await self._sealer.close()
-        await self.settle()
 
     # Looking
 
@@ -122,9 +123,9 @@ class Store:
         return slot
 
     def commit_put(self, key: bytes) -> None:
-        """The slot is filled. The block can be found once it is hashed: at once if it is small,
-        else off the event loop, in the order of commits."""
-        self._sealer.commit(key)
+        """The slot is filled, by bytes that are known to be right. The block can be found from now
+        on. It outlives the process once it is sealed, off the event loop, in order of commits."""
+        self._sealer.add(self._memory.commit(key))
         self.stats.stored += 1
 
     def abort_put(self, key: bytes) -> None:
@@ -203,7 +204,9 @@ class Store:
         if key in self._memory:
             self._memory.hit(key)
             return Refusal.PRESENT
-        return Refusal.BUSY if self._memory.is_filling(key) else None
+        if self._memory.is_filling(key):
+            return Refusal.BUSY
+        return Refusal.PRESSURE if self._sealer.behind else None
 
     def _slot_for_load(self, key: bytes, urgent: bool) -> int | None:
         return self._take_slot(key, may_lose=urgent)
@@ -256,11 +259,11 @@ class Store:
                 self._demoting[victim] = self._spawn(self._demote(self._disk, victim))
 
     async def _demote(self, disk: DiskTier, key: bytes) -> None:
-        info = self._memory.info(key)
         slot = self._memory.slot_of(key)
         written = False
         try:
             if slot is not None:
+                info = await self._sealer.info(key)
                 written = await disk.write(info, self._memory.view(slot))
         finally:
             del self._demoting[key]

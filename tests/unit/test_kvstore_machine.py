@@ -62,7 +62,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.disks = 0
         self.areas = Areas.of(SLOTS)
         self.policy = "lru"
-        self.hash_inline = True
+        self.behind = 4  # blocks: then the store takes no more
         self.rig: Rig
         self.fresh()
         self.stored: set[bytes] = set()
@@ -84,15 +84,15 @@ class StoreMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.fresh()
         options = disk_options(self.disk_path, records=3, segments=4)
-        sealing = SealOptions(inline_bytes=BLOCK if self.hash_inline else 0, batch_bytes=2 * BLOCK)
+        sealing = SealOptions(batch_bytes=2 * BLOCK, behind_bytes=self.behind * BLOCK)
         how = StoreOptions(spare_slots=2, demotions=2, loads=LOADS, sealing=sealing)
         self.rig = make_rig(self.areas, options, how, self.files, self.threads, self.policy)
         self.runner.run(self.rig.store.open())
 
-    @initialize(policy=st.sampled_from(sorted(POLICIES)), hash_inline=st.booleans())
-    def first_start(self, policy: str, hash_inline: bool) -> None:
+    @initialize(policy=st.sampled_from(sorted(POLICIES)), behind=st.sampled_from([1, 4, 64]))
+    def first_start(self, policy: str, behind: int) -> None:
         self.policy = policy
-        self.hash_inline = hash_inline
+        self.behind = behind
         self.start()
 
     # Steps
@@ -124,8 +124,7 @@ class StoreMachine(RuleBasedStateMachine):
 
             self.runner.run(end())
             self.stored.add(key)
-            if self.hash_inline:
-                assert self.rig.store.lookup([key]) == [Tier.CPU]
+            assert self.rig.store.lookup([key]) == [Tier.CPU]
         else:
             view[:100] = b"?" * 100
             self.rig.store.abort_put(key)
@@ -226,13 +225,16 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.stop()
+        assert self.rig.memory.unsealed == 0
         self.start()
 
     @rule(wait=st.booleans())
     def killed(self, wait: bool) -> None:
         """The next process finds the files as they were in the middle of everything."""
-        areas, before = self.areas.copy(), set(self.rig.memory)
-        claimed = dict(self.rig.memory.counts())[SlotState.CLAIMED]
+        memory = self.rig.memory
+        areas = self.areas.copy()
+        before = {key for key in memory if memory.unsealed_put(key) is None}
+        claimed = dict(memory.counts())[SlotState.CLAIMED]
         shutil.copytree(self.disk_path, self.directory / str(self.disks + 1))
         self.stop()
         self.areas = areas
@@ -244,6 +246,10 @@ class StoreMachine(RuleBasedStateMachine):
         found = set(self.rig.memory)
         assert found >= before
         assert len(found) <= len(before) + claimed  # what was claimed when it was killed, too
+        for key in found:
+            slot = self.rig.memory.slot_of(key)
+            assert slot is not None
+            assert bytes(self.rig.memory.view(slot)) == payload_of(key)
 
     def stop(self) -> None:
         async def stop() -> None:

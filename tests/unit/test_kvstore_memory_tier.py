@@ -18,6 +18,7 @@ from tests.unit.kvstore_kit import (
     LAYOUT,
     Areas,
     chain_of,
+    commit_sealed,
     info_of,
     make_memory,
     payload_of,
@@ -32,7 +33,7 @@ def put(memory: MemoryTier, *keys: bytes) -> None:
         slot = memory.begin(key)
         assert slot is not None
         memory.view(slot)[:] = payload_of(key)
-        memory.commit(key)
+        commit_sealed(memory, key)
     memory.check_integrity()
 
 
@@ -54,7 +55,7 @@ def test_a_block_is_found_once_it_is_committed() -> None:
     assert memory.is_filling(A)
     assert slot is not None
     memory.view(slot)[:] = payload_of(A)
-    memory.commit(A)
+    commit_sealed(memory, A)
     assert memory.slot_of(A) == slot
     assert memory.info(A) == info_of(A, 3, B)
     assert dict(memory.counts()) == {

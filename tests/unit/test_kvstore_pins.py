@@ -17,6 +17,7 @@ from tests.unit.kvstore_kit import (
     InlineThreads,
     Rig,
     chain_of,
+    commit_sealed,
     disk_options,
     key_of,
     make_memory,
@@ -151,7 +152,7 @@ def test_the_queue_has_one_entry_for_each_pin(step: float) -> None:
     pins = Pins(memory, 2)
     for key in (A, B):
         memory.begin(key)
-        memory.commit(key)
+        commit_sealed(memory, key)
     now = 0.0
     for turn in range(100):
         now += step

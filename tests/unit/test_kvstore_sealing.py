@@ -1,11 +1,12 @@
-"""Blocks become READY when they are hashed: in order, off the event loop, and only if they are
-what their header says."""
+"""Blocks are found when they are committed, and outlive their process when they are sealed: in
+order, off the event loop. What an earlier process left is found when it is verified."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.types.kv_events import Tier
+from kvstore.figures import Refusal
 from kvstore.files import ThreadPool
 from kvstore.memory_tier import MemoryTier, SlotState
 from kvstore.sealing import Sealer, SealOptions
@@ -23,85 +25,166 @@ from tests.unit.kvstore_kit import (
     InlineThreads,
     Rig,
     chain_of,
+    disk_options,
     info_of,
     make_memory,
     make_rig,
     payload_of,
+    read_block,
+    recover,
     running,
 )
-from tests.virtual_time import run_virtual, virtual_time
+from tests.virtual_time import run_virtual, settle, virtual_time
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 A, B, C, D = chain_of(1, 4)
-IN_THREADS = SealOptions(inline_bytes=0, batch_bytes=2 * BLOCK)
+BATCHES = SealOptions(batch_bytes=2 * BLOCK)
 
 
 class BrokenThreads(InlineThreads):
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures = failures
+
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        raise RuntimeError("no thread today")
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("no thread today")
+        return await super().run(call, *args, **kwargs)
 
 
 def slow_rig(areas: Areas, delay: float = 1.0) -> Rig:
-    options = StoreOptions(sealing=IN_THREADS)
+    options = StoreOptions(sealing=BATCHES)
     return make_rig(areas, None, options, threads=InlineThreads(delay))
-
-
-def fill(memory: MemoryTier, *keys: bytes) -> None:
-    for key in keys:
-        slot = memory.begin(key)
-        assert slot is not None
-        memory.view(slot)[:] = payload_of(key)
 
 
 def counts(memory: MemoryTier) -> dict[SlotState, int]:
     return {state: count for state, count in memory.counts() if count}
 
 
+def survivors(areas: Areas) -> list[bytes]:
+    """What a process finds that is started when this one is killed now."""
+    memory = make_memory(areas.copy())
+    recover(memory)
+    memory.check_integrity()
+    for key in memory:
+        slot = memory.slot_of(key)
+        assert slot is not None
+        assert bytes(memory.view(slot)) == payload_of(key)
+    return list(memory)
+
+
 @virtual_time
-async def test_blocks_become_ready_in_the_order_of_commits() -> None:
-    rig = slow_rig(Areas.of(8))
+async def test_blocks_are_found_at_once_and_sealed_in_the_order_of_commits() -> None:
+    areas = Areas.of(8)
+    rig = slow_rig(areas)
     async with running(rig):
         rig.put_chain([A, B, C, D])
-        assert rig.store.lookup([A]) == []
-        assert rig.store.begin_put(A, 0) is None  # it is on its way
+        assert await rig.get([A, B, C, D]) == 4
+        assert survivors(areas) == []
         await asyncio.sleep(1.5)
-        assert list(rig.memory) == [A, B]  # a batch
+        assert survivors(areas) == [A, B]  # a batch
         rig.store.check_integrity()
         await rig.store.settle()
-        assert await rig.get([A, B, C, D]) == 4
+        assert survivors(areas) == [A, B, C, D]
         assert rig.memory.info(A).checksum == info_of(A).checksum
 
 
 @virtual_time
-async def test_closing_finishes_what_was_committed() -> None:
+async def test_closing_seals_what_was_committed() -> None:
     areas = Areas.of(4)
     async with running(slow_rig(areas)) as rig:
         rig.put_chain([A, B, C])
-    assert list(rig.memory) == [A, B, C]
+    assert rig.memory.unsealed == 0
     async with running(slow_rig(areas)) as again:
         assert await again.get([A, B, C]) == 3
 
 
-@pytest.mark.parametrize("broken", [True, False])
 @virtual_time
-async def test_what_cannot_be_hashed_frees_its_slot(broken: bool) -> None:
-    """Also when the task is cancelled, as at the end of a loop."""
-    memory = make_memory(Areas.of(4))
-    sealer = Sealer(memory, BrokenThreads() if broken else InlineThreads(1.0), IN_THREADS)
-    sealer.open()
-    fill(memory, A, B, C)
-    for key in (A, B, C):
-        sealer.commit(key)
-    (task,) = sealer.tasks
-    await asyncio.sleep(0)
-    if not broken:
-        task.cancel()
-    await asyncio.wait([task])
-    assert counts(memory) == {SlotState.FREE: 4}
-    memory.check_integrity()
-    await sealer.close()
+async def test_what_cannot_be_hashed_stays_readable_and_does_not_outlive_its_process() -> None:
+    areas, threads = Areas.of(4), BrokenThreads(failures=1)
+    rig = make_rig(areas, None, StoreOptions(sealing=BATCHES), threads=threads)
+    async with running(rig):
+        rig.put_chain([A, B, C])
+        await rig.store.settle()
+        rig.store.check_integrity()
+        assert await rig.get([A, B, C]) == 3
+        assert survivors(areas) == [C]
+        assert rig.put(D)  # it goes on
+        await rig.store.settle()
+    assert survivors(areas) == [C, D]
+
+
+@virtual_time
+async def test_a_slot_that_is_used_anew_while_it_is_hashed_gets_no_seal_for_what_it_held() -> None:
+    """Neither another block in the slot of the first, nor the same one that has come again."""
+    areas = Areas.of(1)
+    rig = slow_rig(areas)
+    async with running(rig):
+        assert rig.put(A)
+        await asyncio.sleep(0.5)
+        assert rig.put(B)  # evicts A
+        assert rig.put(A)
+        slot = rig.memory.slot_of(A)
+        assert slot is not None
+        await asyncio.sleep(0.6)
+        assert rig.memory.unsealed == 1
+        assert survivors(areas) == []
+        await rig.store.settle()
+        assert survivors(areas) == [A]
+
+
+@virtual_time
+async def test_a_store_that_is_behind_with_sealing_takes_no_more() -> None:
+    sealing = SealOptions(batch_bytes=2 * BLOCK, behind_bytes=3 * BLOCK)
+    rig = make_rig(Areas.of(8), None, StoreOptions(sealing=sealing), threads=InlineThreads(1.0))
+    async with running(rig):
+        rig.put_chain([A, B, C])
+        assert not rig.put(D)
+        assert rig.store.stats.refused[Refusal.PRESSURE] == 1
+        await asyncio.sleep(0.5)  # a batch is being hashed
+        assert rig.put(D)
+
+
+@virtual_time
+async def test_what_goes_to_nvme_is_sealed_first(tmp_path: Path) -> None:
+    """Also out of turn: the record on disk has the checksum, and verifies."""
+    areas, sealing = Areas.of(8), SealOptions(batch_bytes=BLOCK)
+    options = StoreOptions(sealing=sealing)
+    rig = make_rig(areas, disk_options(tmp_path, 16), options, threads=InlineThreads(1.0))
+    async with running(rig):
+        *others, victim, last = chain_of(1, 8)
+        for key in (*others, victim):
+            assert rig.put(key)
+        assert await rig.get(others) == 6
+        assert rig.put(last)
+        await asyncio.sleep(2.5)
+        assert survivors(areas) == [A, B, victim]
+        await rig.store.settle()
+        assert rig.disk is not None
+        assert list(rig.disk) == [victim]
+        assert await read_block(rig.disk, victim) == payload_of(victim)
+
+
+@pytest.mark.filterwarnings("error")
+@virtual_time
+async def test_closing_in_the_middle_of_a_demotion_leaves_nothing_behind(tmp_path: Path) -> None:
+    areas, threads = Areas.of(8), InlineThreads(1.0)
+    rig = make_rig(
+        areas, disk_options(tmp_path, 16), StoreOptions(sealing=BATCHES), threads=threads
+    )
+    keys = chain_of(1, 8)
+    await rig.store.open()
+    for key in keys:
+        assert rig.put(key)
+    await settle()
+    assert rig.store._demoting
+    await rig.store.close()
+    assert rig.memory.pinned == 0
+    rig.memory.check_integrity()
+    assert set(survivors(areas)) == set(keys)
 
 
 @virtual_time
@@ -185,10 +268,12 @@ async def test_hashing_happens_in_the_threads_that_are_given() -> None:
             return await super().run(watched, *args, **kwargs)
 
     memory = make_memory(Areas.of(4))
-    sealer = Sealer(memory, Watched(1, "hashing"), IN_THREADS)
+    sealer = Sealer(memory, Watched(1, "hashing"), BATCHES)
     sealer.open()
-    fill(memory, A)
-    sealer.commit(A)
+    slot = memory.begin(A)
+    assert slot is not None
+    memory.view(slot)[:] = payload_of(A)
+    sealer.add(memory.commit(A))
     await sealer.close()
     assert memory.info(A) == info_of(A)
     assert used == ["hashing_0"]
