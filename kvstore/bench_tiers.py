@@ -143,13 +143,13 @@ class MemoryBench:
         began = time.perf_counter()
         step = max(1, OFFER_BYTES // self.size)
         for start in range(0, len(part), step):
-            offer = [(n, self.keys[n]) for n in part[start : start + step]]
-            slots = [(n, store.begin_put(key, 0)) for n, key in offer]
-            for n, slot in slots:
+            offer = part[start : start + step]
+            keys = [self.keys[n] for n in offer]
+            for n, slot in zip(offer, store.begin_puts(keys), strict=True):
                 if slot is None:
                     raise OSError("the store did not take all blocks")
                 _copy(self.memory.view(slot), self._block(self.pool, n))
-            for _, key in offer:
+            for key in keys:
                 store.commit_put(key)
             await asyncio.sleep(0)
         await store.settle()

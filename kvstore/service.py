@@ -27,7 +27,6 @@ from baton.types.link import StartDecode, StartPrefill
 from baton.types.request import AttemptId
 from baton.worker.kv_news import KvNews
 from baton.worker.links import LinkServer
-from kvstore.format import NO_PARENT
 from kvstore.memory_tier import MemoryTier, SlotState
 from kvstore.store import Store
 
@@ -74,16 +73,13 @@ class StoreSink:
         self._store = store
 
     async def reserve(self, keys: bytes, depth: int, pin_s: float | None) -> Sequence[Slot]:
-        slots = []
-        parent = NO_PARENT
-        for index, key in enumerate(split(keys)):
-            block = self._store.begin_put(key, depth + index, parent)
-            if block is not None:
-                slots.append(Slot(key, index, block, depth + index))
-            if pin_s is not None:  # before the next slot is taken, which could cost this block
-                self._store.keep(key, pin_s)
-            parent = key
-        return slots
+        wanted = split(keys)
+        blocks = self._store.begin_puts(wanted, depth, pin_s)
+        return [
+            Slot(key, index, block)
+            for index, (key, block) in enumerate(zip(wanted, blocks, strict=True))
+            if block is not None
+        ]
 
     def commit(self, slot: Slot) -> None:
         self._store.commit_put(slot.key)

@@ -1,6 +1,6 @@
 """The tier policy of one node's KV store: CPU memory in front of NVMe. No network, no torch.
 
-    put       begin_put -> the caller fills the slot -> commit_put -> found; sealed    CPU
+    put       begin_puts -> the caller fills the slots -> commit_put -> found; sealed  CPU
     get       READY slots at once; blocks on NVMe are read into slots (promotion)      NVMe -> CPU
     demotion  ahead of need, the next victims of the CPU tier are written and freed    CPU -> NVMe
     keep      a block that is pinned for a time is no victim; see kvstore/pins.py
@@ -110,17 +110,31 @@ class Store:
 
     # Putting
 
-    def begin_put(self, key: bytes, depth: int, parent: bytes = NO_PARENT) -> int | None:
-        """A slot to fill with this block, or None when it is not wanted; see Refusal.
+    def begin_puts(
+        self, keys: Iterable[bytes], depth: int = 0, keep_s: float | None = None
+    ) -> list[int | None]:
+        """Slots to fill with these blocks of one chain, one after the other; None where a block is
+        not wanted, see Refusal. With `keep_s`, `keep` each of them, too.
 
-        `depth` blocks come before it in its chain, the last of them is `parent`, if that is known.
-        The caller ends it by `commit_put` or `abort_put`, whatever happens.
+        `depth` blocks come before the first of them; what these are is not known.
+        The caller ends each slot by `commit_put` or `abort_put`, whatever happens.
         """
-        refusal = self._refusal(key)
-        slot = None if refusal else self._take_slot(key, depth, parent)
-        if slot is None:
-            self.stats.refused[refusal or Refusal.PRESSURE] += 1
-        return slot
+        now = asyncio.get_running_loop().time()
+        self._pins.expire(now)
+        behind = self._sealer.behind
+        slots: list[int | None] = []
+        parent = NO_PARENT
+        for key in keys:
+            refusal = self._refusal(key) or (Refusal.PRESSURE if behind else None)
+            slot = None if refusal else self._take_slot(key, depth, parent)
+            if slot is None:
+                self.stats.refused[refusal or Refusal.PRESSURE] += 1
+            if keep_s is not None:  # before the next slot is taken, which could cost this block
+                self._pins.pin(key, now + keep_s)
+            slots.append(slot)
+            depth, parent = depth + 1, key
+        self._demote_ahead()
+        return slots
 
     def commit_put(self, key: bytes) -> None:
         """The slot is filled, by bytes that are known to be right. The block can be found from now
@@ -204,22 +218,20 @@ class Store:
         if key in self._memory:
             self._memory.hit(key)
             return Refusal.PRESENT
-        if self._memory.is_filling(key):
-            return Refusal.BUSY
-        return Refusal.PRESSURE if self._sealer.behind else None
+        return Refusal.BUSY if self._memory.is_filling(key) else None
 
     def _slot_for_load(self, key: bytes, urgent: bool) -> int | None:
-        return self._take_slot(key, may_lose=urgent)
+        self._pins.expire(asyncio.get_running_loop().time())
+        slot = self._take_slot(key, may_lose=urgent)
+        self._demote_ahead()
+        return slot
 
     def _take_slot(
         self, key: bytes, depth: int = 0, parent: bytes = NO_PARENT, may_lose: bool = True
     ) -> int | None:
-        self._pins.expire(asyncio.get_running_loop().time())
-        slot = self._memory.begin(key, depth, parent)
-        if slot is None and self._evict_now(may_lose):
-            slot = self._memory.begin(key, depth, parent)
-        self._demote_ahead()
-        return slot
+        if not self._memory.free and not self._evict_now(may_lose):
+            return None
+        return self._memory.begin(key, depth, parent)
 
     def _evict_now(self, may_lose: bool) -> bool:
         victim = self._memory.victim()

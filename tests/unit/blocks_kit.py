@@ -118,7 +118,7 @@ class Pool:
         taken = set(self.held.values()) | {slot.block for slot in self.reserved}
         free = (block for block in range(BLOCKS) if block not in taken)
         slots = [
-            Slot(key(number), index, next(free), depth + index)
+            Slot(key(number), index, next(free))
             for index, number in enumerate(split(keys))
             if number not in self.held and self.wants(number)
         ]

@@ -205,17 +205,25 @@ class Rig:
     memory: MemoryTier
     disk: DiskTier | None
 
-    def put(self, key: bytes, depth: int = 0, parent: bytes = NO_PARENT) -> bool:
-        slot = self.store.begin_put(key, depth, parent)
-        if slot is None:
-            return False
-        self.memory.view(slot)[:] = payload_of(key)
-        self.store.commit_put(key)
-        return True
+    def begin(self, key: bytes, depth: int = 0) -> int | None:
+        (slot,) = self.store.begin_puts([key], depth)
+        return slot
+
+    def put(self, key: bytes, depth: int = 0) -> bool:
+        return bool(self.put_many([key], depth))
+
+    def put_many(self, keys: Sequence[bytes], depth: int = 0) -> list[bytes]:
+        """Blocks of one chain; those that were wanted."""
+        slots = self.store.begin_puts(keys, depth)
+        wanted = [(key, slot) for key, slot in zip(keys, slots, strict=True) if slot is not None]
+        for key, slot in wanted:
+            self.memory.view(slot)[:] = payload_of(key)
+        for key, _ in wanted:
+            self.store.commit_put(key)
+        return [key for key, _ in wanted]
 
     def put_chain(self, keys: Sequence[bytes]) -> None:
-        for depth, key in enumerate(keys):
-            assert self.put(key, depth, keys[depth - 1] if depth else NO_PARENT)
+        assert self.put_many(keys) == list(keys)
 
     async def get(self, keys: Sequence[bytes], limit: int | None = None) -> int:
         """How many came, each of them right; unpinned again."""

@@ -17,7 +17,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from baton.types.kv_events import Tier
 from kvstore.eviction import POLICIES
-from kvstore.format import NO_PARENT
 from kvstore.loads import LoadOptions
 from kvstore.memory_tier import SlotState
 from kvstore.sealing import SealOptions
@@ -97,18 +96,18 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Steps
 
-    @rule(chain=chains, depth=depths)
-    def begin_put(self, chain: int, depth: int) -> None:
-        key = block(chain, depth)
-        parent = block(chain, depth - 1) if depth else NO_PARENT
+    @rule(chain=chains, depth=depths, count=st.integers(1, LENGTH))
+    def begin_puts(self, chain: int, depth: int, count: int) -> None:
+        keys = keys_of(chain)[depth : depth + count]
 
-        async def begin() -> int | None:
-            return self.rig.store.begin_put(key, depth, parent)
+        async def begin() -> list[int | None]:
+            return self.rig.store.begin_puts(keys, depth)
 
-        slot = self.runner.run(begin())
-        if slot is not None:
-            assert key not in self.open_puts
-            self.open_puts[key] = slot
+        for key, slot in zip(keys, self.runner.run(begin()), strict=True):
+            if slot is not None:
+                assert key not in self.open_puts
+                assert slot not in self.open_puts.values()
+                self.open_puts[key] = slot
 
     @precondition(lambda self: self.open_puts)
     @rule(data=st.data(), commit=st.booleans())
@@ -132,9 +131,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(chain=chains)
     def put_chain(self, chain: int) -> None:
         async def put() -> None:
-            for depth, key in enumerate(keys_of(chain)):
-                if self.rig.put(key, depth, block(chain, depth - 1) if depth else NO_PARENT):
-                    self.stored.add(key)
+            self.stored |= set(self.rig.put_many(keys_of(chain)))
 
         self.runner.run(put())
 

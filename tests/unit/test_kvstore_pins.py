@@ -94,7 +94,7 @@ async def test_who_is_kept_again_stays_until_the_later_time() -> None:
 async def test_a_block_that_is_being_put_is_kept_from_its_commit_on() -> None:
     async with running(make_rig(Areas.of(SLOTS), None)) as rig:
         for key in (A, B):
-            slot = rig.store.begin_put(key, 0)
+            slot = rig.begin(key)
             assert slot is not None
             assert rig.store.keep(key, 100.0)
             rig.memory.view(slot)[:] = payload_of(key)

@@ -49,12 +49,12 @@ async def test_a_run_ends_at_the_first_miss() -> None:
 @virtual_time
 async def test_why_a_put_is_refused() -> None:
     async with running(make_rig(Areas.of(1), None)) as rig:
-        assert rig.store.begin_put(A, 0) is not None
-        assert rig.store.begin_put(A, 0) is None
-        assert rig.store.begin_put(B, 0) is None
+        assert rig.begin(A) is not None
+        assert rig.begin(A) is None
+        assert rig.begin(B) is None
         rig.store.abort_put(A)
         assert rig.put(A)
-        assert rig.store.begin_put(A, 0) is None
+        assert rig.begin(A) is None
         assert rig.store.stats.refused == {
             Refusal.BUSY: 1,
             Refusal.PRESSURE: 1,
@@ -208,7 +208,7 @@ async def test_a_slow_disk_ends_the_get_and_the_load_goes_on(tmp_path: Path) -> 
         began = asyncio.get_running_loop().time()
         assert await rig.get([A]) == 0
         assert asyncio.get_running_loop().time() - began == pytest.approx(5.0)
-        assert rig.store.begin_put(A, 0) is None  # still on its way
+        assert rig.begin(A) is None  # still on its way
         await rig.store.settle()
         assert rig.store.lookup([A]) == [CPU]
         assert rig.memory.pinned == 0

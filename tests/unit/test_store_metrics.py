@@ -149,9 +149,9 @@ async def test_puts_and_evictions_are_counted_by_what_became_of_them() -> None:
     async with fake_cluster(say("ok")) as cluster, served(cluster, rig):
         assert rig.put(key_of(1))
         assert not rig.put(key_of(1))
-        assert rig.store.begin_put(key_of(2), 0) is not None
+        assert rig.begin(key_of(2)) is not None
         assert not rig.put(key_of(2))
-        rig.store.begin_put(key_of(3), 0)  # in place of 1
+        rig.begin(key_of(3))  # in place of 1
         assert not rig.put(key_of(4))
         rig.store.abort_put(key_of(2))
         rig.store.abort_put(key_of(3))

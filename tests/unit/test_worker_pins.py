@@ -48,7 +48,7 @@ class Rig:
 
     def flood(self) -> None:
         for key in chain_of(1000, 4 * SLOTS):
-            if self.store.begin_put(key, 0) is not None:
+            if self.store.begin_puts([key]) != [None]:
                 self.store.commit_put(key)
 
 

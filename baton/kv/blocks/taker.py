@@ -35,7 +35,6 @@ class Slot:
     key: bytes
     index: int
     block: int  # of the store's pool
-    depth: int  # blocks of the chain before this one
 
 
 class Sink(Protocol):
