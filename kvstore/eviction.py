@@ -12,7 +12,8 @@ M. Arlitt et al., "Evaluating Content Management Techniques for Web Proxy Caches
 L. Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching", 1998.
 
 Scores only grow while a block stays. So a heap may hold outdated ones, which are put right when
-they come up: a use costs O(1), a victim O(log n), amortized.
+they come up: a use costs O(1), a victim O(log n), amortized. Leaves go to the heap when the next
+victim is looked for: until then most blocks of a new chain have got one that follows them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class _Entry:
     uses: int = 1
     score: float = 0.0
     held: bool = False
-    queued: bool = False  # in the heap, perhaps with an outdated score
+    queued: bool = False  # a candidate, or in the heap, perhaps with an outdated score
     gone: bool = False
 
 
@@ -71,6 +72,7 @@ class LeafFirst:
     def __init__(self) -> None:
         self._entries: dict[bytes, _Entry] = {}
         self._children: dict[bytes, int] = {}  # stored blocks that follow a key, stored or not
+        self._candidates: list[_Entry] = []  # not in the heap yet
         self._heap: list[tuple[float, int, int, _Entry]] = []
         self._pushes = 0
         self._age = 0.0
@@ -115,6 +117,7 @@ class LeafFirst:
         self._queue(entry)
 
     def victim(self) -> bytes | None:
+        self._push_candidates()
         while self._heap:
             score, _, _, entry = self._heap[0]
             if not self._evictable(entry):
@@ -137,9 +140,17 @@ class LeafFirst:
         if entry.queued or not self._evictable(entry):
             return
         entry.queued = True
-        heapq.heappush(self._heap, self._item(entry))
-        if len(self._heap) > 2 * len(self._entries) + 64:
+        self._candidates.append(entry)
+        if len(self._candidates) + len(self._heap) > 2 * len(self._entries) + 64:
             self._drop_gone()
+
+    def _push_candidates(self) -> None:
+        for entry in self._candidates:
+            if self._evictable(entry):
+                heapq.heappush(self._heap, self._item(entry))
+            else:
+                entry.queued = False
+        self._candidates.clear()
 
     def _item(self, entry: _Entry) -> tuple[float, int, int, _Entry]:
         """Of equal scores the deeper goes first, then the older."""
@@ -147,7 +158,8 @@ class LeafFirst:
         return entry.score, -entry.depth, self._pushes, entry
 
     def _drop_gone(self) -> None:
-        """Blocks that were removed without being victims leave their items in the heap."""
+        """Blocks that were removed without being victims are still queued."""
+        self._candidates = [entry for entry in self._candidates if not entry.gone]
         self._heap = [item for item in self._heap if not item[3].gone]
         heapq.heapify(self._heap)
 
