@@ -6,6 +6,9 @@
 A block that was just received is found and lent at once: its bytes came under a lease that held,
 and with the digests that its owner made. The checksum is for what happens to them later. So a store
 that is killed loses what was not sealed, and believes nothing that was not.
+
+Puts come first: sealing begins a moment after them, because a thread that hashes takes memory, and
+the interpreter lock, from those that copy.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SealOptions:
+    delay_s: float = 0.02  # after the first block that waits
     batch_bytes: int = 32 << 20  # of one call in a thread; at least one block
     behind_bytes: int = 1 << 30  # unsealed, with that much no more blocks are taken
     threads: int = 2  # one for what comes in, one for what was found at the start
@@ -40,6 +45,8 @@ class Sealer:
         self._threads = threads
         self._batch = max(1, options.batch_bytes // memory.block_bytes)
         self._most = max(1, options.behind_bytes // memory.block_bytes)
+        self._delay_s = options.delay_s
+        self._hurried = asyncio.Event()
         self._waiting: deque[Put] = deque()  # also such as were evicted since
         self._sealing: asyncio.Task[None] | None = None
         self._recovering: asyncio.Task[None] | None = None
@@ -65,6 +72,7 @@ class Sealer:
         """Seal what was committed; claims that were not verified stay for the next start."""
         if self._recovering is not None:
             self._recovering.cancel()
+        self.hurry()
         while tasks := self.tasks:
             await asyncio.wait(tasks)
         self._threads.close()
@@ -73,7 +81,12 @@ class Sealer:
         """It was committed: it is sealed after all that were committed before."""
         self._waiting.append(put)
         if self._sealing is None or self._sealing.done():
+            self._hurried.clear()
             self._sealing = _spawn(self._seal_all())
+
+    def hurry(self) -> None:
+        """Begin with what waits now."""
+        self._hurried.set()
 
     async def info(self, key: bytes) -> BlockInfo:
         """Of a READY block, which must be pinned meanwhile; it is sealed out of turn if need be."""
@@ -84,6 +97,9 @@ class Sealer:
 
     async def _seal_all(self) -> None:
         """What cannot be hashed stays as it is: readable, and sealed when it is demoted."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._delay_s):
+                await self._hurried.wait()
         while self._waiting:
             count = min(self._batch, len(self._waiting))
             batch = [self._waiting.popleft() for _ in range(count)]

@@ -17,9 +17,9 @@
 
     payload of slot n: at n * block_bytes of the payload area, which has nothing else in it
 
-A slot is filled in this order: header zeroed, payload written, header written. So whenever the
-process is killed, a header that verifies belongs to a payload that was complete, and at most the
-blocks that were being filled are lost.
+A slot is filled in this order: header zeroed, payload written, and, once it has been hashed, header
+written. So whenever the process is killed, a header that verifies belongs to a payload that was
+complete, and what is lost are the blocks that were being filled or waited to be hashed.
 """
 
 from __future__ import annotations

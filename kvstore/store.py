@@ -82,6 +82,7 @@ class Store:
 
     async def settle(self) -> None:
         """Wait until no block is on its way between tiers, or waits to be hashed."""
+        self._sealer.hurry()
         while tasks := [*self._demoting.values(), *self.loads.tasks, *self._sealer.tasks]:
             await asyncio.wait(tasks)
 

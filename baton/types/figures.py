@@ -39,7 +39,7 @@ class StoreFigures:
     stored: int = 0
     present: int = 0  # refused: in memory already
     busy: int = 0  # refused: being put, or on its way up from NVMe
-    pressure: int = 0  # refused: every slot was being filled or read
+    pressure: int = 0  # refused: every slot was in use, or too much waited to be hashed
     aborted: int = 0  # it did not come whole
     # Every block that left the CPU tier went as one of these.
     demoted: int = 0  # written to NVMe for it

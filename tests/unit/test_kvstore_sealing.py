@@ -40,7 +40,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 A, B, C, D = chain_of(1, 4)
-BATCHES = SealOptions(batch_bytes=2 * BLOCK)
+BATCHES = SealOptions(delay_s=0.0, batch_bytes=2 * BLOCK)
 
 
 class BrokenThreads(InlineThreads):
@@ -93,6 +93,23 @@ async def test_blocks_are_found_at_once_and_sealed_in_the_order_of_commits() -> 
 
 
 @virtual_time
+async def test_sealing_waits_for_a_pause_of_the_puts_unless_somebody_waits_for_it() -> None:
+    areas = Areas.of(8)
+    rig = make_rig(areas, None, StoreOptions(sealing=SealOptions(delay_s=5.0)))
+    async with running(rig):
+        rig.put_chain([A, B])
+        await asyncio.sleep(4.9)
+        assert rig.put(C)
+        assert survivors(areas) == []
+        await asyncio.sleep(0.2)
+        assert survivors(areas) == [A, B, C]
+        assert rig.put(D)
+        await rig.store.settle()
+        assert asyncio.get_running_loop().time() < 6.0
+        assert survivors(areas) == [A, B, C, D]
+
+
+@virtual_time
 async def test_closing_seals_what_was_committed() -> None:
     areas = Areas.of(4)
     async with running(slow_rig(areas)) as rig:
@@ -138,7 +155,7 @@ async def test_a_slot_that_is_used_anew_while_it_is_hashed_gets_no_seal_for_what
 
 @virtual_time
 async def test_a_store_that_is_behind_with_sealing_takes_no_more() -> None:
-    sealing = SealOptions(batch_bytes=2 * BLOCK, behind_bytes=3 * BLOCK)
+    sealing = SealOptions(delay_s=0.0, batch_bytes=2 * BLOCK, behind_bytes=3 * BLOCK)
     rig = make_rig(Areas.of(8), None, StoreOptions(sealing=sealing), threads=InlineThreads(1.0))
     async with running(rig):
         rig.put_chain([A, B, C])
@@ -151,7 +168,7 @@ async def test_a_store_that_is_behind_with_sealing_takes_no_more() -> None:
 @virtual_time
 async def test_what_goes_to_nvme_is_sealed_first(tmp_path: Path) -> None:
     """Also out of turn: the record on disk has the checksum, and verifies."""
-    areas, sealing = Areas.of(8), SealOptions(batch_bytes=BLOCK)
+    areas, sealing = Areas.of(8), SealOptions(delay_s=0.0, batch_bytes=BLOCK)
     options = StoreOptions(sealing=sealing)
     rig = make_rig(areas, disk_options(tmp_path, 16), options, threads=InlineThreads(1.0))
     async with running(rig):
