@@ -3,13 +3,17 @@
 In every round the store and its limit do the same to the same amount of data, in turns of a part of
 it, so that a noisy machine is as noisy for both:
 
-    cpu put    begin, copy blocks into slots, commit (hash, headers)      | copy to the same memory
+    cpu put    begin, copy blocks into slots, commit                      | copy to the same memory
+    put+seal   the same, until all blocks have their checksums, too       | the same copy
     cpu get    get, copy the slot out, unpin                              | copy from it
     nvme put   blocks through the tier's queue, in batches                | pwrite, in sequence
     nvme get   get: promote into slots, verify, in random order           | pread at random offsets
 
-A put ends when all its blocks can be found. The store hashes them in a thread of its own, while one
-thread copies, as a transport's does, and lets go of the interpreter lock meanwhile.
+A put ends when all its blocks can be found. `put+seal` ends when all of them would survive the
+process, too: a lasting stream of puts has something between both, as blocks that are evicted before
+they are hashed never are. On both sides one thread copies, as a transport's does, and lets go of
+the interpreter lock meanwhile. The store hashes in another one, and has ended before the limit's
+turn begins.
 
 The limits of NVMe use as many threads, the same batches, and O_DIRECT when the tier does.
 """
@@ -52,7 +56,7 @@ OFFER_BYTES = 4 << 20  # of blocks that are put together, as workers offer them;
 LOOKUPS = 2000
 INDEXED = 20_000  # blocks, for sizes and speeds of indexes
 
-Times = tuple[float, float, float, float]  # seconds of put, of its limit, of get, of its limit
+Times = dict[str, tuple[float, float]]  # operation -> seconds of the store, of its limit
 Side = Callable[[Sequence[int]], Awaitable[float]]  # numbers of blocks -> seconds
 
 
@@ -134,12 +138,14 @@ class MemoryBench:
         # In different orders: else slots are evicted one after the other, and reused in sequence.
         in_order = self.random.permutation(self.blocks).tolist()
         out_order = self.random.permutation(self.blocks).tolist()
+        sealing: list[float] = []
         # Few turns: each ends when its last block is hashed.
-        put = await _in_turns(in_order, 4, partial(self._put, store), self._copy_in)
+        put = await _in_turns(in_order, 4, partial(self._put, store, sealing), self._copy_in)
         get = await _in_turns(out_order, 8, partial(self._get, store), self._copy_out)
-        return *put, *get
+        return {"put": put, "put+seal": (put[0] + sum(sealing), put[1]), "get": get}
 
-    async def _put(self, store: Store, part: Sequence[int]) -> float:
+    async def _put(self, store: Store, sealing: list[float], part: Sequence[int]) -> float:
+        """Adds to `sealing` how much longer it took until all were sealed."""
         began = time.perf_counter()
         step = max(1, OFFER_BYTES // self.size)
         for start in range(0, len(part), step):
@@ -152,8 +158,10 @@ class MemoryBench:
             for key in keys:
                 store.commit_put(key)
             await asyncio.sleep(0)
+        found = time.perf_counter()
         await store.settle()
-        return time.perf_counter() - began
+        sealing.append(time.perf_counter() - found)
+        return found - began
 
     async def _copy_in(self, part: Sequence[int]) -> float:
         began = time.perf_counter()
@@ -221,7 +229,7 @@ class DiskBench:
             put = await _in_turns(range(self.blocks), turns, partial(self._put, disk, keys), write)
             get = await _in_turns(order, turns, partial(self._get, disk, keys), read)
         await disk.close()
-        return *put, *get
+        return {"put": put, "get": get}
 
     async def _put(self, disk: DiskTier, keys: Sequence[bytes], part: Sequence[int]) -> float:
         """As demotion does: so many at a time, with checksums from when the blocks were put."""
@@ -356,20 +364,21 @@ async def _in_turns(
 
 
 def _results(tier: str, size: int, blocks: int, times: Sequence[Times]) -> list[TierResult]:
-    put, put_limit, get, get_limit = zip(*times, strict=True)
-    pairs = (("put", put, put_limit), ("get", get, get_limit))
-    return [
-        TierResult(
-            tier,
-            operation,
-            size >> 10,
-            blocks,
-            blocks * size / median(store) / 1e9,
-            blocks * size / median(limit) / 1e9,
-            median(b / a for a, b in zip(store, limit, strict=True)),
+    results = []
+    for operation in times[0]:
+        store, limit = zip(*(one[operation] for one in times), strict=True)
+        results.append(
+            TierResult(
+                tier,
+                operation,
+                size >> 10,
+                blocks,
+                blocks * size / median(store) / 1e9,
+                blocks * size / median(limit) / 1e9,
+                median(b / a for a, b in zip(store, limit, strict=True)),
+            )
         )
-        for operation, store, limit in pairs
-    ]
+    return results
 
 
 def _copy(to: memoryview, source: memoryview) -> None:

@@ -32,8 +32,8 @@ def test_a_small_run_reports_every_tier(
     results = report["results"]
     assert {(r["tier"], r["operation"], r["block_kib"]) for r in results} == {
         (tier, operation, kib)
-        for tier in ("cpu", "nvme")
-        for operation in ("put", "get")
+        for tier, operations in (("cpu", ("put", "put+seal", "get")), ("nvme", ("put", "get")))
+        for operation in operations
         for kib in (64, 256)
     }
     assert all(r["store_gbps"] > 0 and r["limit_gbps"] > 0 and r["ratio"] > 0 for r in results)
