@@ -13,7 +13,7 @@ from tests.redis_server import BINARY, WHY_NOT
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(BINARY is None, reason=WHY_NOT),
 ]
 
