@@ -3,7 +3,9 @@ what workers answer on the links that it keeps to them."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -21,13 +23,14 @@ from baton.types.request import (
     AttemptOutput,
     Finish,
     FinishReason,
+    GenerationTask,
     SampledToken,
     Span,
     TokenLogprob,
     WireError,
 )
 from baton.v1 import fleet_pb2, inference_pb2, worker_pb2
-from tests.fake_worker import FakeCluster, echo, fake_server, worker_info
+from tests.fake_worker import FakeCluster, Script, echo, fake_server, worker_info
 from tests.fuzz.campaign import Campaign, ErrorLog
 from tests.fuzz.grpc_peer import Growth, Host, Peer, until
 from tests.fuzz.messages import Odd
@@ -187,25 +190,43 @@ def _reports() -> list[Any]:
     return [ReportEncoder().encode(message) for message in said]
 
 
+def _script(task: GenerationTask) -> Script:
+    """Echo, but nothing at all to "hang"."""
+    hangs = task.prompt[-4:] == tuple(b"hang")
+    return replace(echo(task), hang_at=len(task.output) if hangs else None)
+
+
 def test_what_workers_answer(campaign: Campaign, errors: ErrorLog) -> None:
-    """On the link of a worker that the conductor has dialled. What cannot be decoded ends it, as
-    over gRPC; the conductor dials again."""
+    """On the link of a worker that the conductor has dialled, of a request that it has. What cannot
+    be decoded ends the link, as over gRPC; the conductor dials again."""
     messages = st.lists(Odd(_reports()).messages(), min_size=1, max_size=8)
-    with Host(fake_server(echo)) as host:
+    hang = inference_pb2.GenerateRequest(model="tiny", text="hang").SerializeToString()
+    with Host(fake_server(_script)) as host:
         cluster = host.made
 
         async def play(said: list[bytes]) -> None:
-            worker, decoder = cluster.workers["decode-0"], ReportDecoder()
-            links = len(worker.links)
+            worker, decoder, peer = cluster.workers["decode-0"], ReportDecoder(), Peer(cluster.grpc)
+            both, tasks = list(cluster.workers.values()), len(worker.tasks)
+            links = [len(each.links) for each in both]
+            waiting = asyncio.create_task(peer.call(INFERENCE + "Generate", hang))
+            await until(lambda: len(worker.tasks) > tasks, lambda: "nothing was started")
+            attempt = worker.tasks[-1].attempt
             for raw in said:
                 try:
                     message = decoder.decode(worker_pb2.WorkerMessage.FromString(raw))
                 except Exception:  # see `WireDuplex`: any
                     break
+                if isinstance(message, StepReport):
+                    ours = (replace(output, attempt=attempt) for output in message.outputs)
+                    message = replace(message, outputs=tuple(ours))
                 await worker.links[-1].send(message)
-            await worker.links[-1].aclose()
-            await until(lambda: len(worker.links) > links, lambda: "the conductor did not dial")
-            peer = Peer(cluster.grpc)
+            await asyncio.sleep(0.01)
+            for each in both:  # whoever was told that all is over holds nothing by its link's end
+                await each.links[-1].aclose()
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            dialled = lambda: all(len(w.links) > n for w, n in zip(both, links, strict=True))  # noqa: E731
+            await until(dialled, lambda: "the conductor did not dial")
             await _check_good(cluster, peer)
             await peer.aclose()
             errors.check()
