@@ -13,6 +13,7 @@ FAULT_FLAGS ?=
 REPETITIONS ?= 20
 CHAOS_FLAGS ?=
 MINUTES     ?= 10
+SOAK_FLAGS  ?=
 FUZZ        ?= tests/fuzz
 PYTEST_FLAGS ?=
 
@@ -21,7 +22,7 @@ NATIVE := setup.py $(wildcard baton/native/src/*)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test faults chaos fuzz lint format proto bench bench-gpu demo-model clean
+.PHONY: help venv serve test faults chaos soak fuzz lint format proto bench bench-gpu demo-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -69,6 +70,9 @@ chaos: $(VENV)/.dev ## real processes killed and stopped in every phase of a req
 	$(BIN)/python -m bench.chaos --repetitions $(REPETITIONS) $(CHAOS_FLAGS)
 
 # Without pytest's own logging: it keeps every line of every case.
+soak: $(VENV)/.dev ## half an hour of mixed load and random kills on real processes; needs redis-server
+	$(BIN)/python -m bench.soak $(SOAK_FLAGS)
+
 fuzz: $(VENV)/.dev ## try what nobody should send, MINUTES for each file of FUZZ
 	FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -p no:logging --show-capture=no $(FUZZ) $(PYTEST_FLAGS)
 

@@ -28,6 +28,7 @@ from baton.worker.conductors import ConductorSet
 from baton.worker.lifecycle import StopSignals
 from baton.worker.parts import WorkerParts
 from baton.worker.serving import Service, live
+from conductor.admission import Slos
 from conductor.retries import RetryOptions
 from conductor.router import RouteOptions
 from conductor.service import Conductor, Policy, ServedModel
@@ -88,8 +89,11 @@ class _Areas:
 class Cluster:
     """Who is alive. The only one that starts and kills processes."""
 
-    def __init__(self, shape: Shape, seed: int, network: Network, log: EventLog) -> None:
+    def __init__(
+        self, shape: Shape, seed: int, network: Network, log: EventLog, slos: Slos | None = None
+    ) -> None:
         self.shape = shape
+        self._slos = slos or Slos()
         self.network = network
         self.workers: dict[str, Hosted] = {}
         self.conductor: HostedConductor | None = None
@@ -156,6 +160,7 @@ class Cluster:
         policy = Policy(
             lease_ttl_s=shape.fleet_ttl_s,
             routing=RouteOptions(local_tokens=shape.local_tokens),
+            slos=self._slos,
             retries=RetryOptions(seed=self._rng.getrandbits(32)),
         )
         model = ServedModel(MODEL, numbers(), VOCAB, MAX_MODEL_LEN, ())

@@ -1,0 +1,1 @@
+"""What becomes of a cluster that is asked for many times what it can do."""
