@@ -25,6 +25,7 @@ from conductor.openai import (
 )
 from conductor.openapi_replies import ERROR, REPLIES
 from conductor.validate import (
+    LEAST_REPETITION_PENALTY,
     MAX_ANSWERS,
     MAX_LOGPROBS,
     MAX_SALT_LENGTH,
@@ -50,7 +51,7 @@ _RANGES: Mapping[str, Json] = {
     "min_p": {"minimum": 0, "maximum": 1},
     "presence_penalty": {"minimum": -2, "maximum": 2},
     "frequency_penalty": {"minimum": -2, "maximum": 2},
-    "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 100},
+    "repetition_penalty": {"minimum": LEAST_REPETITION_PENALTY, "maximum": 100},
     "cache_salt": {"maxLength": MAX_SALT_LENGTH},
     "cache_pin_s": {"exclusiveMinimum": 0, "maximum": MAX_PIN_S},
     "priority": {"minimum": -_INT32, "maximum": _INT32 - 1},

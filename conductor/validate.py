@@ -21,6 +21,7 @@ MAX_STOP_LENGTH = 256  # characters
 MAX_STOP_TOKENS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
+LEAST_REPETITION_PENALTY = 0.01  # logits are divided by it, and have to stay finite
 MAX_SALT_LENGTH = 256  # characters
 MAX_QUOTE = 80  # characters of a client's text that a message repeats
 ROLES = ("system", "developer", "user", "assistant")
@@ -199,7 +200,7 @@ def _check_options(
         presence_penalty=_number(options.presence_penalty, "presence_penalty", -2.0, 2.0, 0.0),
         frequency_penalty=_number(options.frequency_penalty, "frequency_penalty", -2.0, 2.0, 0.0),
         repetition_penalty=_number(
-            options.repetition_penalty, "repetition_penalty", 0.0, 100.0, 1.0, above=True
+            options.repetition_penalty, "repetition_penalty", LEAST_REPETITION_PENALTY, 100.0, 1.0
         ),
         logit_bias=_check_bias(options.logit_bias or {}, limits),
         seed=secrets.randbits(64) if seed is None else seed % 2**64,

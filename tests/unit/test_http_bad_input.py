@@ -103,6 +103,7 @@ COMPLETION_CASES: list[tuple[dict[str, Any], str]] = [
     ({"presence_penalty": 2.5}, "presence_penalty"),
     ({"frequency_penalty": -2.5}, "frequency_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 5e-324}, "repetition_penalty"),  # by fuzzing: it made logits infinite
     ({"seed": 2**64}, "seed"),
     ({"seed": "1"}, "seed"),
     ({"n": 0}, "n"),
