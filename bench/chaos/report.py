@@ -9,7 +9,8 @@ from typing import Any
 
 from bench.chaos.cells import Result
 from bench.chaos.cluster import Shape
-from bench.chaos.faults import Fault
+from bench.chaos.faults import Fault, Kind
+from bench.chaos.phases import Phase
 from bench.chaos.repetition import Cell, Outcome
 
 _HEADER = (
@@ -78,11 +79,15 @@ def _end(run: Mapping[str, Any]) -> str:
 def _cells(
     outcomes: Sequence[Mapping[str, Any]],
 ) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
+    """In the order of kinds, phases and signals."""
     cells: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for outcome in outcomes:
         cell = outcome["cell"]
         cells.setdefault((cell["kind"], cell["phase"], cell["fault"]), []).append(outcome)
-    return cells
+    order = [(*Kind,), (*Phase,), (*Fault,)]
+    return dict(
+        sorted(cells.items(), key=lambda c: [n.index(v) for n, v in zip(order, c[0], strict=True)])
+    )
 
 
 def _row(
