@@ -39,6 +39,7 @@ Json = dict[str, Any]
 
 _INT32 = 2**31
 _RANGES: Mapping[str, Json] = {
+    "messages": {"minItems": 1},
     "max_tokens": {"minimum": 1, "maximum": _INT32 - 1},
     "max_completion_tokens": {"minimum": 1, "maximum": _INT32 - 1},
     "min_tokens": {"minimum": 0, "maximum": _INT32 - 1},

@@ -107,6 +107,16 @@ async def test_every_shape_of_a_field_is_taken(client: httpx.AsyncClient) -> Non
             assert (await client.post(path, json=body | {field: value})).status_code == 400, value
 
 
+async def test_no_messages_are_not_allowed(client: httpx.AsyncClient) -> None:
+    """Found by fuzzing: the document allowed an empty list to /tokenize."""
+    schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
+    for name in ("ChatBody", "TokenizeBody"):
+        assert value_schema(schemas[name]["properties"]["messages"])["minItems"] == 1
+        path, body = PATHS[name]
+        others = {field: value for field, value in body.items() if field != "prompt"}
+        assert (await client.post(path, json=others | {"messages": []})).status_code == 400
+
+
 async def test_the_document_has_every_path_and_nothing_else(client: httpx.AsyncClient) -> None:
     paths = (await client.get("/openapi.json")).json()["paths"]
     for path, operations in paths.items():
