@@ -35,6 +35,7 @@ PROMPT, ANSWER = 48, 24  # tokens
 SLOS = Slos(ttft_s=1.0, tpot_s=0.1)
 AT_ONCE = 12  # of the closed loop
 CLOSED_S = 10.0
+REFUSED_S = 0.1  # until a client of the closed loop asks again
 SETTLE_S = 3.0
 RETURN_S = 5.0  # after the load has gone
 
@@ -154,11 +155,14 @@ class Overload:
         async def user() -> None:
             while self._loop.now < phase.began + CLOSED_S:
                 await self._ask(conductor, phase)
+                if phase.seen[-1].code != "ok":
+                    await asyncio.sleep(REFUSED_S)  # refusals take no time
 
         async with asyncio.TaskGroup() as group:
             for _ in range(AT_ONCE):
                 group.create_task(user())
-        return len(phase.seen) / (self._loop.now - phase.began)
+        answered = sum(each.code == "ok" for each in phase.seen)
+        return answered / (self._loop.now - phase.began)
 
     async def _send(
         self, group: asyncio.TaskGroup, conductor: HostedConductor, phase: _Phase, rate: float
