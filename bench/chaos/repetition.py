@@ -64,23 +64,31 @@ class Repetitions:
         self._numbers = itertools.count()
 
     async def run(self, cell: Cell) -> Outcome:
-        """Raises PhaseMissed when the phase cannot be caught."""
-        problems, requests = Problems(), 0
-        for missed in range(_MISSES):
+        """Raises PhaseMissed when the phase cannot be caught, and nothing went wrong meanwhile."""
+        problems, requests, missed = Problems(), 0, 0
+        struck = None
+        while struck is None and missed < _MISSES:
             number = next(self._numbers)
             conductors = self._conductors(number)
             marked = self._marked(number, conductors)
             others = self._load(number, conductors, cell.phase is Phase.QUEUED)
             struck = await self._strike(cell, conductors[0], marked, others)
+            missed += struck is None
             requests += 1 + len(others)
             problems += await find_problems(self._cluster, (marked, *others), self._answers)
-            if struck is not None:
-                attempts = await self._attempts(conductors, _request_id(number))
-                return Outcome(
-                    *(cell, struck.victim, requests, problems),
-                    *(marked.seconds, attempts, missed, struck.recovery),
-                )
-        raise PhaseMissed(f"{_MISSES} times in a row")
+        if struck is None and problems.none:
+            raise PhaseMissed(f"{_MISSES} times in a row")
+        struck = struck or _Struck("nobody", Recovery())
+        return Outcome(
+            cell=cell,
+            victim=struck.victim,
+            requests=requests,
+            problems=problems,
+            marked_s=marked.seconds,
+            attempts=await self._attempts(conductors, _request_id(number)),
+            missed=missed,
+            recovery=struck.recovery,
+        )
 
     async def _strike(
         self, cell: Cell, conductor: str, marked: Asking, others: Sequence[Asking]
