@@ -30,6 +30,10 @@ class Records:
         self._sweep_at = FEW
         self._wake = asyncio.Event()
 
+    def __len__(self) -> int:
+        """Records that are kept, some of them run out."""
+        return len(self._noted)
+
     @property
     def shared(self) -> bool:
         """Whether other conductors can find the records."""
