@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from types import TracebackType
@@ -79,8 +80,7 @@ class Reporter:
         if self._json:
             self._object({"event": event, **fields})
         else:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+            _write(text)
 
     def log(self, name: str, line: str) -> None:
         """A line that a process wrote, when it matters or everything was asked for."""
@@ -88,5 +88,15 @@ class Reporter:
             self._console.print(Text(f"{name} | {line}"), soft_wrap=True)
 
     def _object(self, fields: dict[str, Any]) -> None:
-        sys.stdout.write(orjson.dumps(fields).decode() + "\n")
+        _write(orjson.dumps(fields).decode())
+
+
+def _write(line: str) -> None:
+    """To standard output. A cluster serves on when whoever read that has gone (`| head -1`)."""
+    try:
+        sys.stdout.write(line + "\n")
         sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # also for the flush at exit
+        os.close(nowhere)

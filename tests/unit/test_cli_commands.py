@@ -120,6 +120,29 @@ def test_reporter_prints_objects_or_lines(capsys: pytest.CaptureFixture[str]) ->
     assert captured.err == "decode-0: live\ndecode-0 | WARNING [not] well\n"
 
 
+def test_a_reporter_outlives_its_reader() -> None:
+    program = (
+        "from baton.cli.report import Reporter\n"
+        "reporter = Reporter(as_json=True, verbose=False)\n"
+        "while input() == 'more': reporter.event('e', 'text')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("more\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline()) == {"event": "e"}
+        process.stdout.close()
+        _, said = process.communicate("more\nmore\nend\n", timeout=30)
+    assert (process.returncode, said) == (0, "")
+
+
 def fake_client(body: bytes) -> Client:
     def handle(request: httpx.Request) -> httpx.Response:
         if request.method == "GET":
