@@ -104,7 +104,7 @@ class Engine:
         try:
             await self._steps.run()
         except Exception as error:
-            last_word = error_ending(error)
+            last_word = error_ending(error, innocent=True)  # of this engine's end
             raise
         finally:
             self._stopped = True

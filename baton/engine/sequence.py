@@ -23,11 +23,13 @@ class Ending:
     error: WireError | None = None
 
 
-def error_ending(error: Exception) -> Ending:
+def error_ending(error: Exception, innocent: bool = False) -> Ending:
+    """`innocent`: the sequence may not be to blame, so that it may be tried again elsewhere."""
     if isinstance(error, BatonError):
-        wire = WireError(error.code, error.message, error.retryable)
+        wire = WireError(error.code, error.message, error.retryable or innocent)
     else:
-        wire = WireError(InternalError.code, f"{type(error).__name__}: {error}")
+        text = f"{type(error).__name__}: {error}"
+        wire = WireError(InternalError.code, text, retryable=innocent)
     return Ending(FinishReason.ERROR, wire)
 
 

@@ -156,7 +156,7 @@ class Stepper:
             self._failures,
             exc_info=error,
         )
-        self._discard(batch, error_ending(error))
+        self._discard(batch, _blame(batch, error))
         if self._failures == MAX_FAILURES:
             raise InternalError(
                 f"{MAX_FAILURES} steps in a row failed; the last one with: {error}"
@@ -165,3 +165,9 @@ class Stepper:
     def _discard(self, batch: Batch, ending: Ending) -> None:
         self._publisher.abandon()
         self._report(self._scheduler.discard(batch, ending))
+
+
+def _blame(batch: Batch, error: Exception) -> Ending:
+    """One sequence alone is to blame for its step. Of several nobody knows which: all may be tried
+    again elsewhere, until the one that makes steps fail is alone, or has failed too often."""
+    return error_ending(error, innocent=len(batch.items) > 1)

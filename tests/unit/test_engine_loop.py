@@ -236,6 +236,23 @@ async def test_a_failed_step_ends_its_sequences_and_no_others(
     assert "Step 2 with 1 sequences failed" in caplog.text
 
 
+async def test_of_several_sequences_nobody_is_to_blame_for_a_failed_step() -> None:
+    faulty = Faulty(RuntimeError("logits are not finite"), {1, 2})
+    async with running(make_rig(before_step=faulty)) as rig:
+        together = [make_task("a"), make_task("b")]
+        for task in together:
+            rig.engine.submit(task)
+        for task in together:
+            finish = await rig.heard.finish(task.attempt)
+            assert finish.error is not None
+            assert (finish.error.code, finish.error.retryable) == ("internal_error", True)
+        alone = make_task("c")
+        rig.engine.submit(alone)
+        finish = await rig.heard.finish(alone.attempt)
+        assert finish.error is not None
+        assert (finish.error.code, finish.error.retryable) == ("internal_error", False)
+
+
 async def test_a_named_error_keeps_its_code() -> None:
     faulty = Faulty(TransportError("lost"), {1})
     async with running(make_rig(before_step=faulty)) as rig:
@@ -253,9 +270,12 @@ async def test_failures_in_a_row_end_the_engine_and_everything_in_it() -> None:
     with pytest.raises(InternalError, match=f"{MAX_FAILURES} steps in a row"):
         await rig.engine.run()
     rig.assert_idle()
-    reasons = [rig.heard.finishes[task.attempt].reason for task in tasks]
-    assert reasons.pop(2) is FinishReason.LENGTH
-    assert set(reasons) == {FinishReason.ERROR}
+    finishes = [rig.heard.finishes[task.attempt] for task in tasks]
+    assert finishes.pop(2).reason is FinishReason.LENGTH
+    assert {finish.reason for finish in finishes} == {FinishReason.ERROR}
+    last = finishes[-1].error
+    assert last is not None
+    assert last.retryable  # it had not even begun
 
 
 class Liar(FakeRunner):
