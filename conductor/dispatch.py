@@ -144,7 +144,7 @@ class Serving:
                     error = await self._begin_due()
                 if batch:
                     yield batch
-            if error is not None:
+            if error is not None and not self._all_told:
                 raise error
         finally:
             for timer in self._timers:
@@ -153,6 +153,12 @@ class Serving:
                 self._note_places(LINGER_S)
             self._attempts.cancel_all("the request has ended")
             self._stopwatch.end(asyncio.get_running_loop().time())
+
+    @property
+    def _all_told(self) -> bool:
+        """Whether the client has all answers to their end: what goes wrong then is no error."""
+        told = (Phase.SETTLING, Phase.DONE)
+        return all(run.phase in told for run in self._runs.values())
 
     def abort(self, error: BatonError) -> None:
         """End the request with `error`."""

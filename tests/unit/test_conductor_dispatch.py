@@ -179,6 +179,25 @@ async def test_cancelling_the_task_cancels_both_workers() -> None:
 
 
 @virtual_time
+async def test_an_answer_that_was_complete_by_its_deadline_is_no_error_when_it_is_read_later() -> (
+    None
+):
+    async with fake_cluster(say("x" * 400)) as cluster:
+        request = await cluster.conductor.prepare(
+            Ask("tiny", ("x",), Options(max_tokens=450)), "test", 3.0
+        )
+        deltas: list[Delta] = []
+        async with aclosing(cluster.conductor.generate(request)) as results:
+            async for result in results:
+                if isinstance(result, list):
+                    if not deltas:
+                        await asyncio.sleep(5.0)  # meanwhile the rest comes, then the deadline
+                    deltas += result
+        assert (text_of(deltas), reason_of(deltas)) == ("x" * 400, ["stop"])
+        await cluster.check_nothing_left()
+
+
+@virtual_time
 async def test_the_deadline_ends_the_request_at_both_workers() -> None:
     async with fake_cluster(say("hello", hang_at=2)) as cluster:
         with pytest.raises(DeadlineExceeded):
