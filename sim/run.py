@@ -126,10 +126,7 @@ class _Run:
         for probe in self._plan.probes:
             await self._be_client(probe, is_probe=True)
         watching.cancel()
-        await self._until(self._all_idle, IDLE_S)
-        await asyncio.sleep(1.0)  # for the last news of blocks
-        # Offers that waited to dial a store again may begin only now: seeds 3465, 3790, 3998.
-        await self._until(lambda: not check_books(cluster), IDLE_S)
+        await self._come_to_rest()
         for wrong in check_books(cluster):
             log.violation(wrong)
         for story in self.stories:
@@ -277,6 +274,20 @@ class _Run:
         states = self._states()
         names = [machine.name for machine in self._plan.shape.machines]
         return all(states.get(name) is WorkerState.LIVE for name in names)
+
+    async def _come_to_rest(self) -> None:
+        """Until nothing has moved for a second, which is time enough for the last news of blocks.
+        Offers that waited to dial a store again may begin late: seeds 3465, 3790, 3998."""
+        until = self._loop.now + IDLE_S
+        at_rest = False
+        while not at_rest and self._loop.now < until:
+            await self._until(self._all_idle, until - self._loop.now)
+            before = self._blocks()
+            await asyncio.sleep(1.0)
+            at_rest = self._all_idle() and self._blocks() == before
+
+    def _blocks(self) -> list[object]:
+        return [hosted.service.load().blocks for hosted in self._cluster.workers.values()]
 
     def _all_idle(self) -> bool:
         return all(is_idle(hosted) for hosted in self._cluster.workers.values())
