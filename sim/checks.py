@@ -7,7 +7,8 @@ A request must get its answer, unless
   - incidents were at work when it ended and for TROUBLE_S before, or RetryOptions.failures of them
     hit it: its attempts failed one after the other            (a retryable error),
   - two incidents that can amount to a worker's death hit it   (poison_request),
-  - the conductor had just come back, and knew of nobody       (no_worker), or
+  - the conductor had come back, and incidents since then kept
+    its workers from telling it of themselves                  (no_worker), or
   - incidents left it less healthy time than NEEDED_S          (deadline_exceeded).
 
 An incident is at work until LAG_S after its end: so long may it take until everybody has noticed.
@@ -84,10 +85,9 @@ def is_legitimate(story: Story, incidents: Sequence[Incident]) -> bool:
         return sum(one.kind in LOOK_DEADLY for one in during) >= RetryOptions().deaths
     if story.code == NoWorker.code:
         return any(
-            one.kind is FaultKind.KILL
-            and one.who == CONDUCTOR
-            and one.at <= story.ended <= one.until + NEWS_S
-            for one in during
+            one.at <= story.ended <= _knows_nobody_until(one, incidents)
+            for one in incidents
+            if one.kind is FaultKind.KILL and one.who == CONDUCTOR
         )
     if story.code not in RETRYABLE:
         return False
@@ -99,6 +99,16 @@ def is_legitimate(story: Story, incidents: Sequence[Incident]) -> bool:
 
 def _during(story: Story, incidents: Iterable[Incident]) -> list[Incident]:
     return [one for one in incidents if one.at <= story.ended and one.until + LAG_S >= story.began]
+
+
+def _knows_nobody_until(kill: Incident, incidents: Iterable[Incident]) -> float:
+    """When a conductor that came back after `kill` knows of a worker at the latest: NEWS_S later, or
+    when an unbroken chain of incidents has ended that may have kept them apart."""
+    end = kill.until + NEWS_S
+    for one in sorted(incidents, key=lambda one: one.at):
+        if one.at <= end and one.until >= kill.until:
+            end = max(end, one.until + LAG_S)
+    return end
 
 
 def _union(incidents: Iterable[Incident], story: Story) -> float:
