@@ -102,8 +102,8 @@ def _during(story: Story, incidents: Iterable[Incident]) -> list[Incident]:
 
 
 def _knows_nobody_until(kill: Incident, incidents: Iterable[Incident]) -> float:
-    """When a conductor that came back after `kill` knows of a worker at the latest: NEWS_S later, or
-    when an unbroken chain of incidents has ended that may have kept them apart."""
+    """When a conductor that came back after `kill` knows of a worker at the latest: NEWS_S later,
+    or when an unbroken chain of incidents has ended that may have kept them apart."""
     end = kill.until + NEWS_S
     for one in sorted(incidents, key=lambda one: one.at):
         if one.at <= end and one.until >= kill.until:
