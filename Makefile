@@ -62,6 +62,7 @@ test fuzz: export TOKENIZERS_PARALLELISM := false
 test fuzz: export HF_HUB_OFFLINE := 1
 test: lint ## everything that CI runs
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m sim.faults --seeds $(SEEDS)
 
 faults: $(VENV)/.dev ## SEEDS runs of a modelled cluster under faults, each exactly repeatable
 	$(BIN)/python -m sim.faults --seeds $(SEEDS) $(FAULT_FLAGS)
