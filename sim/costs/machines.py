@@ -1,0 +1,109 @@
+"""The machines of the simulator, from datasheets, and the fractions of these that are achieved.
+
+Sources:
+    A800    NVIDIA A800 80GB SXM datasheet: an A100 (312 TFLOP/s bf16 dense, 2,039 GB/s) whose
+            NVLink is cut from 600 to 400 GB/s, both directions together
+    H100    NVIDIA H100 SXM datasheet: 989 TFLOP/s bf16 dense, 3.35 TB/s, NVLink 900 GB/s
+    H800    an H100 whose NVLink is cut to 400 GB/s
+    H200    NVIDIA H200 SXM datasheet: as H100, 141 GB at 4.8 TB/s
+    B200    NVIDIA DGX B200 datasheet, per GPU: 2.25 PFLOP/s bf16 dense, 180 GB at 8 TB/s, NVLink
+            1,800 GB/s
+    8xA800  Mooncake (FAST'25), Table 1 and section 5.1: host to device 128 GB/s, four NICs of 200
+            Gbps, about 1 TB of DRAM for the cache (section 5.3.1)
+    8xH800  the same paper: eight NICs of 400 Gbps (section 5.4.1)
+    DGX     NVIDIA DGX H100, H200 and B200 datasheets: eight ports of 400 Gbps, 2 TB of DRAM, PCIe
+            generation 5 (twice the host-to-device figure of the A800 node)
+
+Of the NICs, 87 % are achieved: 87 of 100 GB/s (FAST'25, section 5.4.1, Transfer Engine).
+NVMe is in no paper: four drives of PCIe generation 4, 6.8 GB/s reading and 4 GB/s writing each,
+which is what vendors of such drives state, and twice that for generation 5. An assumption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from baton.errors import ConfigError
+
+GB, TB = 1e9, 1e12
+_GBPS = 1e9 / 8
+NIC_EFFICIENCY = 0.87
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One accelerator. Rates per second; `nvlink_bytes_per_s` is one direction.
+
+    Fractions of these that are achieved: `prefill_efficiency` of `flops` in products of large
+    matrices, `attention_efficiency` in causal attention of prompts, `decode_efficiency` of
+    `hbm_bytes_per_s` when weights and KV are read, `nvlink_efficiency` of the links in an
+    all-reduce (the bus bandwidth that NCCL's own tests define).
+    """
+
+    name: str
+    flops: float  # dense bf16
+    hbm_bytes_per_s: float
+    hbm_bytes: float
+    nvlink_bytes_per_s: float
+    prefill_efficiency: float
+    attention_efficiency: float
+    decode_efficiency: float
+    nvlink_efficiency: float = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine with GPUs. Bandwidths are of the whole node in one direction, as achieved."""
+
+    name: str
+    gpu: Gpu
+    gpus: int
+    nic_bytes_per_s: float
+    pcie_bytes_per_s: float  # host to device
+    dram_bytes: float  # for KV
+    nvme_read_bytes_per_s: float
+    nvme_write_bytes_per_s: float
+
+
+_A800 = Gpu("A800", 312e12, 2.039 * TB, 80 * GB, 200 * GB, 0.70, 0.50, 0.80)
+_H100 = Gpu("H100", 989e12, 3.35 * TB, 80 * GB, 450 * GB, 0.65, 0.50, 0.80)
+_H800 = replace(_H100, name="H800", nvlink_bytes_per_s=200 * GB)
+_H200 = replace(_H100, name="H200", hbm_bytes_per_s=4.8 * TB, hbm_bytes=141 * GB)
+_B200 = Gpu("B200", 2250e12, 8 * TB, 180 * GB, 900 * GB, 0.65, 0.50, 0.80)
+
+
+def _node(gpu: Gpu, nic_gbps: float, pcie: float, dram: float, drives: int) -> Node:
+    return Node(
+        name=f"8x{gpu.name}",
+        gpu=gpu,
+        gpus=8,
+        nic_bytes_per_s=nic_gbps * _GBPS * NIC_EFFICIENCY,
+        pcie_bytes_per_s=pcie,
+        dram_bytes=dram,
+        nvme_read_bytes_per_s=drives * 6.8 * GB,
+        nvme_write_bytes_per_s=drives * 4.0 * GB,
+    )
+
+
+MACHINES: dict[str, Node] = {
+    node.name: node
+    for node in (
+        _node(_A800, 4 * 200, 128 * GB, 1 * TB, 4),
+        _node(_H800, 8 * 400, 128 * GB, 1 * TB, 4),
+        _node(_H100, 8 * 400, 256 * GB, 2 * TB, 8),
+        _node(_H200, 8 * 400, 256 * GB, 2 * TB, 8),
+        _node(_B200, 8 * 400, 256 * GB, 2 * TB, 8),
+    )
+}
+
+
+def machine_named(name: str) -> Node:
+    """Raises ConfigError that lists the names there are."""
+    if name not in MACHINES:
+        raise ConfigError(f"no machine {name!r} in the simulator; there are {', '.join(MACHINES)}")
+    return MACHINES[name]
+
+
+def with_network(node: Node, gbps: float) -> Node:
+    """The same node with NICs of `gbps` in all, for sweeps of the network's bandwidth."""
+    return replace(node, nic_bytes_per_s=gbps * _GBPS * NIC_EFFICIENCY)
