@@ -73,7 +73,6 @@ class Roofline:
     spec: ModelSpec
     node: Node
     tensor_parallel: int
-    overhead_s: float = 3e-3  # per step: scheduling, launches, sampling
     allreduce_s: float = 15e-6  # latency of one all-reduce
 
     def seconds(self, prefill: Sequence[Prefill], decode: Sequence[int]) -> float:
@@ -81,36 +80,35 @@ class Roofline:
         if not tokens:
             return 0.0
         return (
-            self.overhead_s
+            self.node.step_overhead_s
             + self._allreduces(tokens)
             + self._products(tokens, len(prefill) + len(decode))
             + sum(map(self._prompt_attention, prefill))
-            + self._decode_attention(sum(decode))
+            + self._kv_s(sum(decode))
         )
 
     def _products(self, tokens: int, sampled: int) -> float:
         gpu = self.node.gpu
         compute = product_flops(self.spec, tokens, sampled) / gpu.prefill_efficiency / gpu.flops
-        return max(compute, self._read(self.spec.step_weight_bytes)) / self.tensor_parallel
+        return max(compute, self._weights_s) / self.tensor_parallel
 
     def _prompt_attention(self, part: Prefill) -> float:
         gpu, spec = self.node.gpu, self.spec
         flops = attention_flops(spec, part.new, part.context)
         compute = flops / gpu.attention_efficiency / gpu.flops
-        read = self._read((part.context + part.new) * spec.kv_bytes_per_token)
-        return max(compute / self.tensor_parallel, read / self._kv_shards)
+        return max(compute / self.tensor_parallel, self._kv_s(part.context + part.new))
 
-    def _decode_attention(self, context: int) -> float:
-        return self._read(context * self.spec.kv_bytes_per_token) / self._kv_shards
-
-    def _read(self, nbytes: float) -> float:
-        """By one GPU alone."""
-        return nbytes / self.node.gpu.hbm_bytes_per_s / self.node.gpu.decode_efficiency
+    def _kv_s(self, tokens: int) -> float:
+        """Reading the KV of so many. More GPUs than KV heads hold copies, and read the same."""
+        gpu, shards = self.node.gpu, min(self.tensor_parallel, self.spec.kv_heads)
+        nbytes = tokens * self.spec.kv_bytes_per_token / shards
+        return nbytes / gpu.hbm_bytes_per_s / gpu.kv_efficiency
 
     @property
-    def _kv_shards(self) -> int:
-        """GPUs that read different KV: more GPUs than KV heads hold copies."""
-        return min(self.tensor_parallel, self.spec.kv_heads)
+    def _weights_s(self) -> float:
+        """Reading them, by one GPU alone."""
+        gpu = self.node.gpu
+        return self.spec.step_weight_bytes / gpu.hbm_bytes_per_s / gpu.decode_efficiency
 
     def _allreduces(self, tokens: int) -> float:
         """Two per layer, behind attention and MLP (Megatron-LM, section 3), as a ring: each GPU

@@ -36,8 +36,8 @@ class Gpu:
 
     Fractions of these that are achieved: `prefill_efficiency` of `flops` in products of large
     matrices, `attention_efficiency` in causal attention of prompts, `decode_efficiency` of
-    `hbm_bytes_per_s` when weights and KV are read, `nvlink_efficiency` of the links in an
-    all-reduce (the bus bandwidth that NCCL's own tests define).
+    `hbm_bytes_per_s` when weights are read, `kv_efficiency` when KV is, `nvlink_efficiency` of the
+    links in an all-reduce (the bus bandwidth that NCCL's own tests define).
     """
 
     name: str
@@ -48,6 +48,7 @@ class Gpu:
     prefill_efficiency: float
     attention_efficiency: float
     decode_efficiency: float
+    kv_efficiency: float
     nvlink_efficiency: float = 0.75
 
 
@@ -63,16 +64,19 @@ class Node:
     dram_bytes: float  # for KV
     nvme_read_bytes_per_s: float
     nvme_write_bytes_per_s: float
+    step_overhead_s: float  # of the engine on it: scheduling, launches, sampling
 
 
-_A800 = Gpu("A800", 312e12, 2.039 * TB, 80 * GB, 200 * GB, 0.70, 0.50, 0.80)
-_H100 = Gpu("H100", 989e12, 3.35 * TB, 80 * GB, 450 * GB, 0.65, 0.50, 0.80)
+_A800 = Gpu("A800", 312e12, 2.039 * TB, 80 * GB, 200 * GB, 0.685, 0.69, 0.80, 0.58)
+_H100 = Gpu("H100", 989e12, 3.35 * TB, 80 * GB, 450 * GB, 0.65, 0.55, 0.80, 0.70)
 _H800 = replace(_H100, name="H800", nvlink_bytes_per_s=200 * GB)
 _H200 = replace(_H100, name="H200", hbm_bytes_per_s=4.8 * TB, hbm_bytes=141 * GB)
-_B200 = Gpu("B200", 2250e12, 8 * TB, 180 * GB, 900 * GB, 0.65, 0.50, 0.80)
+_B200 = Gpu("B200", 2250e12, 8 * TB, 180 * GB, 900 * GB, 0.65, 0.55, 0.80, 0.70)
 
 
-def _node(gpu: Gpu, nic_gbps: float, pcie: float, dram: float, drives: int) -> Node:
+def _node(
+    gpu: Gpu, nic_gbps: float, pcie: float, dram: float, drives: int, overhead_s: float = 3e-3
+) -> Node:
     return Node(
         name=f"8x{gpu.name}",
         gpu=gpu,
@@ -82,13 +86,14 @@ def _node(gpu: Gpu, nic_gbps: float, pcie: float, dram: float, drives: int) -> N
         dram_bytes=dram,
         nvme_read_bytes_per_s=drives * 6.8 * GB,
         nvme_write_bytes_per_s=drives * 4.0 * GB,
+        step_overhead_s=overhead_s,
     )
 
 
 MACHINES: dict[str, Node] = {
     node.name: node
     for node in (
-        _node(_A800, 4 * 200, 128 * GB, 1 * TB, 4),
+        _node(_A800, 4 * 200, 128 * GB, 1 * TB, 4, overhead_s=13.2e-3),
         _node(_H800, 8 * 400, 128 * GB, 1 * TB, 4),
         _node(_H100, 8 * 400, 256 * GB, 2 * TB, 8),
         _node(_H200, 8 * 400, 256 * GB, 2 * TB, 8),

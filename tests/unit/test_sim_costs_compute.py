@@ -96,7 +96,7 @@ def test_a_small_step_takes_as_long_as_reading_the_weights() -> None:
     read = LLAMA3.step_weight_bytes / 8 / gpu.hbm_bytes_per_s / gpu.decode_efficiency
     one = ROOFLINE.seconds([], [1])
     assert one > read
-    assert one - read < 0.01
+    assert one - read < 0.02
 
 
 def test_decode_grows_with_the_kv_that_it_reads_and_hardly_with_sequences() -> None:
@@ -104,7 +104,7 @@ def test_decode_grows_with_the_kv_that_it_reads_and_hardly_with_sequences() -> N
     long = ROOFLINE.seconds([], [8000] * 64)
     assert many < 1.3 * few
     kv = 64 * 7000 * LLAMA3.kv_bytes_per_token / 8
-    assert long - many == pytest.approx(kv / A800.gpu.hbm_bytes_per_s / A800.gpu.decode_efficiency)
+    assert long - many == pytest.approx(kv / A800.gpu.hbm_bytes_per_s / A800.gpu.kv_efficiency)
 
 
 def test_a_prompt_with_decodes_shares_weights_but_not_the_rest() -> None:
