@@ -8,6 +8,7 @@ from typing import Any
 from baton.errors import RegistryUnavailable
 from baton.types.figures import TierFigures
 from baton.types.fleet import Role, WorkerLoad
+from conductor.elastic import Elastic
 from conductor.service import Conductor
 from conductor.views import WorkerView
 
@@ -70,8 +71,24 @@ def _conductor_body(conductor: Conductor, identity: ConductorIdentity) -> dict[s
         "model": conductor.model.name,
         "running": running,
         "waiting": 0,
+        **_planner_body(conductor.elastic),
         "load": {"running": running},
         "blocks": {},
+    }
+
+
+def _planner_body(elastic: Elastic | None) -> dict[str, Any]:
+    """What the planner thinks, where there is one."""
+    if elastic is None:
+        return {}
+    prefill, decode = elastic.planner.demands
+    last = elastic.last
+    return {
+        "planner": {
+            "prefill_demand": round(prefill, 3),
+            "decode_demand": round(decode, 3),
+            "last": f"{last.worker} to {last.move.role}: {last.move.reason}" if last else "",
+        }
     }
 
 

@@ -9,6 +9,7 @@ from baton.errors import ConfigError
 from baton.telemetry import LEVELS
 from conductor.admission import Slos
 from conductor.fleet import MAP_BLOCKS
+from conductor.planner import PlannerOptions
 from conductor.policies import RoutePolicy
 from conductor.router import RouteOptions
 
@@ -50,6 +51,12 @@ class ConductorConfig:
     slo_tpot_ms: float = option(
         0.0, "turn requests away that would miss this time per output token; 0 = off"
     )
+    elastic: bool = option(
+        False, "move workers that can do both between prefill and decode, as the load wants"
+    )
+    elastic_settle: float = option(
+        30.0, "with --elastic: seconds after such a change until its effect is judged"
+    )
     prefix_map_blocks: int = option(MAP_BLOCKS, "KV blocks whose holders are remembered at most")
     default_deadline: float = option(600.0, "seconds that a request may take at most")
     max_body_bytes: int = option(16 << 20, "largest request body")
@@ -64,7 +71,13 @@ class ConductorConfig:
         for name in ("port", "grpc_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"--{name.replace('_', '-')} must be from 0 to 65535")
-        positive = ("lease_ttl", "default_deadline", "max_queue", "max_body_bytes")
+        positive = (
+            "lease_ttl",
+            "default_deadline",
+            "max_queue",
+            "max_body_bytes",
+            "elastic_settle",
+        )
         for name in (*positive, "prefix_map_blocks"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0")
@@ -81,6 +94,10 @@ class ConductorConfig:
         local = self.local_prefill_tokens
         tokens = None if local == AUTO else int(local)
         return RouteOptions(RoutePolicy(self.policy), tokens, self.kv_fetch)
+
+    @property
+    def planner(self) -> PlannerOptions | None:
+        return PlannerOptions.settling(self.elastic_settle) if self.elastic else None
 
     @property
     def slos(self) -> Slos:

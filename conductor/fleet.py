@@ -21,7 +21,7 @@ from baton.errors import BatonError, PeerGone, WorkerLost
 from baton.rpc.services import Duplex, WorkerDialer
 from baton.types.fleet import FleetLease, KvLayout, Peer, Role, WorkerInfo, WorkerLoad, WorkerState
 from baton.types.kv_events import KvEvents, KvSnapshot
-from baton.types.link import Cancel, ConductorMessage, StepReport, WorkerMessage
+from baton.types.link import Cancel, ConductorMessage, SetRole, StepReport, WorkerMessage
 from baton.types.request import AttemptId, Finish
 from conductor.backlog import EMPTY
 from conductor.cost_fit import CostModel
@@ -90,6 +90,7 @@ class Fleet:
         self._ring_is_old = False
         self._capacity: int | None = None
         self._ring: tuple[frozenset[str], Ring] = (frozenset(), Ring.of(()))
+        self.prompts_s = 0.0  # of work that prefill workers were sent, as predicted; only grows
         self._costs = CostModel()
         self._kv = KvFeed(PrefixMap(map_blocks))
         self._tasks: asyncio.TaskGroup | None = None
@@ -250,6 +251,14 @@ class Fleet:
         if link is None:
             raise WorkerLost(f"worker {worker.name} has just gone: try again")
         link.start(attempt, assignment, message)
+        if assignment.duty is Role.PREFILL:
+            self.prompts_s += assignment.work_s
+
+    def set_role(self, worker: Peer, role: Role) -> None:
+        """Ask the worker to take another role. It says so by registering anew."""
+        link = self._link_to(worker)
+        if link is not None:
+            link.post(SetRole(role))
 
     def cancel(self, worker: Peer, attempt: AttemptId, reason: str) -> None:
         link = self._link_to(worker)

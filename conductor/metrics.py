@@ -79,6 +79,9 @@ class Metrics:
             "Time from routing to the first token, by what was predicted for it.",
             _RATIOS,
         )
+        self.role_changes = own.counter(
+            "baton_role_changes", "Workers that were asked to take another role.", ["role"]
+        )
         own.registry.register(_FleetCollector(fleet))
         own.registry.register(StoreCollector(fleet))
 
@@ -96,6 +99,9 @@ class Metrics:
             self.poison.inc()
         else:
             self.retry_refusals.labels(reason).inc()
+
+    def note_role_change(self, role: str) -> None:
+        self.role_changes.labels(role).inc()
 
     def note_prediction(self, predicted_s: float, actual_s: float) -> None:
         if predicted_s > 0:

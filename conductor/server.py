@@ -74,6 +74,7 @@ class Server:
                 routing=config.routing,
                 slos=config.slos,
                 map_blocks=config.prefix_map_blocks,
+                planner=config.planner,
             ),
             registry=registry,
         )

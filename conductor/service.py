@@ -20,8 +20,10 @@ from baton.types.fleet import Role
 from conductor.admission import Admission, Slos
 from conductor.answer_run import Delta
 from conductor.dispatch import Dispatcher, Serving, Usage
+from conductor.elastic import Elastic
 from conductor.fleet import MAP_BLOCKS, Fleet
 from conductor.metrics import Metrics
+from conductor.planner import Planner, PlannerOptions
 from conductor.records import Records
 from conductor.request import Ask, Chat, Prompt, Request
 from conductor.resume import check_token, digest_of, parse_token
@@ -63,6 +65,7 @@ class Policy:
     slos: Slos = field(default_factory=Slos)
     retries: RetryOptions = field(default_factory=RetryOptions)
     map_blocks: int = MAP_BLOCKS
+    planner: PlannerOptions | None = None  # None: workers keep their roles
 
 
 class Conductor:
@@ -98,8 +101,21 @@ class Conductor:
             Retries(policy.retries, now, self.metrics.note_retry_refusal),
             self.records,
         )
+        self.elastic = self._make_elastic(policy)
         self._servings: dict[str, Serving] = {}  # by the requests' keys
         self._threads: ThreadPoolExecutor | None = None
+
+    def _make_elastic(self, policy: Policy) -> Elastic | None:
+        if policy.planner is None:
+            return None
+        return Elastic(
+            self.fleet,
+            Planner(policy.planner),
+            policy.slos.tpot_s,
+            self.registry,
+            self.incarnation,
+            self.metrics.note_role_change,
+        )
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -108,6 +124,8 @@ class Conductor:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self.records.run(), name="records")
+                    if self.elastic is not None:
+                        tasks.create_task(self.elastic.run(), name="elastic")
                     await self.fleet.run()
             finally:
                 self._threads = None

@@ -34,7 +34,7 @@ def main() -> None:
         token = cluster_token()
         return DecodeService(parts, GrpcHandoffDialer(token), GrpcBlocksDialer(token))
 
-    run(config, Role.DECODE, make)
+    run(config, Role.DECODE, {Role.DECODE: make})
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ async def _run(config: StoreConfig) -> None:
         parts.store.check_integrity()  # nobody reads or writes any more: the books must agree
     finally:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await place.aclose()
             await parts.close()
 
 

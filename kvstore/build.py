@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import os
 import socket
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from baton.errors import ConfigError
 from baton.kv.blocks.options import BlocksOptions
 from baton.kv.digest import Verify
-from baton.kv.identity import Identity, life
+from baton.kv.identity import Identity, life, new_incarnation
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.kv.transport.registry import make_transport
 from baton.kv.transport.shared import SharedTransport
@@ -86,7 +85,7 @@ async def build(config: StoreConfig) -> StoreParts:
     model_dir = await asyncio.to_thread(resolve_model, config.model or None)
     spec = await asyncio.to_thread(load_spec, model_dir)
     layout = kv_layout(spec, choose_dtype(config.dtype, spec, "cpu"), config.block_size)
-    identity = Identity(store_name(config), uuid.uuid4().hex[:12], layout)
+    identity = Identity(store_name(config), new_incarnation(), layout)
     slots = config.memory_mib * MIB // layout.block_bytes
     if not slots:
         raise ConfigError(

@@ -33,7 +33,7 @@ def main() -> None:
     def make(parts: WorkerParts) -> PrefillService:
         return PrefillService(parts, GrpcBlocksDialer(cluster_token()))
 
-    run(config, Role.PREFILL, make)
+    run(config, Role.PREFILL, {Role.PREFILL: make})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from baton.types.link import (
     Cancel,
     ConductorMessage,
     Resync,
+    SetRole,
     StartDecode,
     StartPrefill,
     StepReport,
@@ -148,6 +149,7 @@ class FakeWorker:
         self.tasks: list[GenerationTask] = []
         self.starts: list[StartPrefill | StartDecode] = []
         self.resyncs = 0
+        self.wanted: list[Role] = []  # that it was asked to be
         self.snapshot: KvSnapshot | None = None  # the answer to a Resync
         self.cancelled: list[AttemptId] = []
         self.links: list[Duplex[WorkerMessage, ConductorMessage]] = []
@@ -169,6 +171,8 @@ class FakeWorker:
                     self.resyncs += 1
                     if self.snapshot is not None:
                         await stream.send(self.snapshot)
+                elif isinstance(message, SetRole):
+                    self.wanted.append(message.role)
                 elif isinstance(message, Cancel):
                     self.cancelled.append(message.attempt)
                     if message.attempt in self.live:

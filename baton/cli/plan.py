@@ -17,7 +17,13 @@ from baton.cli.supervisor import Addresses, ClusterPlan
 from baton.cpus import available_cpus, format_cpus, parse_cpus, share_cpus
 from baton.errors import ConfigError
 
-_CONDUCTOR_FLAGS = ("policy", "local_prefill_tokens", "slo_ttft_ms", "slo_tpot_ms")
+_CONDUCTOR_FLAGS = (
+    "policy",
+    "local_prefill_tokens",
+    "slo_ttft_ms",
+    "slo_tpot_ms",
+    "elastic_settle",
+)
 
 
 def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> ClusterPlan:
@@ -37,6 +43,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
                 *(("--cpus", conductor_cpus) if conductor_cpus else ()),
                 *(text for name in _CONDUCTOR_FLAGS for text in _flag(options, name)),
                 *(("--no-kv-fetch",) if not options.kv_fetch else ()),
+                *(("--elastic",) if options.elastic else ()),
                 *("--drain-timeout", str(options.drain_timeout)),
             ),
             environ,
@@ -65,7 +72,8 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
             ChildSpec(
                 name,
                 _python(
-                    *(f"{role}_worker", "--name", name, "--conductor", addresses.grpcs),
+                    *_module(options, role),
+                    *("--name", name, "--conductor", addresses.grpcs),
                     *("--listen", "127.0.0.1:0", "--cpus", cpus, *common, *flags),
                 ),
                 environ,
@@ -75,6 +83,10 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
 
     first, *more = [partial(conductor, number) for number in range(options.conductors)]
     return ClusterPlan(first, workers, options.start_timeout, options.drain_timeout, more)
+
+
+def _module(options: ServeOptions, role: str) -> tuple[str, ...]:
+    return ("elastic_worker", "--role", role) if options.elastic else (f"{role}_worker",)
 
 
 def place_workers(options: ServeOptions, cpus: Sequence[int]) -> list[tuple[str, str, str]]:
@@ -90,11 +102,13 @@ def place_workers(options: ServeOptions, cpus: Sequence[int]) -> list[tuple[str,
     counts = {"prefill": options.prefill_workers, "decode": options.decode}
     rest = [cpu for cpu in cpus if cpu not in taken] or cpus
     shared = iter(share_cpus(rest, sum(n for role, n in counts.items() if role not in own)))
-    placed = []
+    placed: list[tuple[str, str, str]] = []
     for role, count in counts.items():
         parts = share_cpus(own[role], count) if role in own else itertools.islice(shared, count)
         for number, part in enumerate(parts):
-            placed.append((role, f"{role}-{number}", format_cpus(part)))
+            # What can change its role has none in its name.
+            name = f"worker-{len(placed)}" if options.elastic else f"{role}-{number}"
+            placed.append((role, name, format_cpus(part)))
     return placed
 
 

@@ -31,6 +31,11 @@ def serve(options: ServeOptions) -> None:
 async def _serve(options: ServeOptions) -> None:
     if options.prefill == 0 and not options.colocated:
         raise ConfigError("--prefill 0 leaves nobody to prefill: give at least 1, or --colocated")
+    if options.elastic and (options.colocated or options.prefill + options.decode < 3):
+        raise ConfigError(
+            "--elastic moves workers between prefill and decode, and each keeps one: give it three "
+            "or more, as --prefill 1 --decode 2, and not --colocated"
+        )
     if options.port == options.grpc_port != 0:
         raise ConfigError(
             f"--port and --grpc-port are both {options.port}: give HTTP and gRPC a port each"

@@ -25,6 +25,10 @@ class ServeOptions:
     colocated: Annotated[
         bool, typer.Option("--colocated", help="Decode workers only; each also does prefill.")
     ] = False
+    elastic: Annotated[
+        bool,
+        typer.Option("--elastic", help="Workers change between prefill and decode with the load."),
+    ] = False
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP; 0 = any free port.")] = 8000
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC; 0 = any.")] = 50051
@@ -141,6 +145,14 @@ class ServeOptions:
     slo_tpot_ms: Annotated[
         float | None,
         typer.Option(min=0, help="Refuse what would miss this TPOT.", rich_help_panel=_STORE),
+    ] = None
+    elastic_settle: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="With --elastic: seconds between two changes.",
+            rich_help_panel=_STORE,
+        ),
     ] = None
     store_memory_mib: Annotated[
         int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 
 from baton.errors import ConfigError
@@ -18,6 +19,11 @@ class Identity:
     name: str
     incarnation: str
     layout: KvLayout
+
+
+def new_incarnation() -> str:
+    """Of a process that starts."""
+    return uuid.uuid4().hex[:12]
 
 
 def life(name: str, incarnation: str) -> str:

@@ -108,13 +108,14 @@ def info_to_pb(value: WorkerInfo) -> pb.WorkerInfo:
         node=value.node,
         protocol=value.protocol,
         version=value.version,
+        roles=[role_to_pb(role) for role in value.roles],
     )
 
 
 def info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
     return WorkerInfo(
         name=message.name,
-        role=_role_from_pb(message.role),
+        role=role_from_pb(message.role),
         incarnation=message.incarnation,
         address=message.address,
         pid=message.pid,
@@ -129,15 +130,20 @@ def info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
         node=message.node,
         protocol=message.protocol,
         version=message.version,
+        roles=tuple(role_from_pb(role) for role in message.roles),
     )
 
 
-def _role_from_pb(number: pb.Role) -> Role:
+def role_to_pb(value: Role) -> pb.Role:
+    return _ROLES[value]
+
+
+def role_from_pb(number: pb.Role) -> Role:
     try:
         return _ROLES_BACK[number]
     except KeyError:
         raise InternalError(
-            f"a worker registered with role {number}, which this version does not know; "
+            f"a peer named role {number}, which this version does not know; "
             "run the same version of baton everywhere"
         ) from None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from baton.errors import InternalError
-from baton.rpc.codec_fleet import peer_from_pb, peer_to_pb
+from baton.rpc.codec_fleet import peer_from_pb, peer_to_pb, role_from_pb, role_to_pb
 from baton.rpc.codec_kv import tier_from_pb, tier_to_pb
 from baton.rpc.codec_request import attempt_from_pb, attempt_to_pb, task_from_pb, task_to_pb
 from baton.types.link import (
@@ -16,6 +16,7 @@ from baton.types.link import (
     Drain,
     FetchPart,
     Resync,
+    SetRole,
     StartDecode,
     StartPrefill,
 )
@@ -43,6 +44,8 @@ def conductor_to_pb(value: ConductorMessage) -> pb.ConductorMessage:
             return pb.ConductorMessage(drain=pb.Drain())
         case Resync():
             return pb.ConductorMessage(resync=pb.Resync())
+        case SetRole(role):
+            return pb.ConductorMessage(set_role=pb.SetRole(role=role_to_pb(role)))
         case _:
             assert_never(value)
 
@@ -64,6 +67,8 @@ def conductor_from_pb(message: pb.ConductorMessage) -> ConductorMessage:
             return Drain()
         case "resync":
             return Resync()
+        case "set_role":
+            return SetRole(role_from_pb(message.set_role.role))
         case _:
             raise unknown_kind("a conductor", "link")
 

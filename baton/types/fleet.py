@@ -111,6 +111,7 @@ class WorkerInfo:
     node: str = ""  # the host that the process is on: its store is the one of that name
     protocol: int = PROTOCOL
     version: str = __version__  # for people: what counts is `protocol`
+    roles: tuple[Role, ...] = ()  # that SetRole may give it; empty: only its own
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Messages on the link: one stream per (conductor, worker). The conductor dials the worker.
 
-conductor -> worker: StartPrefill | StartDecode | Adopt | Cancel | Drain | Resync
+conductor -> worker: StartPrefill | StartDecode | Adopt | Cancel | Drain | Resync |
+                     SetRole
 worker -> conductor: StepReport (the outputs of one engine step for all attempts, in one message)
                      KvEvents | KvSnapshot (which KV blocks it holds)
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.types.fleet import Peer, WorkerLoad
+from baton.types.fleet import Peer, Role, WorkerLoad
 from baton.types.kv_events import KvEvents, KvSnapshot, Tier
 from baton.types.request import AttemptId, AttemptOutput, GenerationTask
 
@@ -75,7 +76,17 @@ class Resync:
     """This conductor has lost track of the worker's KV blocks: send a snapshot."""
 
 
-ConductorMessage = StartPrefill | StartDecode | Adopt | Cancel | Drain | Resync
+@dataclass(frozen=True, slots=True)
+class SetRole:
+    """Drain, leave, and register again for `role`, with the weights that are loaded.
+
+    Only for workers whose registration says that they can.
+    """
+
+    role: Role
+
+
+ConductorMessage = StartPrefill | StartDecode | Adopt | Cancel | Drain | Resync | SetRole
 
 
 @dataclass(frozen=True, slots=True)

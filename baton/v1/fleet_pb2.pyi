@@ -1,8 +1,9 @@
 from baton.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -19,7 +20,7 @@ ROLE_DECODE: Role
 ROLE_STORE: Role
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("name", "role", "incarnation", "address", "pid", "model_name", "layout", "num_blocks", "max_model_len", "transport", "device", "cpus", "threads", "node", "protocol", "version")
+    __slots__ = ("name", "role", "incarnation", "address", "pid", "model_name", "layout", "num_blocks", "max_model_len", "transport", "device", "cpus", "threads", "node", "protocol", "version", "roles")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +37,7 @@ class WorkerInfo(_message.Message):
     NODE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROLES_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: Role
     incarnation: str
@@ -52,7 +54,8 @@ class WorkerInfo(_message.Message):
     node: str
     protocol: int
     version: str
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., transport: _Optional[str] = ..., device: _Optional[str] = ..., cpus: _Optional[str] = ..., threads: _Optional[int] = ..., node: _Optional[str] = ..., protocol: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    roles: _containers.RepeatedScalarFieldContainer[Role]
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., transport: _Optional[str] = ..., device: _Optional[str] = ..., cpus: _Optional[str] = ..., threads: _Optional[int] = ..., node: _Optional[str] = ..., protocol: _Optional[int] = ..., version: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("info",)

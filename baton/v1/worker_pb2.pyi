@@ -1,4 +1,5 @@
 from baton.v1 import common_pb2 as _common_pb2
+from baton.v1 import fleet_pb2 as _fleet_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -75,21 +76,29 @@ class Resync(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class SetRole(_message.Message):
+    __slots__ = ("role",)
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    role: _fleet_pb2.Role
+    def __init__(self, role: _Optional[_Union[_fleet_pb2.Role, str]] = ...) -> None: ...
+
 class ConductorMessage(_message.Message):
-    __slots__ = ("start_prefill", "start_decode", "cancel", "drain", "resync", "adopt")
+    __slots__ = ("start_prefill", "start_decode", "cancel", "drain", "resync", "adopt", "set_role")
     START_PREFILL_FIELD_NUMBER: _ClassVar[int]
     START_DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     RESYNC_FIELD_NUMBER: _ClassVar[int]
     ADOPT_FIELD_NUMBER: _ClassVar[int]
+    SET_ROLE_FIELD_NUMBER: _ClassVar[int]
     start_prefill: StartPrefill
     start_decode: StartDecode
     cancel: Cancel
     drain: Drain
     resync: Resync
     adopt: Adopt
-    def __init__(self, start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., start_decode: _Optional[_Union[StartDecode, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ...) -> None: ...
+    set_role: SetRole
+    def __init__(self, start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., start_decode: _Optional[_Union[StartDecode, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., set_role: _Optional[_Union[SetRole, _Mapping]] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("name", "start_s", "end_s")

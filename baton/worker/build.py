@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import socket
-import uuid
 
 import torch
 
@@ -16,7 +15,7 @@ from baton.engine.make_runner import make_runner
 from baton.errors import ConfigError
 from baton.kv.digest import Verify
 from baton.kv.handoff.options import HandoffOptions
-from baton.kv.identity import Identity, life
+from baton.kv.identity import Identity, life, new_incarnation
 from baton.kv.transport.registry import make_transport
 from baton.kv.transport.shared import SharedTransport
 from baton.model.hub import resolve_model
@@ -51,7 +50,7 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
     max_model_len = _max_model_len(config, spec)
     room = _room(config, spec, weights, device)
     num_blocks = choose_num_blocks(config, layout, room, max_model_len)
-    identity = Identity(worker_name(config, role), uuid.uuid4().hex[:12], layout)
+    identity = Identity(worker_name(config, role), new_incarnation(), layout)
     host = reachable_address(config.advertise, config.listen).rpartition(":")[0]
     transport = await asyncio.to_thread(
         make_transport, config.transport, life(identity.name, identity.incarnation), host=host

@@ -27,13 +27,14 @@ from baton.errors import (
 )
 from baton.rpc.errors import to_wire
 from baton.rpc.services import Duplex
-from baton.types.fleet import WorkerLoad
+from baton.types.fleet import Role, WorkerLoad
 from baton.types.link import (
     Adopt,
     Cancel,
     ConductorMessage,
     Drain,
     Resync,
+    SetRole,
     StartDecode,
     StartPrefill,
     StepReport,
@@ -104,6 +105,9 @@ class LinkServer:
         self._current: dict[str, AttemptId] = {}  # request id -> its live attempt
         self._ended = EndedTails()
         self._draining = False
+        self.other_roles: frozenset[Role] = frozenset()  # that this worker could have
+        self.wanted_role: Role | None = None  # one of them, that a conductor asked for
+        self.role_wanted = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -202,10 +206,18 @@ class LinkServer:
                 self._cancel(link, attempt, reason)
             case Drain():
                 self.drain()
+            case SetRole(role):
+                self._set_role(role)
             case Resync():
                 if link.news is not None:
                     link.news.resync()
                     link.wake.set()
+
+    def _set_role(self, role: Role) -> None:
+        """The first conductor that asks is heard."""
+        if role in self.other_roles and self.wanted_role is None:
+            self.wanted_role = role
+            self.role_wanted.set()
 
     def _start(self, link: _Link, message: StartPrefill | StartDecode) -> None:
         attempt = message.task.attempt

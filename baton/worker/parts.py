@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.cpus import Placement, format_cpus
 from baton.engine.batch import Runner
@@ -15,7 +15,7 @@ from baton.engine.events import EngineListener
 from baton.engine.loop import Engine
 from baton.engine.step import MakeSteps, StepThreads
 from baton.kv.handoff.options import HandoffOptions
-from baton.kv.identity import Identity
+from baton.kv.identity import Identity, new_incarnation
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.kv.transport.shared import SharedTransport
 from baton.types.fleet import Role, WorkerInfo
@@ -48,8 +48,14 @@ class WorkerParts:
         pool = BlockPool(self.engine.num_blocks)
         return Engine(self.runner, pool, self.engine, listener, self.wall_clock, self.make_steps)
 
-    def info(self, role: Role, address: str) -> WorkerInfo:
-        """The registration."""
+    def reborn(self) -> WorkerParts:
+        """For another life of the worker in the same process, after the one before has ended: the
+        weights and the memory stay, and nothing is in them that anybody could still ask for."""
+        identity = replace(self.identity, incarnation=new_incarnation())
+        return replace(self, identity=identity, shared=SharedTransport(self.transport))
+
+    def info(self, role: Role, address: str, roles: tuple[Role, ...] = ()) -> WorkerInfo:
+        """The registration for `role`, of a worker that can be given `roles`."""
         return WorkerInfo(
             name=self.identity.name,
             role=role,
@@ -65,6 +71,7 @@ class WorkerParts:
             cpus=format_cpus(self.placement.cpus),
             threads=self.placement.threads,
             node=self.node,
+            roles=roles,
         )
 
     async def close(self) -> None:

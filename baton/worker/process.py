@@ -1,10 +1,16 @@
-"""A worker process: load the model, then serve (see `serving.py`)."""
+"""A worker process: load the model, then serve (see `serving.py`).
+
+    load -> a life as prefill worker -> ... SetRole ... -> a life as decode worker -> ... -> close
+
+A worker that can do several duties keeps weights and memory from one life to the next. Everything
+else is new, the incarnation too: for the others it is a worker that was restarted very quickly.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,23 +32,32 @@ from baton.worker.serving import (
 log = logging.getLogger(__name__)
 
 
-def main(config: WorkerConfig, role: Role, make: Callable[[WorkerParts], Service]) -> None:
-    """Run the worker and end the process: 0 after an orderly shutdown, 1 after a failure, 2 when
-    the configuration is wrong."""
-    run_process(worker_name(config, role), config.log_level, _run(config, role, make))
+Make = Callable[[WorkerParts], Service]
 
 
-async def _run(config: WorkerConfig, role: Role, make: Callable[[WorkerParts], Service]) -> None:
+def main(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> None:
+    """Run the worker, first as `role`, and end the process: 0 after an orderly shutdown, 1 after a
+    failure, 2 when the configuration is wrong. `makes` has what it can be."""
+    run_process(worker_name(config, role), config.log_level, _run(config, role, makes))
+
+
+async def _run(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> None:
     registry = find_registry(config.conductor, config.redis, config.cluster_name)
     cluster_token()
     signals = StopSignals()
     signals.install()
     parts = await _unless_stopped(build(config, role), signals)
     place = Place(config.conductor, registry, config.listen, config.advertise, config.drain_timeout)
+    roles = tuple(makes) if len(makes) > 1 else ()
+    life: Role | None = role
     try:
-        await serve(place, partial(parts.info, role), make(parts), signals)
+        while life is not None:
+            info = partial(parts.info, life, roles=roles)
+            life = await serve(place, info, makes[life](parts), signals)
+            parts = parts.reborn()
     finally:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await place.aclose()
             await parts.close()
 
 

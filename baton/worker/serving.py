@@ -2,7 +2,8 @@
 
     listen -> register -> serve      SIGTERM -> stop accepting -> drain -> cancel -> close
 
-Every phase after the signal has a deadline; a second signal skips the draining.
+Every phase after the signal has a deadline; a second signal skips the draining. A worker that is
+asked to take another role ends in the same way, and `process.py` begins its next life.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from baton.rpc.grpc_client import GrpcFleetClient
 from baton.rpc.grpc_server import RpcServer
 from baton.rpc.registry import Registry, open_registry
 from baton.telemetry import setup_logging
-from baton.types.fleet import WorkerInfo, WorkerLoad
+from baton.types.fleet import Role, WorkerInfo, WorkerLoad
 from baton.worker.address import reachable_address
 from baton.worker.conductors import ConductorSet
 from baton.worker.lifecycle import StopSignals, exit_now
@@ -78,6 +79,11 @@ class Place:
     advertise: str
     drain_timeout_s: float
 
+    async def aclose(self) -> None:
+        """When no life of the process follows."""
+        if self.registry is not None:
+            await self.registry.aclose()
+
 
 def find_registry(conductors: tuple[str, ...], redis: str, cluster: str) -> Registry | None:
     """Where conductors are found besides those that were told. Raises ConfigError when there are
@@ -107,21 +113,23 @@ def run_process(name: str, log_level: str, work: Coroutine[Any, Any, None]) -> N
 
 async def serve(
     place: Place, info: Callable[[str], WorkerInfo], service: Service, signals: StopSignals
-) -> None:
-    """Until the stop signal. `info` makes the registration from the address that was bound."""
+) -> Role | None:
+    """Until the stop signal, or until a conductor wants the worker in another role, which is
+    returned. `info` makes the registration from the address that was bound."""
     try:
-        await _serve(place, info, service, signals)
+        return await _serve(place, info, service, signals)
     except BaseExceptionGroup as group:
         raise _first_leaf(group) from group
 
 
 async def _serve(
     place: Place, info: Callable[[str], WorkerInfo], service: Service, signals: StopSignals
-) -> None:
+) -> Role | None:
     token = cluster_token()
     server = RpcServer(place.listen, token)
     service.serve_on(server)
     registration = info(reachable_address(place.advertise, await server.start()))
+    service.links.other_roles = frozenset(registration.roles) - {registration.role}
     conductors = ConductorSet(
         place.conductors,
         place.registry,
@@ -137,8 +145,7 @@ async def _serve(
     finally:
         await server.stop(SERVER_GRACE_S)
         await conductors.aclose()
-        if place.registry is not None:
-            await place.registry.aclose()
+    return None if signals.stop.is_set() else service.links.wanted_role
 
 
 async def live(
@@ -148,12 +155,13 @@ async def live(
     drain_timeout_s: float,
     signals: StopSignals,
 ) -> None:
-    """From the start of the service to its end after the stop signal."""
+    """From the start of the service to its end after the stop signal, or when it is to be another
+    one."""
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(service.run(), name="service")
         member = group.create_task(membership.run(), name="membership")
         ready = group.create_task(_mark_ready(membership, set_ready), name="readiness")
-        await signals.stop.wait()
+        await _wait_for_end(service.links, signals)
         log.info("stopping: accepting no more requests")
         service.links.drain()
         await set_ready(False)
@@ -167,6 +175,18 @@ async def live(
         await service.aclose()
         await asyncio.wait([serving], timeout=CLOSE_TIMEOUT_S)
         serving.cancel()
+
+
+async def _wait_for_end(links: LinkServer, signals: StopSignals) -> None:
+    stop = asyncio.create_task(signals.stop.wait(), name="stop")
+    switch = asyncio.create_task(links.role_wanted.wait(), name="switch")
+    try:
+        await asyncio.wait({stop, switch}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.cancel()
+        switch.cancel()
+    if links.wanted_role is not None:
+        log.info("a conductor wants this worker to %s", links.wanted_role)
 
 
 async def _mark_ready(membership: Member, set_ready: Callable[[bool], Awaitable[None]]) -> None:

@@ -33,7 +33,7 @@ from baton.types.blocks import (
     Returned,
 )
 from baton.types.figures import OfferCounts, StoreFigures, TierFigures, TierState
-from baton.types.fleet import BlockState, FleetLease, KvLayout, Peer, WorkerInfo, WorkerLoad
+from baton.types.fleet import BlockState, FleetLease, KvLayout, Peer, Role, WorkerInfo, WorkerLoad
 from baton.types.handoff import (
     Abort,
     Attach,
@@ -53,6 +53,7 @@ from baton.types.link import (
     Drain,
     FetchPart,
     Resync,
+    SetRole,
     StartDecode,
     StartPrefill,
     StepReport,
@@ -207,6 +208,7 @@ few = settings(max_examples=40, deadline=None)
     | st.builds(Cancel, attempts, text)
     | st.just(Drain())
     | st.just(Resync())
+    | st.builds(SetRole, st.sampled_from(Role))
 )
 def test_conductor_messages(message: Any) -> None:
     check(message, codec_link.conductor_to_pb, codec_link.conductor_from_pb)

@@ -8,10 +8,11 @@ import pytest
 
 from baton.errors import Overloaded, PeerGone, WorkerLost
 from baton.rpc.memory import Fault
-from baton.types.fleet import WorkerLoad
+from baton.types.fleet import Role, WorkerLoad
 from baton.types.link import (
     Cancel,
     Drain,
+    SetRole,
     StepReport,
 )
 from baton.types.request import (
@@ -141,6 +142,19 @@ async def test_draining_refuses_new_attempts_and_waits_for_the_rest(by_message: 
             await asyncio.wait_for(r.links.wait_idle(), 0.01)
         r.links.report((token(a, 0, DONE),))
         await asyncio.wait_for(r.links.wait_idle(), 5)
+
+
+async def test_a_role_is_taken_by_whoever_can_have_it() -> None:
+    async with rig() as r:
+        stream = await r.connect()
+        await stream.send(SetRole(Role.DECODE))
+        await r.begin(stream, AttemptId("a"))  # what comes behind it has been read, too
+        assert not r.links.role_wanted.is_set()
+        r.links.other_roles = frozenset({Role.DECODE})
+        await stream.send(SetRole(Role.PREFILL))
+        await stream.send(SetRole(Role.DECODE))
+        await asyncio.wait_for(r.links.role_wanted.wait(), 5)
+        assert r.links.wanted_role is Role.DECODE
 
 
 async def test_abandoned_attempts_get_a_retryable_error_before_the_links_close() -> None:

@@ -1,0 +1,1 @@
+"""A worker process that can prefill and decode: one at a time, as the conductor's planner wants."""

@@ -1,0 +1,120 @@
+"""What the conductor measures for the planner, and whom it asks to take another role."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from baton.rpc.registry_memory import MemoryRegistry, RegistryServer
+from baton.types.fleet import Role
+from baton.types.registry import ConductorInfo
+from conductor.elastic import Elastic
+from conductor.planner import Planner, PlannerOptions
+from conductor.request import Ask, Options
+from conductor.service import Policy
+from tests.fake_worker import FakeCluster, fake_cluster, say, wait_for
+from tests.virtual_time import virtual_time
+
+BOTH = (Role.PREFILL, Role.DECODE)
+OPTIONS = PlannerOptions()
+
+
+async def add(cluster: FakeCluster, prefill: int, decode: int, able: bool = True) -> None:
+    roles = BOTH if able else ()
+    for number in range(prefill):
+        await cluster.add(Role.PREFILL, f"p{number}", say("hello", hang_at=2), roles=roles)
+    for number in range(decode):
+        await cluster.add(Role.DECODE, f"d{number}", say("hello", hang_at=2), roles=roles)
+
+
+def elastic(cluster: FakeCluster, registry: MemoryRegistry | None = None) -> Elastic:
+    fleet = cluster.conductor.fleet
+    return Elastic(fleet, Planner(OPTIONS), None, registry, "m", lambda _: None)
+
+
+async def look(cluster: FakeCluster, watched: Elastic, work_s: float, times: int) -> None:
+    """As `run` does, while prompts of `work_s` seconds are sent per second."""
+    for _ in range(times):
+        await asyncio.sleep(OPTIONS.look_s)
+        cluster.conductor.fleet.prompts_s += work_s * OPTIONS.look_s
+        watched.look()
+    await asyncio.sleep(0.1)  # for the link
+
+
+def wanted(cluster: FakeCluster) -> dict[str, list[Role]]:
+    return {name: worker.wanted for name, worker in cluster.workers.items() if worker.wanted}
+
+
+@virtual_time
+async def test_the_worker_with_least_to_do_changes() -> None:
+    async with fake_cluster(prefill=0, decode=0) as cluster:
+        await add(cluster, 1, 3)
+        watched = elastic(cluster)
+        busy = asyncio.create_task(ask(cluster))
+        await wait_for(lambda: any(worker.live for worker in cluster.workers.values()))
+        idle = sorted(name for name, worker in cluster.workers.items() if not worker.live)
+        await look(cluster, watched, 2.0, OPTIONS.agree + 2)
+        assert wanted(cluster) == {next(n for n in idle if n.startswith("d")): [Role.PREFILL]}
+        assert watched.last is not None
+        assert "1P3D" in watched.last.move.reason
+        busy.cancel()
+        await asyncio.gather(busy, return_exceptions=True)
+
+
+async def ask(cluster: FakeCluster) -> None:
+    conductor = cluster.conductor
+    request = await conductor.prepare(Ask("tiny", ("what",), Options(max_tokens=9)), "test")
+    async for _ in conductor.generate(request):
+        pass
+
+
+@virtual_time
+async def test_a_fleet_that_is_not_pressed_stays_as_it_is() -> None:
+    async with fake_cluster(prefill=0, decode=0) as cluster:
+        await add(cluster, 2, 2)
+        await look(cluster, elastic(cluster), 0.3, 20)
+        assert wanted(cluster) == {}
+
+
+@virtual_time
+async def test_workers_that_cannot_change_are_not_asked(caplog: pytest.LogCaptureFixture) -> None:
+    async with fake_cluster(prefill=0, decode=0) as cluster:
+        await add(cluster, 1, 3, able=False)
+        with caplog.at_level(logging.WARNING):
+            await look(cluster, elastic(cluster), 3.0, OPTIONS.agree + 2)
+        assert wanted(cluster) == {}
+        assert "no worker can prefill" in caplog.text
+
+
+@virtual_time
+async def test_one_of_several_conductors_acts() -> None:
+    async with fake_cluster(prefill=0, decode=0) as cluster:
+        await add(cluster, 1, 3)
+        server = RegistryServer()
+        registry = MemoryRegistry(server, "here")
+        watched = elastic(cluster, registry)
+        running = asyncio.create_task(watched.run())
+        await MemoryRegistry(server, "there").announce(ConductorInfo("c", "a", "h:1", "h:2"), 1e6)
+        fleet = cluster.conductor.fleet
+        for _ in range(10):
+            await asyncio.sleep(OPTIONS.look_s)
+            fleet.prompts_s += 3.0 * OPTIONS.look_s
+        assert wanted(cluster) == {}, "the other one has the lesser incarnation"
+        await MemoryRegistry(server, "there").withdraw("a")
+        for _ in range(10):
+            await asyncio.sleep(OPTIONS.look_s)
+            fleet.prompts_s += 3.0 * OPTIONS.look_s
+        assert list(wanted(cluster).values()) == [[Role.PREFILL]]
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+@virtual_time
+async def test_a_conductor_without_the_option_has_no_planner() -> None:
+    async with fake_cluster(prefill=0, decode=0) as cluster:
+        assert cluster.conductor.elastic is None
+    policy = Policy(lease_ttl_s=1e6, planner=OPTIONS)
+    async with fake_cluster(prefill=0, decode=0, policy=policy) as cluster:
+        assert cluster.conductor.elastic is not None
