@@ -104,7 +104,7 @@ def _trace_prompt(
     request: TraceRequest, number: int, length: int, block: int, vocab_size: int, seed: int
 ) -> Iterator[int]:
     """Recorded blocks as far as there are ids; then tokens that no other request has."""
-    for block_id in request.block_ids[: -(-length // block)]:
+    for block_id in request.blocks[: -(-length // block)]:
         generator = random.Random(f"{seed}/{block_id}")
         for _ in range(min(block, length)):
             yield generator.randrange(vocab_size)
