@@ -1,0 +1,1 @@
+"""A datacentre in virtual time: the production processes on modelled nodes and links."""
