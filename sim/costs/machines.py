@@ -14,7 +14,12 @@ Sources:
     DGX     NVIDIA DGX H100, H200 and B200 datasheets: eight ports of 400 Gbps, 2 TB of DRAM, PCIe
             generation 5 (twice the host-to-device figure of the A800 node)
 
-Of the NICs, 87 % are achieved: 87 of 100 GB/s (FAST'25, section 5.4.1, Transfer Engine).
+Of the NICs, 87 % are achieved: 87 of 100 GB/s (FAST'25, section 5.4.1, Transfer Engine); of host to
+device 80 %: 43 GB of KV in 0.42 s (FAST'25, figure 14, "Load Cache" of 128k tokens).
+The A800's fractions and overhead are fitted to figure 14 of the same paper (see
+`sim.costs.published`): the overhead is that of vLLM 0.5.1. Those of Hopper and Blackwell are
+assumed, from what FlashAttention 3 and cuBLAS are known to reach on H100 in bf16; published figures
+that they can be held against are in FP8.
 NVMe is in no paper: four drives of PCIe generation 4, 6.8 GB/s reading and 4 GB/s writing each,
 which is what vendors of such drives state, and twice that for generation 5. An assumption.
 """
@@ -27,7 +32,8 @@ from baton.errors import ConfigError
 
 GB, TB = 1e9, 1e12
 _GBPS = 1e9 / 8
-NIC_EFFICIENCY = 0.87
+_NIC_EFFICIENCY = 0.87
+_PCIE_EFFICIENCY = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +87,8 @@ def _node(
         name=f"8x{gpu.name}",
         gpu=gpu,
         gpus=8,
-        nic_bytes_per_s=nic_gbps * _GBPS * NIC_EFFICIENCY,
-        pcie_bytes_per_s=pcie,
+        nic_bytes_per_s=nic_gbps * _GBPS * _NIC_EFFICIENCY,
+        pcie_bytes_per_s=pcie * _PCIE_EFFICIENCY,
         dram_bytes=dram,
         nvme_read_bytes_per_s=drives * 6.8 * GB,
         nvme_write_bytes_per_s=drives * 4.0 * GB,
@@ -111,4 +117,4 @@ def machine_named(name: str) -> Node:
 
 def with_network(node: Node, gbps: float) -> Node:
     """The same node with NICs of `gbps` in all, for sweeps of the network's bandwidth."""
-    return replace(node, nic_bytes_per_s=gbps * _GBPS * NIC_EFFICIENCY)
+    return replace(node, nic_bytes_per_s=gbps * _GBPS * _NIC_EFFICIENCY)

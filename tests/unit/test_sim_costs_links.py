@@ -131,7 +131,7 @@ MOVES = st.lists(
 CAPACITIES = st.lists(st.floats(0.5, 20), min_size=5, max_size=5)
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(CAPACITIES, MOVES)
 def test_shares_are_fair_full_and_conserve_bytes(
     capacities: list[float], moves: list[Move]
