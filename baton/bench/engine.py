@@ -26,6 +26,7 @@ from baton.bench.engine_phases import (
     OnFigure,
     Plan,
     measure_decodes,
+    measure_mixed,
     measure_prefills,
 )
 from baton.bench.engine_profile import Profile, measure_profiles
@@ -53,6 +54,7 @@ class Report:
     after: Ceilings
     prefills: tuple[Figure, ...] = ()
     decodes: tuple[Figure, ...] = ()
+    mixed: tuple[Figure, ...] = ()
     kernels: tuple[Figure, ...] = ()
     loops: tuple[LoopTiming, ...] = ()
     profiles: tuple[Profile, ...] = ()
@@ -140,6 +142,8 @@ def _through_the_runner(
             report = replace(report, prefills=prefills)
         if "decode" in parts:
             report = replace(report, decodes=measure_decodes(rig, plan, report.before, on_figure))
+        if "mixed" in parts:
+            report = replace(report, mixed=measure_mixed(rig, plan, report.before, on_figure))
         if "profile" in parts:
             profiles = measure_profiles(rig, device, _profiled(plan), on_figure)
             report = replace(report, profiles=profiles)
@@ -158,14 +162,17 @@ def _plan(options: Options, model: Model, device: Device) -> Plan:
     if options.quick:
         prompts: tuple[int, ...] = (64, 512)
         decodes: tuple[tuple[int, int], ...] = ((1, 64), (4, 256))
+        mixed: tuple[tuple[int, int, int, int], ...] = ((4, 64, 64, 64),)
     elif device.is_cuda:
         prompts = (512, 4096, 16_384, 32_768)
         batches, contexts = (1, 8, 32, 128, 256), (1024, 8192, 32_768)
         decodes = tuple((batch, context) for context in contexts for batch in batches)
+        mixed = ((32, 1024, 512, 0), (32, 1024, 2048, 0), (32, 1024, 2048, 8192))
     else:
-        prompts = (512, 4096, 16_384, 32_768)
+        prompts = (128, 512, 2048, 4096, 16_384, 32_768)
         decodes = ((1, 1024), (8, 1024), (32, 1024), (128, 1024), (256, 1024))
         decodes += ((1, 8192), (8, 8192), (32, 8192), (1, 32_768), (8, 32_768))
+        mixed = ((8, 1024, 64, 0), (8, 1024, 256, 0), (8, 1024, 256, 2048))
     return Plan(
         prompts,
         decodes,
@@ -173,6 +180,7 @@ def _plan(options: Options, model: Model, device: Device) -> Plan:
         budget_s=0.1 if options.quick else 2.0,
         limit_s=20.0,
         kv_bytes=_kv_bytes(model, device),
+        mixed=mixed,
     )
 
 

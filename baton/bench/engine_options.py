@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PARTS = ("prefill", "decode", "loop", "kernels", "profile")
+PARTS = ("prefill", "decode", "mixed", "loop", "kernels", "profile")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,12 @@ class Plan:
     budget_s: float  # per figure
     limit_s: float  # a point that would take longer at the ceiling is skipped
     kv_bytes: int  # the pool is not made larger than this
+    # (sequences, tokens of each, tokens of a prompt, tokens in front of these)
+    mixed: tuple[tuple[int, int, int, int], ...] = ()
 
     def blocks(self, model: Model) -> int:
         """Of a pool for the largest point that the model and `kv_bytes` allow; at least one."""
-        points = [*_prefills(self), *_decodes(self)]
+        points = [*_prefills(self), *_decodes(self), *_mixed(self)]
         possible = [p for p in points if p.longest <= model.spec.max_model_len]
         wanted = [p.blocks(model) for p in possible]
         most = self.kv_bytes // model.layout.block_bytes
@@ -70,6 +72,13 @@ def measure_decodes(
     return _measure_all(_decodes(plan), rig, plan, ceilings, on_figure)
 
 
+def measure_mixed(
+    rig: Rig, plan: Plan, ceilings: Ceilings, on_figure: OnFigure
+) -> tuple[Figure, ...]:
+    """Single steps of one token per sequence and of a chunk of a prompt."""
+    return _measure_all(_mixed(plan), rig, plan, ceilings, on_figure)
+
+
 @dataclass(frozen=True, slots=True)
 class _Point:
     name: str
@@ -105,6 +114,17 @@ def _decodes(plan: Plan) -> list[_Point]:
     return [
         _Point(f"decode {batch} x {context}", batch, [[Chunk(context - 1, 1)] * batch], _STEPS)
         for batch, context in plan.decodes
+    ]
+
+
+def _mixed(plan: Plan) -> list[_Point]:
+    return [
+        _Point(
+            f"mixed {batch} x {context} and {tokens} after {start}",
+            batch + tokens,
+            [[*[Chunk(context - 1, 1)] * batch, Chunk(start, tokens)]],
+        )
+        for batch, context, tokens, start in plan.mixed
     ]
 
 

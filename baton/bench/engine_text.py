@@ -43,6 +43,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "warnings": list(report.warnings),
         "prefill": [_figure(figure, ceilings) for figure in report.prefills],
         "decode": [_figure(figure, ceilings) for figure in report.decodes],
+        "mixed": [_figure(figure, ceilings) for figure in report.mixed],
         "kernels": [_figure(figure, ceilings) for figure in report.kernels],
         "loop": [{**asdict(loop), "share": loop.share} for loop in report.loops],
         "profile": [asdict(profile) for profile in report.profiles],
@@ -82,6 +83,12 @@ def tables(report: Report) -> Iterator[Table]:
             "Decode",
             ("", "step", "±", "tokens/s", "of the memory roofline", "bound by", "of that bound"),
             tuple(_decode(figure, ceilings) for figure in report.decodes),
+        )
+    if report.mixed:
+        yield Table(
+            "Decodes with a chunk of a prompt",
+            ("", "step", "±", "tokens/s", "FLOP/s", "of the matrix ceiling"),
+            tuple(_prefill(figure, ceilings) for figure in report.mixed),
         )
     if report.loops:
         yield Table(

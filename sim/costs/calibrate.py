@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -63,12 +64,17 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a machine's files say. `errors`: of the fit at every point, relative to the figure."""
+    """What a machine's files say. `errors`: of the fit at every point, relative to the figure.
+
+    The figures are of a runner alone. `cost` is that of an engine: with `gap_s` between two of its
+    steps, where the files have it (the part `loop` of the bench), which `errors` leave out.
+    """
 
     model: str
     device: str
     kv_bytes_per_token: int
     cost: Calibrated
+    gap_s: float
     errors: tuple[tuple[str, float], ...]
 
     @property
@@ -94,7 +100,10 @@ def calibrated(text: str) -> Calibration:
     except ValueError as error:
         raise ConfigError(f"{text}: {error}") from error
     errors = tuple((point.name, _predicted(cost, point) / point.seconds - 1) for point in points)
-    return Calibration(model, device, kv_bytes, cost, errors)
+    gaps = [float(loop["gap_s"]) for file in files for loop in file.get("loop", ())]
+    gap_s = median(gaps) if gaps else 0.0
+    engine = replace(cost, step_s=cost.step_s + gap_s)
+    return Calibration(model, device, kv_bytes, engine, gap_s, errors)
 
 
 def fit(points: Sequence[Point]) -> Calibrated:

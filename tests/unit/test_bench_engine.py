@@ -39,6 +39,7 @@ from baton.kernels.dispatch import kernels_for
 from baton.kv.transport.memory import make_pool
 from baton.model.spec import load_spec
 from baton.model.weights import load_weights
+from sim.costs.calibrate import calibrated
 
 TIMING = Timing(median_s=2.0, best_s=1.5, spread=0.1, samples=5)
 
@@ -182,7 +183,7 @@ def test_an_unknown_shape_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def measured() -> engine.Report:
-    parts = ("prefill", "decode", "loop", "profile")
+    parts = ("prefill", "decode", "mixed", "loop", "profile")
     options = Options(shape="tiny", device="cpu", threads=1, quick=True, parts=parts)
     return engine.run(options, lambda name: None)
 
@@ -190,7 +191,10 @@ def measured() -> engine.Report:
 def test_every_part_is_measured(measured: engine.Report) -> None:
     assert [figure.name for figure in measured.prefills] == ["prefill 64", "prefill 512"]
     assert [figure.name for figure in measured.decodes] == ["decode 1 x 64", "decode 4 x 256"]
-    assert all(isinstance(f, Measured) for f in (*measured.prefills, *measured.decodes))
+    assert [figure.name for figure in measured.mixed] == ["mixed 4 x 64 and 64 after 64"]
+    assert all(
+        isinstance(f, Measured) for f in (*measured.prefills, *measured.decodes, *measured.mixed)
+    )
     assert [loop.sequences for loop in measured.loops][:2] == [1, 8]
     assert all(0 <= loop.gap_s < loop.step_s for loop in measured.loops)
     assert all(profile.lines for profile in measured.profiles)
@@ -209,13 +213,23 @@ def test_kernels_alone(kernels: str) -> None:
         assert any(wanted in name for name in names)
 
 
+def test_the_simulator_reads_the_report(measured: engine.Report, tmp_path: Path) -> None:
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps(engine_text.as_json(measured)))
+    found = calibrated(f"calibrated:{path}")
+    names = [*measured.prefills, *measured.decodes, *measured.mixed]
+    assert [name for name, _ in found.errors] == [figure.name for figure in names]
+    assert found.kv_bytes_per_token == measured.kv_token_bytes
+
+
 def test_the_report_is_json_and_tables(measured: engine.Report) -> None:
     value = json.loads(json.dumps(engine_text.as_json(measured)))
     assert value["decode"][0]["tokens"] == 1
     assert value["decode"][0]["memory_share"] > 0
+    assert value["mixed"][0]["tokens"] == 68
     titles = [table.title for table in engine_text.tables(measured)]
-    assert titles[1:3] == ["Prefill", "Decode"]
-    assert titles[3] == "Between the steps of an engine"
+    assert titles[1:4] == ["Prefill", "Decode", "Decodes with a chunk of a prompt"]
+    assert titles[4] == "Between the steps of an engine"
     for table in engine_text.tables(measured):
         assert all(len(row) == len(table.header) for row in table.rows)
 

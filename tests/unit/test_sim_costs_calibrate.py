@@ -135,6 +135,14 @@ def test_names_of_figures_say_what_was_measured(tmp_path: Path) -> None:
     assert (found.model, found.device, found.kv_bytes_per_token) == ("m", "d", 100)
 
 
+def test_an_engine_waits_between_its_steps(tmp_path: Path) -> None:
+    loops = [{"gap_s": gap} for gap in (0.001, 0.002, 0.009)]
+    found = calibrated(write(tmp_path / "a.json", report(loop=loops)))
+    assert found.gap_s == 0.002
+    assert found.cost.step_s == pytest.approx(TRUTH.step_s + 0.002)
+    assert found.worst < 1e-6
+
+
 def test_files_that_cannot_be_used_are_errors(tmp_path: Path) -> None:
     good = write(tmp_path / "good.json", report())
     other = write(tmp_path / "other.json", report(device="another"))
