@@ -59,6 +59,9 @@ class ConductorConfig:
     )
     prefix_map_blocks: int = option(MAP_BLOCKS, "KV blocks whose holders are remembered at most")
     default_deadline: float = option(600.0, "seconds that a request may take at most")
+    sse_keepalive: float = option(
+        5.0, "seconds of silence in a stream until a comment is sent; 0 = never"
+    )
     max_body_bytes: int = option(16 << 20, "largest request body")
     api_key: tuple[str, ...] = option((), "keys that clients must send one of; none = open")
     cpus: str = option("", "CPUs of this process, as 0-3,8; empty: all that it may run on")
@@ -81,9 +84,7 @@ class ConductorConfig:
         for name in (*positive, "prefix_map_blocks"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0")
-        if self.drain_timeout < 0:
-            raise ConfigError("--drain-timeout must not be negative")
-        for name in ("slo_ttft_ms", "slo_tpot_ms"):
+        for name in ("drain_timeout", "sse_keepalive", "slo_ttft_ms", "slo_tpot_ms"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must not be negative")
         if self.local_prefill_tokens != AUTO and not self.local_prefill_tokens.isdecimal():

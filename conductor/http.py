@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from baton.errors import InvalidRequest, Unauthenticated
 from conductor.cluster import ConductorIdentity, describe_cluster, other_conductors
+from conductor.event_stream import keepalive_headers
 from conductor.http_errors import JsonResponse, error_handlers
 from conductor.http_generate import DIRECT_SEND, GenerationResponse, StreamResponse
 from conductor.openai import (
@@ -118,7 +119,9 @@ def _guarded_routes(
         return await generate(request, CompletionBody, "cmpl")
 
     async def models(_request: Request) -> Response:
-        return JsonResponse({"object": "list", "data": [_model_body(conductor, identity)]})
+        body = {"object": "list", "data": [_model_body(conductor, identity)]}
+        # Clients that ask for the models first know it before their first stream.
+        return JsonResponse(body, headers=keepalive_headers(conductor.policy.keepalive_s))
 
     async def model(request: Request) -> Response:
         check_model(request.path_params["name"], conductor.limits)

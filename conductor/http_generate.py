@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from baton.errors import BatonError, InternalError
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
+from conductor.event_stream import EventStream
 from conductor.http_errors import JsonResponse, error_body, error_response
 from conductor.openai_reply import Reply, usage_body
 from conductor.request import Request
@@ -95,35 +96,24 @@ class StreamResponse(GenerationResponse):
         self._around: dict[int, tuple[bytes, bytes]] = {}  # answer -> what encloses its texts
 
     async def _respond(self, scope: Scope, results: Results, send: Send) -> Response | None:
-        first = await anext(results)  # errors until here have a status of their own
-        await send(
-            {
-                "type": "http.response.start",
-                "status": 200,
-                "headers": [
-                    (b"content-type", b"text/event-stream; charset=utf-8"),
-                    (b"cache-control", b"no-cache"),
-                    (b"x-accel-buffering", b"no"),
-                    (b"x-request-id", self._request.id.encode()),
-                ],
-            }
-        )
-        send = scope.get(DIRECT_SEND, send)
+        keepalive_s = self._conductor.policy.keepalive_s
+        stream = EventStream(send, scope.get(DIRECT_SEND, send), self._request.id, keepalive_s)
         opening = b""
         if not self._request.sent:  # who comes back has had it
             opening = b"".join(self._chunk_with_id(chunk) for chunk in self._reply.opening())
-        await _send_body(send, opening + self._events(first))
-        try:
-            async for result in results:
-                await _send_body(send, self._events(result))
-        except BatonError as error:
-            last = _event(error_body(error))
-        except Exception as error:
-            log.exception("request %s failed", self._request.id)
-            last = _event(error_body(error))
-        else:
-            last = b"data: [DONE]\n\n"
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        last = b"data: [DONE]\n\n"
+        async with stream.kept_alive():
+            try:
+                async for result in results:
+                    await stream.send(opening + self._events(result))
+                    opening = b""
+            except Exception as error:
+                if not stream.begun:
+                    raise  # it has a status of its own
+                if not isinstance(error, BatonError):
+                    log.exception("request %s failed", self._request.id)
+                last = _event(error_body(error))
+        await stream.end(last)
         return None
 
     @property
@@ -171,11 +161,6 @@ class StreamResponse(GenerationResponse):
         elif self._include_usage:
             chunk["usage"] = None
         return _event(chunk)
-
-
-async def _send_body(send: Send, body: bytes) -> None:
-    if body:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def _event(data: dict[str, Any]) -> bytes:

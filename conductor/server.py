@@ -75,6 +75,7 @@ class Server:
                 slos=config.slos,
                 map_blocks=config.prefix_map_blocks,
                 planner=config.planner,
+                keepalive_s=config.sse_keepalive,
             ),
             registry=registry,
         )

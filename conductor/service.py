@@ -66,6 +66,7 @@ class Policy:
     retries: RetryOptions = field(default_factory=RetryOptions)
     map_blocks: int = MAP_BLOCKS
     planner: PlannerOptions | None = None  # None: workers keep their roles
+    keepalive_s: float = 5.0  # of silence in a stream over HTTP, until a comment is sent; 0: never
 
 
 class Conductor:

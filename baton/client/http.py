@@ -29,6 +29,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 RECONNECTS = 10  # in a row without a new event, until a stream that has begun is given up
 FIRST_PAUSE_S = 0.2
 LAST_PAUSE_S = 3.0
+SILENT_BEATS = 3  # signs of life that may be missing
+KEEPALIVE_HEADER = "x-keepalive-interval"  # seconds in which a stream sends something, if only that
 
 _DONE = b"[DONE]"
 
@@ -89,7 +91,8 @@ class Client:
     `timeout_s` bounds the wait for a connection and for each next event of a stream, not a whole
     stream. `api_key` is sent when it is not empty. A `url` without a scheme means http; there may
     be several of one cluster, with commas between them. A stream that breaks goes on at the next
-    one, or at the same one when it is back.
+    one, or at the same one when it is back. Where there is a next one, a stream that misses three
+    of the signs of life that the server has promised counts as broken.
     """
 
     def __init__(
@@ -104,10 +107,12 @@ class Client:
             raise ConfigError("--url is empty: give an address as http://host:port")
         self._at = 0  # which of them is in use
         self._model = ""
+        self._timeout_s = timeout_s
+        self._silence_s = timeout_s  # that a stream may have, by what the server has promised
         # Proxies of the environment are for the outside world; a cluster is addressed directly.
         self._http = httpx.AsyncClient(
             headers={"authorization": f"Bearer {api_key}"} if api_key else None,
-            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+            timeout=self._timeouts(timeout_s),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
             transport=transport,
             trust_env=False,
@@ -185,16 +190,29 @@ class Client:
         headers = {"content-type": "application/json"}
         if last_id:
             headers["last-event-id"] = last_id
+        timeouts = self._timeouts(self._silence_s)
         async with (
             self._translated(),
-            self._http.stream("POST", url, content=content, headers=headers) as response,
+            self._http.stream(
+                "POST", url, content=content, headers=headers, timeout=timeouts
+            ) as response,
         ):
             if response.is_error:
                 raise error_from(response.status_code, await response.aread(), response.headers)
+            self._note_promise(response)
             parser = EventParser()
             async for data in response.aiter_bytes():
                 for event in parser.feed(data):
                     yield event
+
+    def _note_promise(self, response: httpx.Response) -> None:
+        """How long the server's streams may be silent."""
+        interval = response.headers.get(KEEPALIVE_HEADER)
+        if interval is not None and len(self._urls) > 1:
+            self._silence_s = min(SILENT_BEATS * float(interval), self._timeout_s)
+
+    def _timeouts(self, read_s: float) -> httpx.Timeout:
+        return httpx.Timeout(self._timeout_s, connect=min(self._timeout_s, 10.0), read=read_s)
 
     def _may_go_on(self, error: BatonError, begun: bool, failures: int) -> bool:
         """Whether another connection may bring what this one did not."""
@@ -228,6 +246,7 @@ class Client:
             response = await self._http.get(self.url + path)
             if response.is_error:
                 raise error_from(response.status_code, response.content, response.headers)
+            self._note_promise(response)
             return _object(response.content)
 
     @asynccontextmanager

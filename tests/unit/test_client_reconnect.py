@@ -12,7 +12,7 @@ import pytest
 
 from baton.client.http import RECONNECTS, Client, Prompt
 from baton.client.sse import Event, EventParser
-from baton.errors import BatonError, InvalidRequest, NoWorker, PeerGone
+from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, NoWorker, PeerGone
 from tests.virtual_time import virtual_time
 
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -113,6 +113,35 @@ async def test_streams_that_break_together_do_not_send_each_other_back() -> None
     async with Client("a,b", transport=httpx.MockTransport(ask)) as client:
         texts = await asyncio.gather(*(one(client) for _ in range(4)))
     assert set(texts) == {"one two three"}
+
+
+@virtual_time
+async def test_a_silent_stream_is_lost_when_there_is_another_address() -> None:
+    """Three signs of life that the server has promised may be missing."""
+    waits: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        response = Conductors()(request)
+        if request.method == "GET":
+            response.headers["x-keepalive-interval"] = "5"
+            return response
+        waits.append(request.extensions["timeout"]["read"])
+        if len(waits) == 1:
+            raise httpx.ReadTimeout("silent")
+        return response
+
+    async def read(urls: str, timeout_s: float) -> str:
+        waits.clear()
+        async with Client(urls, timeout_s, transport=httpx.MockTransport(answer)) as client:
+            return "".join([piece.text async for piece in client.stream(Prompt("hi"))])
+
+    assert await read("a,b", 120) == "one two three"
+    assert waits == [15, 15]
+    assert await read("a,b", 7) == "one two three"
+    assert waits == [7, 7]
+    with pytest.raises(DeadlineExceeded):
+        await read("a", 120)
+    assert waits == [120]
 
 
 def failed(code: str) -> bytes:
