@@ -145,7 +145,11 @@ async def test_openais_sdk_does_not_see_the_comments(chunk: int) -> None:
 
     async with (
         httpx.AsyncClient(transport=httpx.MockTransport(answer)) as http,
-        openai.AsyncOpenAI(base_url="http://c/v1", api_key="none", http_client=http) as client,
+        openai.AsyncOpenAI(
+            base_url="http://c/v1",
+            api_key="none",
+            http_client=http,  # type: ignore[arg-type]
+        ) as client,
     ):
         chunks = await client.completions.create(model="m", prompt="x", stream=True)
         assert "".join([c.choices[0].text async for c in chunks]) == "aaa"
