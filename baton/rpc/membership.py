@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -37,6 +38,7 @@ class Membership:
         self._on_change = on_change
         self.registered = asyncio.Event()
         self._leaving = False
+        self._renew_now = asyncio.Event()
 
     async def run(self) -> None:
         """Until cancelled, or forgotten after `leave`. Raises one of REFUSALS."""
@@ -48,6 +50,10 @@ class Membership:
             await self._renew_while_accepted(lease)
             self.registered.clear()
             self._on_change()
+
+    def renew_now(self) -> None:
+        """Not only when it is time: the conductor may have been started again, and know nobody."""
+        self._renew_now.set()
 
     async def leave(self) -> None:
         """Tell the conductor that this worker goes. One try: the lease ends by itself otherwise.
@@ -82,7 +88,10 @@ class Membership:
         expires = loop.time() + lease.ttl_s
         missed = 0
         while loop.time() < expires:
-            await asyncio.sleep(lease.ttl_s / 3)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(lease.ttl_s / 3):
+                    await self._renew_now.wait()
+            self._renew_now.clear()
             try:
                 lease = await self._fleet.renew(
                     self._info.name, self._info.incarnation, self._load()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.errors import BatonError, RegistryUnavailable
@@ -35,6 +35,7 @@ class _Conductor:
     membership: Membership
     task: asyncio.Task[None] | None = None
     refusal: BatonError | None = None
+    lives: set[str] = field(default_factory=set)  # incarnations that were announced last
 
 
 class ConductorSet:
@@ -90,16 +91,24 @@ class ConductorSet:
         await asyncio.gather(*(conductor.client.aclose() for conductor in self._known.values()))
 
     async def _look(self, group: asyncio.TaskGroup, registry: Registry) -> None:
-        """Meet who is new; forget who is neither announced nor answers."""
+        """Meet who is new, also at a known address; forget who is neither announced nor answers."""
         try:
-            announced = {info.grpc for info in await registry.conductors()}
+            infos = await registry.conductors()
         except RegistryUnavailable:
             return
         if self._leaving:
             return
-        for address in sorted(announced - self._known.keys()):
+        announced: dict[str, set[str]] = {}
+        for info in infos:
+            announced.setdefault(info.grpc, set()).add(info.incarnation)
+        for address in sorted(announced.keys() - self._known.keys()):
             self._meet(group, address)
-        for address in self._known.keys() - announced - self._told:
+        for address, lives in announced.items():
+            known = self._known[address]
+            if known.lives and lives - known.lives:
+                known.membership.renew_now()
+            known.lives = lives
+        for address in self._known.keys() - announced.keys() - self._told:
             if not self._known[address].membership.registered.is_set():
                 await self._forget(address)
 

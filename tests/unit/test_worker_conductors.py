@@ -58,9 +58,9 @@ class Rig:
         self.network.add_fleet(address, conductor)
         return conductor
 
-    async def announce(self, *addresses: str, ttl_s: float = 1e6) -> None:
+    async def announce(self, *addresses: str, ttl_s: float = 1e6, life: int = 1) -> None:
         for address in addresses:
-            info = ConductorInfo(address, f"life-{address}", address, address)
+            info = ConductorInfo(address, f"{address}-{life}", address, address)
             await self.registry.announce(info, ttl_s)
 
     @property
@@ -209,6 +209,21 @@ async def test_a_new_life_at_the_same_address_is_registered_with() -> None:
         a = r.add("a")  # restarted: it knows nobody
         await asyncio.sleep(TTL_S)
         assert a.members == {"w"}
+
+
+@virtual_time
+async def test_a_new_life_that_is_announced_does_not_wait_for_the_next_renewal() -> None:
+    async with rig() as r:
+        r.add("a")
+        await r.announce("a")
+        await look()
+        a = r.add("a")
+        await r.announce("a", life=2)
+        await look()
+        assert a.members == {"w"}
+        a.members.clear()  # nothing was announced: the next renewal tells
+        await look()
+        assert not a.members
 
 
 @pytest.mark.parametrize("error", [LayoutMismatch("other layout"), Unauthenticated("token")])
