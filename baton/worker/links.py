@@ -19,7 +19,6 @@ from typing import Protocol
 
 from baton.errors import (
     BatonError,
-    Overloaded,
     PeerGone,
     StaleAttempt,
     UnknownAttempt,
@@ -242,7 +241,8 @@ class LinkServer:
     def _check_new(self, attempt: AttemptId) -> None:
         """Raises when the attempt may not start here. A newer attempt ends an older one."""
         if self._draining:
-            raise Overloaded("this worker is shutting down: use another one")
+            # Not Overloaded, which ends a request when the same workers are all that there is.
+            raise WorkerLost("this worker is shutting down: use another one")
         current = self._current.get(attempt.request_id)
         if current is not None and current.number >= attempt.number:
             raise StaleAttempt(f"{attempt} is stale: this worker works on {current}")
