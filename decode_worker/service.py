@@ -53,6 +53,9 @@ class DecodeService:
             await asyncio.wait([taking])  # before the reader, which ends its transfers
             reading.cancel()
 
+    async def wait_idle(self) -> None:
+        await self.links.wait_idle()
+
     async def aclose(self) -> None:
         await self.links.aclose()
         await self.sharing.aclose()

@@ -45,6 +45,10 @@ class StoreSource:
         self._store = store
         self._pinned: dict[LoanId, list[bytes]] = {}
 
+    @property
+    def lends(self) -> bool:
+        return bool(self._pinned)
+
     async def lend(self, loan: LoanId, keys: bytes) -> AsyncGenerator[tuple[int, ...], None]:
         """Blocks of the CPU tier many at a time; those from NVMe as they come."""
         wanted = split(keys)
@@ -112,8 +116,9 @@ class StoreService:
     ) -> None:
         self._store = store
         self._memory_tier = memory_tier
-        source, sink = StoreSource(store), StoreSink(store)
-        self.blocks = BlocksServer(identity, shared, memory, source, sink, options)
+        self._source = StoreSource(store)
+        sink = StoreSink(store)
+        self.blocks = BlocksServer(identity, shared, memory, self._source, sink, options)
         self.links = LinkServer(NoDuty(), self.load, KvNews(store))
         self._closed = asyncio.Event()
 
@@ -129,6 +134,11 @@ class StoreService:
                     await self._closed.wait()
             except TimeoutError:
                 continue
+
+    async def wait_idle(self) -> None:
+        """Until nobody reads what was lent."""
+        while self._source.lends:  # noqa: ASYNC110 - loans have no event
+            await asyncio.sleep(TELL_S)
 
     async def aclose(self) -> None:
         await self.links.aclose()

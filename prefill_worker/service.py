@@ -57,6 +57,9 @@ class PrefillService:
             sharing.cancel()
             leases.cancel()
 
+    async def wait_idle(self) -> None:
+        await self.links.wait_idle()
+
     async def aclose(self) -> None:
         await self.links.aclose()
         await asyncio.gather(*(pair.aclose() for pair in tuple(self._pairs)))

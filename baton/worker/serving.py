@@ -44,6 +44,9 @@ class Service(Protocol):
     async def run(self) -> None:
         """Until `aclose`. Raises when it cannot go on."""
 
+    async def wait_idle(self) -> None:
+        """Return when nobody waits for it any more. The caller has the deadline."""
+
     async def aclose(self) -> None:
         """Send what is left, end all streams, and let `run` return."""
 
@@ -169,7 +172,7 @@ async def live(
         if not membership.registered.is_set():
             member.cancel()
         await membership.leave()
-        await _drain(service.links, drain_timeout_s, signals)
+        await _drain(service, drain_timeout_s, signals)
         member.cancel()
         log.info("stopping: closing")
         await service.aclose()
@@ -194,15 +197,15 @@ async def _mark_ready(membership: Member, set_ready: Callable[[bool], Awaitable[
     await set_ready(True)
 
 
-async def _drain(links: LinkServer, timeout_s: float, signals: StopSignals) -> None:
+async def _drain(service: Service, timeout_s: float, signals: StopSignals) -> None:
     """Let running attempts end; then end them with an error that lets conductors retry."""
     log.info("stopping: draining for at most %g s", timeout_s)
-    idle = asyncio.create_task(links.wait_idle(), name="idle")
+    idle = asyncio.create_task(service.wait_idle(), name="idle")
     hurry = asyncio.create_task(signals.hurry.wait(), name="hurry")
     await asyncio.wait({idle, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     if not idle.done():
         log.warning("stopping: cancelling what is still running")
-    links.abandon(WorkerLost("the worker was shut down before the answer was complete"))
+    service.links.abandon(WorkerLost("the worker was shut down before the answer was complete"))
     for task in (idle, hurry):
         task.cancel()
     await asyncio.wait({idle, hurry})
