@@ -12,6 +12,7 @@ SEEDS       ?= 2000
 FAULT_FLAGS ?=
 REPETITIONS ?= 20
 CHAOS_FLAGS ?=
+ROLLING_FLAGS ?=
 MINUTES     ?= 10
 SOAK_FLAGS  ?=
 FUZZ        ?= tests/fuzz
@@ -22,7 +23,7 @@ NATIVE := setup.py $(wildcard baton/native/src/*)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test faults chaos soak fuzz lint format proto bench bench-gpu demo-model clean
+.PHONY: help venv serve test faults chaos rolling soak fuzz lint format proto bench bench-gpu demo-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -69,6 +70,9 @@ faults: $(VENV)/.dev ## SEEDS runs of a modelled cluster under faults, each exac
 
 chaos: $(VENV)/.dev ## real processes killed and stopped in every phase of a request; needs redis-server
 	$(BIN)/python -m bench.chaos --repetitions $(REPETITIONS) $(CHAOS_FLAGS)
+
+rolling: $(VENV)/.dev ## every process restarted by SIGTERM under load; needs redis-server
+	$(BIN)/python -m bench.rolling $(ROLLING_FLAGS)
 
 # Without pytest's own logging: it keeps every line of every case.
 soak: $(VENV)/.dev ## half an hour of mixed load and random kills on real processes; needs redis-server

@@ -43,7 +43,7 @@ async def find_problems(cluster: Cluster, askings: Sequence[Asking], answers: An
         if not each.error
         and (difference := find_difference(each.tokens, answers[each.question.name]))
     ]
-    return Problems(tuple(lost), tuple(wrong), await _leaks(cluster))
+    return Problems(tuple(lost), tuple(wrong), await find_leaks(cluster))
 
 
 def find_difference(tokens: Sequence[int], right: Sequence[int]) -> str:
@@ -55,7 +55,7 @@ def find_difference(tokens: Sequence[int], right: Sequence[int]) -> str:
     return f"{len(tokens)} tokens of {len(right)}, the first difference at {first}"
 
 
-async def _leaks(cluster: Cluster) -> tuple[str, ...]:
+async def find_leaks(cluster: Cluster) -> tuple[str, ...]:
     """What is still held after a while."""
     found: list[str] = []
 

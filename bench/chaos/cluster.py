@@ -38,6 +38,7 @@ class Shape:
     conductors: int = 2
     lease_ttl_s: float = 3.0
     dtype: str = "auto"
+    drain_timeout_s: float = 30.0
     kv_mib: int = 48
     store_mib: int = 64
 
@@ -137,6 +138,18 @@ class Cluster:
             return all(live) and name in await self._announced()
         conductors = self.shape.conductor_names
         return all(await asyncio.gather(*(self._sees(each, name) for each in conductors)))
+
+    async def is_ready(self, name: str) -> bool:
+        """Whether an operator would go on to the next process: as it says itself, or one conductor
+        does, which may be less than everybody sees."""
+        if not self.kept[name].runs:
+            return False
+        if name == "redis":
+            return await self.is_live(name)
+        if name in self.shape.conductor_names:
+            return await self._clients[name].ready()
+        seen = await asyncio.gather(*(self._sees(each, name) for each in self._ports))
+        return any(seen)
 
     async def _sees(self, conductor: str, name: str) -> bool:
         members = await self.members(conductor)
@@ -246,23 +259,25 @@ def _commands(
     if redis is None:
         raise ChaosFailed("no redis-server in PATH (Debian: apt-get install redis-server)")
     ttl = ("--lease-ttl", f"{shape.lease_ttl_s:g}")
+    drain = ("--drain-timeout", f"{shape.drain_timeout_s:g}")
+    common = ("--exit-with-parent", *ttl, *drain)
     store_at = f"127.0.0.1:{store_port}"
     worker_flags = (
         *("--store", store_at, "--dtype", shape.dtype, "--kv-memory-mib", str(shape.kv_mib)),
         *("--threads", "1", "--max-batch-tokens", "128", "--max-num-seqs", "16"),
         *("--by-layers-kib", "1", "--layer-groups", "3", "--verify", "full"),
-        *("--exit-with-parent", *ttl),
+        *common,
     )
     listen = ("--bind", "127.0.0.1", "--port", str(redis_port))
     command = (redis, *listen, "--save", "", "--appendonly", "no")
     commands: list[tuple[str, tuple[str, ...]]] = [("redis", command)]
     for name, (http, grpc) in ports.items():
         at = ("--port", str(http), "--grpc-port", str(grpc), "--local-prefill-tokens", "0")
-        commands.append((name, _python("conductor", name, *at, "--exit-with-parent", *ttl)))
+        commands.append((name, _python("conductor", name, *at, *common)))
     size = ("--memory-mib", str(shape.store_mib), "--no-keep-memory", "--dtype", shape.dtype)
     # Two clusters of one machine must not share its files in shared memory.
     memory = ("--memory-name", f"chaos-{store_port}")
-    flags = (*size, *memory, "--listen", store_at, "--exit-with-parent", *ttl)
+    flags = (*size, *memory, "--listen", store_at, *common)
     commands.append(("store-0", _python("kvstore", "store-0", *flags)))
     for name in shape.workers:
         role = name.partition("-")[0]

@@ -40,6 +40,7 @@ class Kept:
     def __init__(self, command: Command, directory: Path) -> None:
         self.name = command.name
         self.segments: set[Path] = set()  # shared memory that any life of it has mapped
+        self.exit_codes: list[int] = []  # of the lives that have ended
         self._vain = 0  # starts in a row that ended with an error
         self._command = command
         self._log = directory / f"{command.name}.log"
@@ -79,7 +80,8 @@ class Kept:
                 env={**os.environ, **self._command.env},
                 start_new_session=True,
             )
-        failed = await self._process.wait() > 0  # and not by a signal
+        self.exit_codes.append(await self._process.wait())
+        failed = self.exit_codes[-1] > 0  # and not by a signal
         self._vain = self._vain + 1 if failed else 0
 
     def send(self, number: signal.Signals) -> None:
