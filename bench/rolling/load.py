@@ -67,8 +67,7 @@ class Load:
                 for n in range(baton):
                     turn = n % len(self._urls)
                     urls = (*self._urls[turn:], *self._urls[:turn])
-                    ask = partial(Asking, urls=urls)
-                    group.create_task(self._client(Kind.BATON, ask))
+                    group.create_task(self._client(Kind.BATON, partial(Asking, urls=urls)))
                 for _ in range(plain):
                     ask = partial(PlainAsking, urls=self._urls, sdk=sdk, balancer=balancer)
                     group.create_task(self._client(Kind.PLAIN, ask))
