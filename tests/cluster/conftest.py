@@ -132,7 +132,7 @@ def shared_memory_of(pids: set[int]) -> set[Path]:
 
 
 @contextmanager
-def serve(directory: Path, *flags: str) -> Iterator[Cluster]:
+def serve(directory: Path, *flags: str, start_s: float = START_S) -> Iterator[Cluster]:
     """`baton serve` on free ports. Afterwards nothing of it may be left."""
     token = secrets.token_hex(16)
     directory.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def serve(directory: Path, *flags: str) -> Iterator[Cluster]:
     reader.start()
     segments: set[Path] = set()
     try:
-        _wait_ready(cluster)
+        _wait_ready(cluster, start_s)
         segments = shared_memory_of(cluster.pids())
         yield cluster
         if process.poll() is None:
@@ -181,9 +181,9 @@ def serve(directory: Path, *flags: str) -> Iterator[Cluster]:
         assert not is_listening(address)
 
 
-def _wait_ready(cluster: Cluster) -> None:
+def _wait_ready(cluster: Cluster, start_s: float) -> None:
     assert cluster.process.stdout is not None
-    timer = threading.Timer(START_S, cluster.process.kill)
+    timer = threading.Timer(start_s, cluster.process.kill)
     timer.start()
     try:
         for line in cluster.process.stdout:
