@@ -107,8 +107,7 @@ class Serving:
         self._handed_over = False
         self._failed_at: dict[str, frozenset[str]] = {}  # answer -> workers of its last attempt
         self._predicted: dict[int, tuple[float, Decision]] = {}  # by answer, when, and how
-        self._timers: list[asyncio.TimerHandle] = []
-        self._armed: set[Late] = set()
+        self._timers: dict[Event, asyncio.TimerHandle] = {}  # of what has not come yet
         self._stopwatch = Stopwatch(parts.metrics, request.received)
         self.timeline: Timeline = parts.traces.begin(request.id, request.model, request.received)
         self.timeline.prompt_tokens = request.prompt_tokens
@@ -147,7 +146,7 @@ class Serving:
             if error is not None and not self._all_told:
                 raise error
         finally:
-            for timer in self._timers:
+            for timer in self._timers.values():
                 timer.cancel()
             if not self._handed_over:
                 self._note_places(LINGER_S)
@@ -380,7 +379,6 @@ class Serving:
             self._due.append(run)
 
     def _on_late(self, run: AnswerRun, late: Late) -> Delta | None:
-        self._armed.discard(late)
         if run.phase is late.phase:
             if run.phase is Phase.SETTLING:
                 run.phase = Phase.DONE
@@ -390,13 +388,16 @@ class Serving:
 
     def _arm_grace(self, run: AnswerRun, seconds: float) -> None:
         late = Late(run.attempt, run.phase)
-        if late not in self._armed:
-            self._armed.add(late)
+        if late not in self._timers:
             self._arm(asyncio.get_running_loop().time() + seconds, late)
 
     def _arm(self, when: float, event: Event) -> None:
         loop = asyncio.get_running_loop()
-        self._timers.append(loop.call_at(when, self._inbox.put, event))
+        self._timers[event] = loop.call_at(when, self._ring, event)
+
+    def _ring(self, event: Event) -> None:
+        del self._timers[event]  # a request may look for a worker hundreds of times
+        self._inbox.put(event)
 
     def _note_progress(self, delta: Delta, now: float) -> None:
         self.timeline.output_tokens += len(delta.tokens)

@@ -274,6 +274,20 @@ async def test_an_answer_waits_for_a_worker_to_come_back() -> None:
 
 
 @virtual_time
+async def test_looking_for_a_worker_again_and_again_piles_nothing_up() -> None:
+    async with fake_cluster(say("abcdef", hang_at=3), prefill=0) as cluster:
+        asking = asyncio.create_task(ask(cluster.conductor))
+        await wait_for(lambda: bool(cluster.workers["decode-0"].live))
+        cluster.network.kill("decode-0:1")
+        await asyncio.sleep(20)  # 200 looks
+        (serving,) = cluster.conductor._servings.values()
+        assert len(serving._timers) <= 2  # the deadline, and the next look
+        with pytest.raises(WorkerLost, match="decode-0"):
+            await asking
+        await cluster.check_nothing_left()
+
+
+@virtual_time
 async def test_no_worker_comes_back() -> None:
     async with fake_cluster(say("abcdef", hang_at=3), prefill=0) as cluster:
         asking = asyncio.create_task(ask(cluster.conductor))
