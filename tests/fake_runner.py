@@ -117,6 +117,7 @@ class FakeRunner:
         assert len(item.blocks) * size >= end, "the block table does not cover the chunk"
         assert len(set(item.blocks)) == len(item.blocks), "a block is twice in a block table"
         for position, token in enumerate(item.tokens, item.start):
+            assert token < VOCAB, f"token {token} has no row in the table of embeddings"
             place = (item.blocks[position // size], position % size)
             assert place not in written, f"two sequences write to {place} in one step"
             written.add(place)

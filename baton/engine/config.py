@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.errors import ConfigError, InvalidRequest
@@ -24,6 +25,7 @@ class EngineConfig:
     prefix_caching: bool = True
     layer_groups: int = 1  # 1: the KV of a chunk is published at the chunk's end, not on the way
     by_layers_bytes: int = 0  # and so is that of a chunk with less KV than this
+    vocab_size: int | None = None  # None: the runner looks nothing up by token id
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "max_model_len", "max_num_seqs", "max_waiting", "layer_groups"):
@@ -56,7 +58,22 @@ class EngineConfig:
                 param="prompt",
                 code="context_length_exceeded",
             )
+        self._require_known(task)
         self.require_blocks(self.layout.blocks_for(len(task.prompt) + len(task.output)))
+
+    def _require_known(self, task: GenerationTask) -> None:
+        biased = tuple(token for token, _ in task.sampling.logit_bias)
+        for ids in (task.prompt, task.output, task.sampling.stop_token_ids, biased):
+            if not self.knows(ids):
+                raise InvalidRequest(
+                    f"Token id {max(ids)} is out of range: the vocabulary has {self.vocab_size}."
+                )
+
+    def knows(self, ids: Sequence[int]) -> bool:
+        """Whether all are of the vocabulary. Nothing behind this looks: native kernels would read
+        beyond their tables, and others fail the step, and with it other sequences."""
+        # Ids are unsigned on the wire.
+        return self.vocab_size is None or max(ids, default=0) < self.vocab_size
 
     def require_blocks(self, num_blocks: int) -> None:
         """Raise InvalidRequest for more blocks than the whole pool has."""

@@ -180,6 +180,8 @@ class Engine:
         """
         self._require_new(attempt)
         num_blocks = self._config.layout.blocks_for(num_tokens)
+        if task is not None:
+            self._config.require_fit(task)
         self._config.require_blocks(num_blocks)
         granted: asyncio.Future[Reserved] = asyncio.get_running_loop().create_future()
         number = next(self._numbers)
@@ -212,7 +214,8 @@ class Engine:
         blocks, which belong to the sequence from here on. `first` itself is not reported again.
         The task's `timeout_s` counts from now.
 
-        Raises StaleAttempt when the reservation has gone or was cancelled.
+        Raises StaleAttempt when the reservation has gone or was cancelled, and InternalError for KV
+        or a first token that cannot be meant.
         """
         reservation = self._reservations.get(task.attempt)
         if reservation is None or reservation.quarantined or not reservation.blocks:
@@ -220,6 +223,10 @@ class Engine:
         needed = self._config.layout.blocks_for(len(task.prompt) + len(task.output))
         if blocks != reservation.blocks or needed > len(blocks) or first.index != len(task.output):
             raise InternalError(f"{task.attempt} was admitted with KV that is not its own.")
+        if not self._config.knows((first.token_id,)):
+            raise InternalError(
+                f"{task.attempt} begins with token {first.token_id}: there is none."
+            )
         del self._reservations[task.attempt]
         sequence = self._sequence(reservation.number, task, hand_off=False)
         sequence.started_at = sequence.submitted_at

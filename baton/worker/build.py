@@ -152,4 +152,5 @@ def _engine_config(
         prefix_caching=config.prefix_caching,
         layer_groups=config.layer_groups,
         by_layers_bytes=config.by_layers_kib << 10,
+        vocab_size=spec.vocab_size,
     )

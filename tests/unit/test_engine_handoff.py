@@ -26,7 +26,7 @@ from baton.types.request import (
     SampledToken,
 )
 from tests.engine_rig import BLOCK, LAYERS, Faulty, Gate, Rig, covered, make_rig, make_task, running
-from tests.fake_runner import FakeRunner, QueueRunner, expected_for, fake_layout
+from tests.fake_runner import VOCAB, FakeRunner, QueueRunner, expected_for, fake_layout
 
 X = AttemptId("x")
 
@@ -294,6 +294,17 @@ async def test_only_the_reserved_blocks_are_admitted() -> None:
         with pytest.raises(StaleAttempt):
             rig.engine.admit(task, blocks, first)
         rig.engine.end_quarantine(X)
+
+
+async def test_a_first_token_that_no_model_has_is_not_admitted() -> None:
+    async with running(make_rig(vocab_size=VOCAB)) as rig:
+        task = make_task("x", 10)
+        blocks = await admitted(rig, task)
+        with pytest.raises(InternalError, match=f"token {VOCAB}"):
+            rig.engine.admit(task, blocks, SampledToken(VOCAB, 0))
+        rig.engine.unreserve(X)
+        with pytest.raises(InvalidRequest, match=f"{VOCAB} is out of range"):
+            await rig.engine.reserve(X, 11, 5, task=replace(task, output=(VOCAB,)))
 
 
 async def test_reservations_wait_for_blocks_in_order() -> None:

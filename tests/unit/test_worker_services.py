@@ -12,7 +12,7 @@ from baton.engine.batch import Batch
 from baton.kv.transport.loopback import Fault
 from baton.types.link import Cancel, StartDecode, StartPrefill
 from baton.types.request import AttemptId, FinishReason, GenerationTask, SamplingParams
-from tests.fake_runner import expected_answer
+from tests.fake_runner import VOCAB, expected_answer
 from tests.unit.worker_rig import OPTIONS, PREFILL, Pair, running_pair
 
 
@@ -277,3 +277,29 @@ async def test_many_attempts_cancelled_at_random_leave_nothing() -> None:
             if number % 3:
                 assert finish.reason is FinishReason.LENGTH
                 assert pair.answer(task.attempt) == expected(task)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": (1, VOCAB, 2)},
+        {"output": (VOCAB,)},
+        {"sampling": SamplingParams(stop_token_ids=(3, VOCAB), min_tokens=2)},
+        {"sampling": SamplingParams(logit_bias=((1, 1.0), (VOCAB, -1.0)))},
+    ],
+)
+async def test_a_token_that_no_model_has_fails_its_request_and_no_other(
+    wrong: dict[str, object],
+) -> None:
+    async with running_pair() as pair:
+        good, bad, whole = make_task("good"), make_task("bad", **wrong), make_task("whole", **wrong)
+        await start(pair, good)
+        await start(pair, bad)
+        await pair.to_decode.send(StartDecode(whole))
+        for link, task in ((pair.to_prefill, bad), (pair.to_decode, bad), (pair.to_decode, whole)):
+            error = (await link.finish(task.attempt)).error
+            assert error is not None
+            assert error.client_fault
+            assert f"{VOCAB} is out of range" in error.message
+        assert (await pair.to_decode.finish(good.attempt)).reason is FinishReason.LENGTH
+        assert pair.answer(good.attempt) == expected(good)

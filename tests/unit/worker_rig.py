@@ -34,7 +34,7 @@ from baton.worker.links import ORPHAN_S
 from baton.worker.parts import WorkerParts
 from decode_worker.service import DecodeService
 from prefill_worker.service import PrefillService
-from tests.fake_runner import FakeMemory, FakeRunner, fake_layout
+from tests.fake_runner import VOCAB, FakeMemory, FakeRunner, fake_layout
 
 LAYOUT = fake_layout(block_size=4, num_layers=4)
 BLOCKS = 64
@@ -159,7 +159,7 @@ async def make_parts(
     await transport.start()
     memory = transport.allocate(BLOCKS * layout.block_bytes)
     values: dict[str, Any] = {"max_model_len": 200, "max_num_seqs": 8, "max_batch_tokens": 16}
-    values |= {"eos_token_ids": (), "layer_groups": 2, **settings}
+    values |= {"eos_token_ids": (), "layer_groups": 2, "vocab_size": VOCAB, **settings}
     runner = FakeRunner(layout, PoolKv(memory, layout), values["layer_groups"], before_step)
     engine = EngineConfig(layout, BLOCKS, **values)
     placement = Placement((0,), 1)
