@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,12 @@ from baton.types.registry import AnswerPlace
 from baton.types.request import AttemptId, Span
 from conductor.estimate import Candidate
 from conductor.router import Decision
+
+MAX_BYTES = 16 << 20  # of all timelines; a request may have hundreds of answers, each its attempts
+# What parts of a timeline cost, about:
+TIMELINE_BYTES = 1024
+ATTEMPT_BYTES = 2048  # with two views of workers, which hardly any attempts share
+ENTRY_BYTES = 192  # a candidate, a part of a fetch plan, a span
 
 
 @dataclass(slots=True)
@@ -26,11 +33,14 @@ class AttemptRecord:
 
 @dataclass(slots=True)
 class Timeline:
-    """One request's history; filled by dispatch, spans of workers may arrive after its end."""
+    """One request's history; filled by dispatch, spans of workers may arrive after its end.
+    `grown` is told of the bytes that it takes more."""
 
     request_id: str
     model: str
     received_s: float
+    grown: Callable[[Timeline, int], None]
+    nbytes: int = TIMELINE_BYTES  # about
     outcome: str = "running"
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -40,17 +50,26 @@ class Timeline:
 
     def add_attempt(self, attempt: AttemptId, decision: Decision, resumed_at: int) -> None:
         self.attempts[attempt] = AttemptRecord(decision, resumed_at)
+        entries = len(decision.candidates) + len(decision.fetch_plan)
+        self._grow(ATTEMPT_BYTES + ENTRY_BYTES * entries)
 
     def adopt_attempt(self, place: AnswerPlace) -> None:
         self.attempts[place.attempt] = AttemptRecord(None, 0, adopted_at=place.decode.name)
+        self._grow(ENTRY_BYTES)
 
     def end_attempt(self, attempt: AttemptId, how: str) -> None:
         record = self.attempts.get(attempt)
         if record is not None and record.ended is None:
             record.ended = how
+            self._grow(len(how))
 
     def add_span(self, source: str, attempt: str, span: Span) -> None:
         self.spans.append((source, attempt, span))
+        self._grow(ENTRY_BYTES)
+
+    def _grow(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self.grown(self, nbytes)
 
     def as_json(self) -> dict[str, Any]:
         spans = sorted(self.spans, key=lambda entry: entry[2].start_s)
@@ -115,22 +134,27 @@ def _fetch(part: FetchPart) -> dict[str, Any]:
 
 
 class Traces:
-    """A ring: the oldest timeline goes when `capacity` is reached.
+    """A ring: the oldest timelines go when there are more than `capacity`, or `max_bytes` of them.
 
     `epoch_s` turns loop time into Unix seconds, which spans from other processes are in.
     """
 
-    def __init__(self, loop_now: float, capacity: int = 1000) -> None:
+    def __init__(self, loop_now: float, capacity: int = 1000, max_bytes: int = MAX_BYTES) -> None:
         self._capacity = capacity
+        self._max_bytes = max_bytes
         self._timelines: OrderedDict[str, Timeline] = OrderedDict()
+        self.nbytes = 0  # about, of those that are kept
         self.epoch_s = time.time() - loop_now
 
+    def __len__(self) -> int:
+        return len(self._timelines)
+
     def begin(self, request_id: str, model: str, received: float) -> Timeline:
-        timeline = Timeline(request_id, model, received_s=self.epoch_s + received)
-        self._timelines.pop(request_id, None)
+        timeline = Timeline(request_id, model, self.epoch_s + received, self._on_growth)
+        if (before := self._timelines.pop(request_id, None)) is not None:
+            self.nbytes -= before.nbytes
         self._timelines[request_id] = timeline
-        if len(self._timelines) > self._capacity:
-            self._timelines.popitem(last=False)
+        self._on_growth(timeline, timeline.nbytes)
         return timeline
 
     def span(self, name: str, start: float, end: float) -> Span:
@@ -139,3 +163,11 @@ class Traces:
 
     def get(self, request_id: str) -> Timeline | None:
         return self._timelines.get(request_id)
+
+    def _on_growth(self, timeline: Timeline, nbytes: int) -> None:
+        if self._timelines.get(timeline.request_id) is not timeline:
+            return  # it has gone already; only its request holds it
+        self.nbytes += nbytes
+        while len(self._timelines) > self._capacity or self.nbytes > self._max_bytes:
+            _, oldest = self._timelines.popitem(last=False)
+            self.nbytes -= oldest.nbytes
