@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 from hypothesis import strategies as st
 
+from baton.errors import Overloaded
 from baton.kv.transport.loopback import LoopbackFabric
 from baton.rpc.codec_blocks import blocks_to_pb
 from baton.rpc.codec_handoff import decode_to_pb
@@ -26,7 +27,7 @@ from baton.types.blocks import Offer as BlocksOffer
 from baton.types.fleet import Peer as WorkerPeer
 from baton.types.handoff import Abort, Attach, Hello, Release, Renew
 from baton.types.kv_events import Tier
-from baton.types.link import Adopt, Cancel, FetchPart, Resync, StartDecode, StartPrefill
+from baton.types.link import Adopt, Cancel, Drain, FetchPart, Resync, StartDecode, StartPrefill
 from baton.types.request import AttemptId, FinishReason, GenerationTask, SamplingParams
 from decode_worker.service import DecodeService
 from prefill_worker.service import PrefillService
@@ -81,6 +82,22 @@ class Workers:
         await self.to_prefill.check_health()
         await self.to_decode.check_health()
 
+    async def check_refused(self) -> None:
+        """Both take no more work, and say so."""
+        task = _task(AttemptId("late"), max_tokens=3)
+        dialer = GrpcWorkerDialer(TOKEN)
+        starts = ((self.to_prefill, StartPrefill(task)), (self.to_decode, StartDecode(task)))
+        for to, start in starts:
+            link = Conductor(await dialer.link(to.address, 5.0))
+            listening = asyncio.create_task(link.listen())
+            await link.send(start)
+            error = (await link.finish(task.attempt)).error
+            assert error is not None
+            assert (error.code, error.retryable) == (Overloaded.code, True)
+            await link.stream.aclose()
+            await listening
+            await to.check_health()
+
 
 @asynccontextmanager
 async def workers() -> AsyncIterator[Workers]:
@@ -120,7 +137,7 @@ def _link_messages(peer: WorkerPeer) -> list[Any]:
     said = [StartPrefill(_task(A, max_tokens=4)), StartPrefill(long, parts), StartPrefill(resumed)]
     said += [StartDecode(_task(A, max_tokens=4), peer), StartDecode(long, None, parts)]
     said += [StartDecode(resumed), StartDecode(_task(B, max_tokens=5, logprobs=2), ELSEWHERE)]
-    said += [Adopt(A), Adopt(B), Cancel(A, "gone"), Cancel(B, ""), Resync()]
+    said += [Adopt(A), Adopt(B), Cancel(A, "gone"), Cancel(B, ""), Resync(), Drain()]
     return [conductor_to_pb(message) for message in said]
 
 
@@ -145,9 +162,11 @@ Stream = tuple[str, str, list[bytes]]
 """Which worker, which method, what is said."""
 
 
-def _streams(made: Workers, endpoint: bytes) -> st.SearchStrategy[list[Stream]]:
-    # Drain is left out: a worker that was told to take no more work takes no more work.
-    link = st.lists(Odd(_link_messages(made.peer), skip=("drain",)).messages(), max_size=8)
+def _streams(
+    peer: WorkerPeer, endpoint: bytes, skip: tuple[str, ...] = ("drain",)
+) -> st.SearchStrategy[list[Stream]]:
+    """Without Drain, unless it is wanted: a worker that was told to take no more work does not."""
+    link = st.lists(Odd(_link_messages(peer), skip=skip).messages(), max_size=8)
     handoffs, handoff_hello = _handoff_messages()
     blocks, blocks_hello = _blocks_messages("")
     for hello in (handoffs[0].hello, handoff_hello.hello, blocks[0].hello, blocks_hello.hello):
@@ -179,7 +198,32 @@ def test_worker_services(campaign: Campaign, errors: ErrorLog) -> None:
             growth.check()
             errors.check()
 
-        campaign.run(_streams(made, endpoint), lambda case: host.run(play(case)), examples=40)
+        campaign.run(_streams(made.peer, endpoint), lambda case: host.run(play(case)), examples=40)
+    errors.check()
+
+
+def test_workers_that_drain(campaign: Campaign, errors: ErrorLog) -> None:
+    """Among all that is said, they are told to take no more work: what runs ends, what comes is
+    refused so that conductors use others. New workers for every case."""
+
+    async def play(made: Workers, streams: list[Stream]) -> None:
+        peers = {"prefill": made.to_prefill, "decode": made.to_decode}
+        async with asyncio.TaskGroup() as tasks:
+            for worker, method, messages in streams:
+                tasks.create_task(peers[worker].stream(method, messages))
+        for peer in peers.values():
+            await peer.stream(LINK, [conductor_to_pb(Drain()).SerializeToString()])
+        await made.check_idle()
+        await made.check_refused()
+        await made.check_idle()
+        errors.check()
+
+    def one(streams: list[Stream]) -> None:
+        with Host(workers()) as host:
+            host.run(play(host.made, streams))
+
+    peer = WorkerPeer("p", "p-life", "127.0.0.1:1")  # no port is known yet: KV comes from nowhere
+    campaign.run(_streams(peer, b"?", skip=()), one, examples=10)
     errors.check()
 
 
@@ -200,4 +244,4 @@ def test_strangers_are_refused_by_workers(campaign: Campaign, errors: ErrorLog) 
             await made.check_idle()
             errors.check()
 
-        campaign.run(_streams(made, b"?"), lambda case: host.run(play(case)), examples=10)
+        campaign.run(_streams(made.peer, b"?"), lambda case: host.run(play(case)), examples=10)
