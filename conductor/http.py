@@ -130,14 +130,16 @@ def _guarded_routes(
     async def tokenize(request: Request) -> Response:
         body = parse_body(TokenizeBody, await read_body(request, max_body_bytes))
         limits = conductor.limits
-        check_model(body.model or limits.model_name, limits)
+        if body.model is not None:
+            check_model(body.model, limits)
         ids = await conductor.tokenize(body.to_prompt(), body.add_special_tokens)
         return JsonResponse({"tokens": ids, "count": len(ids), "max_model_len": limits.context})
 
     async def detokenize(request: Request) -> Response:
         body = parse_body(DetokenizeBody, await read_body(request, max_body_bytes))
         limits = conductor.limits
-        check_model(body.model or limits.model_name, limits)
+        if body.model is not None:
+            check_model(body.model, limits)
         check_token_ids(body.tokens, limits, "tokens")
         return JsonResponse({"prompt": await conductor.detokenize(tuple(body.tokens))})
 

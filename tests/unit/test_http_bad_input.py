@@ -229,6 +229,15 @@ async def test_bad_tokenize_bodies(cluster: FakeCluster, body: dict[str, Any], p
     assert error["param"] == param
 
 
+@pytest.mark.parametrize("body", [{"prompt": "a"}, {"tokens": [1]}])
+async def test_an_empty_model_is_no_model(cluster: FakeCluster, body: dict[str, Any]) -> None:
+    """Found by fuzzing: it was taken for one that is left out."""
+    path = "/tokenize" if "prompt" in body else "/detokenize"
+    for model, status in ((None, 200), ("tiny", 200), ("", 404), ("other", 404)):
+        raw = json.dumps(body | {"model": model}).encode()
+        assert (await send(cluster, raw, path)).status_code == status
+
+
 async def test_bad_detokenize_bodies(cluster: FakeCluster) -> None:
     for tokens in ([-1], [10**6], ["a"], None, [1.5]):
         body = json.dumps({"tokens": tokens}).encode()
