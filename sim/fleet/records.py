@@ -55,7 +55,8 @@ class WorkerSample:
 
 @dataclass(frozen=True, slots=True)
 class LinkSample:
-    """Bytes that went over a link since the sample before."""
+    """Bytes that went over a link since the sample before. The first two words of a link's name say
+    what it is, such as `nic out`."""
 
     at_s: float
     link: str

@@ -1,0 +1,1 @@
+"""What a simulation's result says: one HTML file to look at, and tables that compare results."""
