@@ -14,11 +14,20 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from setuptools import find_packages
 
 import baton
 
 ROOT = Path(baton.__file__).parents[1]
-SOURCES = ("baton", "conductor", "prefill_worker", "decode_worker", "kvstore", "sim")
+SOURCES = (
+    "baton",
+    "conductor",
+    "prefill_worker",
+    "decode_worker",
+    "elastic_worker",
+    "kvstore",
+    "sim",
+)
 TORCH_FREE = (
     "conductor.service",
     "conductor.http",
@@ -65,9 +74,8 @@ def test_every_package_is_listed() -> None:
         for source in SOURCES
         for init in (ROOT / source).rglob("__init__.py")
     }
-    listed = project()["tool"]["setuptools"]["packages"]
-    assert len(listed) == len(set(listed))
-    assert found == set(listed)
+    listed = project()["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert found == set(find_packages(ROOT, include=listed))
 
 
 def test_every_module_lies_in_a_package() -> None:
