@@ -11,25 +11,47 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
-from baton.engine.batch import Batch, BatchItem
+from baton.engine.batch import Batch, BatchItem, BatchResult
 from baton.engine.gate import Gate
 from baton.engine.step import Event, LayersReady, StepEnded
 from baton.errors import InternalError
-from sim.runner import ModelledRunner
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 
+class StepPace(Protocol):
+    """What steps take. `queued`: the device has a queue, so that the step behind the running one
+    cannot be taken back."""
+
+    @property
+    def queued(self) -> bool: ...
+
+    def of(self, batch: Batch) -> float:
+        """Seconds of a step that begins now."""
+
+
+class StepRunner(Protocol):
+    """What a modelled device computes, spread over a step by `ModelledSteps`."""
+
+    @property
+    def group_ends(self) -> Sequence[int]: ...
+
+    def begin(self, batch: Batch) -> tuple[BatchItem, ...]: ...
+
+    def write(self, items: Sequence[BatchItem], layer_begin: int, layer_end: int) -> None: ...
+
+    def end(self, items: Sequence[BatchItem]) -> BatchResult: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What a step takes, in seconds. `queued`: the device has a queue, so that the step behind the
-    running one cannot be taken back."""
+    """So much for a step, and for every token in it. Seconds."""
 
     step_s: float
     token_s: float
@@ -44,6 +66,7 @@ class _Step:
     batch: Batch
     layers: bool
     items: tuple[BatchItem, ...] | None = None  # None: it has not begun
+    seconds: float = 0.0  # on a device that is not slow now
 
 
 class ModelledSteps:
@@ -51,8 +74,8 @@ class ModelledSteps:
 
     def __init__(
         self,
-        runner: ModelledRunner,
-        pace: Pace,
+        runner: StepRunner,
+        pace: StepPace,
         slowness: Callable[[], float],
         wake: Callable[[], None],
     ) -> None:
@@ -111,11 +134,11 @@ class ModelledSteps:
             return
         step = self._steps[self._ended]
         step.items = self._runner.begin(step.batch)
+        step.seconds = self._pace.of(step.batch)
         self._go_on(step, 0)
 
     def _go_on(self, step: _Step, group: int) -> None:
-        whole_s = self._pace.of(step.batch) * self._slowness()
-        duration = whole_s / len(self._runner.group_ends)
+        duration = step.seconds * self._slowness() / len(self._runner.group_ends)
         asyncio.get_running_loop().call_later(duration, self._group_done, step, group)
 
     def _group_done(self, step: _Step, group: int) -> None:

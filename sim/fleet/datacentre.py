@@ -1,0 +1,224 @@
+"""The processes of a modelled datacentre: production code on modelled devices and links.
+
+One node has one worker, and a store where there is a CPU tier. What is counted in tokens in
+production is counted in units here; bytes, seconds and blocks are real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+import tokenizers
+
+from baton.cpus import Placement
+from baton.engine.config import EngineConfig
+from baton.kv.digest import Verify
+from baton.kv.handoff.options import HandoffOptions
+from baton.kv.identity import Identity, life
+from baton.kv.transport.shared import SharedTransport
+from baton.rpc.memory import MemoryNetwork
+from baton.tokenizer import Tokenizer, TokenizerConfig
+from baton.types.fleet import Role, WorkerState
+from baton.worker.conductors import ConductorSet
+from baton.worker.lifecycle import StopSignals
+from baton.worker.parts import WorkerParts
+from baton.worker.serving import live
+from conductor.admission import Slos
+from conductor.policies import RoutePolicy
+from conductor.retries import RetryOptions
+from conductor.router import RouteOptions
+from conductor.service import Conductor, Policy, ServedModel
+from decode_worker.service import DecodeService
+from prefill_worker.service import PrefillService
+from sim.fleet.device import ModelledDevice
+from sim.fleet.hardware import Hardware
+from sim.fleet.prompts import VOCABULARY
+from sim.fleet.spec import Admission, Cache, FleetSpec
+from sim.fleet.transport import Fabric, ModelledTransport, Place
+from sim.steps import ModelledSteps
+
+CONDUCTOR = "conductor"
+DRAIN_S = 60.0
+START_S = 10.0
+POLL_S = 0.01
+LEASE_TTL_S = 60.0  # of everything: nobody dies here, so nobody has to notice it soon
+
+
+@dataclass(frozen=True, slots=True)
+class Hosted:
+    """A running worker."""
+
+    name: str
+    role: Role
+    service: PrefillService | DecodeService
+    device: ModelledDevice
+    transport: ModelledTransport
+    signals: StopSignals
+    main: asyncio.Task[None]
+
+
+class Datacentre:
+    """Use it as an async context manager, in the loop in which it was made; leaving it checks the
+    books of every process, and stops it as SIGTERM does. A node is called as its worker."""
+
+    def __init__(self, spec: FleetSpec) -> None:
+        self.spec = spec
+        self.hardware = Hardware(spec)
+        self.workers: dict[str, Hosted] = {}
+        self._layout = self.hardware.layout
+        self._network = MemoryNetwork()
+        self._fabric = Fabric(self.hardware)
+        self.conductor = self._make_conductor()
+        self._serving: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Datacentre:
+        self._serving = asyncio.create_task(self.conductor.run(), name=CONDUCTOR)
+        for number in range(self.spec.prefill):
+            await self._start_worker(f"p{number}", Role.PREFILL)
+        for number in range(self.spec.decode):
+            await self._start_worker(f"{'m' if self.spec.coupled else 'd'}{number}", Role.DECODE)
+        async with asyncio.timeout(START_S):
+            while not self._all_live():  # noqa: ASYNC110 (no event)
+                await asyncio.sleep(POLL_S)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for hosted in self.workers.values():
+            hosted.service.check_integrity()
+            hosted.signals.stop.set()
+        await asyncio.gather(*(hosted.main for hosted in self.workers.values()))
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.wait([self._serving])
+        async with self._network:
+            """Every stream has ended; this waits for what served them."""
+
+    def _all_live(self) -> bool:
+        states = [worker.state for worker in self.conductor.fleet.view().workers]
+        return len(states) == len(self.workers) and set(states) == {WorkerState.LIVE}
+
+    # -- assembling ----------------------------------------------------------------------------
+
+    def _make_conductor(self) -> Conductor:
+        spec = self.spec
+        draw = Random(spec.seed)
+        policy = Policy(
+            lease_ttl_s=LEASE_TTL_S,
+            max_answers=1 << 30,
+            default_deadline_s=spec.deadline_s,
+            routing=RouteOptions(
+                RoutePolicy(spec.policy), self._local_units(), fetch=spec.cache is Cache.GLOBAL
+            ),
+            slos=self._slos(),
+            retries=RetryOptions(seed=draw.getrandbits(32)),
+        )
+        limit = spec.max_model_len // spec.grain
+        model = ServedModel(spec.model, _wordless(), VOCABULARY, limit, ())
+        dialer = self._network.worker_dialer(CONDUCTOR)
+        conductor = Conductor(model, dialer, policy, lambda: f"{draw.getrandbits(64):016x}")
+        self._network.add_fleet(CONDUCTOR, conductor.fleet)
+        return conductor
+
+    def _slos(self) -> Slos:
+        spec = self.spec
+        if spec.admission is Admission.OFF:
+            return Slos()
+        return Slos(spec.slo_ttft_s, spec.slo_tbt_s * spec.grain)
+
+    def _local_units(self) -> int | None:
+        local = self.spec.local_tokens
+        return None if local < 0 else local // self.spec.grain
+
+    async def _start_worker(self, name: str, role: Role) -> None:
+        identity = Identity(name, "1", self._layout)
+        self.hardware.add_node(name)
+        transport = ModelledTransport(life(name, "1"), Place(name), self._fabric)
+        await transport.start()
+        device = self._device()
+        parts = self._parts(identity, role, transport, device)
+        blocks = self._network.blocks_dialer(name)
+        service: PrefillService | DecodeService
+        if role is Role.PREFILL:
+            service = prefill = PrefillService(parts, blocks)
+            self._network.add_handoff(name, prefill)
+        else:
+            service = DecodeService(parts, self._network.handoff_dialer(name), blocks)
+        self._network.add_worker(name, service.links)
+        self._network.add_blocks(name, service.sharing.server)
+        connect = partial(self._network.fleet_client, name)
+        membership = ConductorSet((CONDUCTOR,), None, connect, parts.info(role, name), service.load)
+        signals = StopSignals()
+        stack = AsyncExitStack()
+        stack.push_async_callback(transport.close)
+        main = asyncio.create_task(_live(service, membership, signals, stack), name=f"main {name}")
+        self.workers[name] = Hosted(name, role, service, device, transport, signals, main)
+
+    def _device(self) -> ModelledDevice:
+        spec = self.spec
+        layers = (self._layout.num_layers,)
+        return ModelledDevice(self.hardware.cost, spec.grain, spec.mixed_tokens, layers)
+
+    def _parts(
+        self, identity: Identity, role: Role, transport: ModelledTransport, device: ModelledDevice
+    ) -> WorkerParts:
+        spec, layout = self.spec, self._layout
+        num_blocks = spec.kv_blocks or self.hardware.kv_blocks
+        memory = transport.allocate(num_blocks * layout.block_bytes)
+        # A step that decodes stands for `grain` of them, so it has room for as many chunks.
+        units = spec.mixed_tokens if role is Role.DECODE else spec.chunk_tokens // spec.grain
+        engine = EngineConfig(
+            layout,
+            num_blocks,
+            spec.max_model_len // spec.grain,
+            max_num_seqs=spec.max_seqs,
+            max_batch_tokens=max(units, spec.max_seqs),
+            max_waiting=1 << 20,
+            prefix_caching=spec.cache is not Cache.NONE,
+        )
+        handoff = HandoffOptions(
+            lease_ttl_s=LEASE_TTL_S, attach_timeout_s=LEASE_TTL_S, verify=Verify.OFF
+        )
+        return WorkerParts(
+            identity=identity,
+            model_name=spec.model,
+            device="modelled",
+            placement=Placement((0,), 1),
+            transport=transport,
+            memory=memory,
+            runner=device,
+            engine=engine,
+            handoff=handoff,
+            node=transport.place.node,
+            shared=SharedTransport(transport),
+            wall_clock=asyncio.get_running_loop().time,
+            make_steps=lambda _, wake: ModelledSteps(device, device, _full_speed, wake),
+        )
+
+
+def _wordless() -> Tokenizer:
+    """Answers have no text."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({}, unk_token=""))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend, TokenizerConfig({}))
+
+
+async def _live(
+    service: PrefillService | DecodeService,
+    membership: ConductorSet,
+    signals: StopSignals,
+    close: AsyncExitStack,
+) -> None:
+    async with close:
+        await live(service, membership, _ready, DRAIN_S, signals)
+
+
+async def _ready(ready: bool) -> None:
+    """Nobody asks."""
+
+
+def _full_speed() -> float:
+    return 1.0

@@ -1,0 +1,55 @@
+"""How busy workers and links are, as time goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from baton.types.fleet import BlockState
+from sim.fleet.datacentre import Datacentre, Hosted
+from sim.fleet.records import LinkSample, Table, WorkerSample
+
+_IN_USE = (BlockState.ACTIVE, BlockState.LEASED, BlockState.QUARANTINED)
+
+
+class Sampler:
+    """Looks at a datacentre now and then. Times count from `began`."""
+
+    def __init__(self, datacentre: Datacentre, began: float) -> None:
+        self.workers = Table(WorkerSample)
+        self.links = Table(LinkSample)
+        self._datacentre = datacentre
+        self._began = began
+        self._busy: dict[str, tuple[float, float]] = {}  # at the sample before
+        self._moved: Mapping[str, float] = {}
+
+    async def run(self, every_s: float) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(every_s)
+            self.sample()
+
+    def sample(self) -> None:
+        now = asyncio.get_running_loop().time() - self._began
+        for hosted in self._datacentre.workers.values():
+            self.workers.append(self._look_at(hosted, now))
+        moved = self._datacentre.hardware.moved()
+        for link, total in moved.items():
+            if nbytes := round(total) - round(self._moved.get(link, 0.0)):
+                self.links.append(LinkSample(now, link, nbytes))
+        self._moved = moved
+
+    def _look_at(self, hosted: Hosted, now: float) -> WorkerSample:
+        load, device = hosted.service.load(), hosted.device
+        prefill_s, decode_s = self._busy.get(hosted.name, (0.0, 0.0))
+        self._busy[hosted.name] = (device.prefill_s, device.decode_s)
+        return WorkerSample(
+            at_s=now,
+            worker=hosted.name,
+            role=hosted.role.value,
+            queue=load.waiting,
+            running=load.running,
+            kv_share=load.blocks_in(*_IN_USE) / sum(count for _, count in load.blocks),
+            prefill_s=device.prefill_s - prefill_s,
+            decode_s=device.decode_s - decode_s,
+        )
