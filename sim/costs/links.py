@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from itertools import count
@@ -27,15 +27,30 @@ _EARLY_S = 1e-9
 
 @dataclass(slots=True, eq=False)
 class _Link:
+    """`moved` until `settled_at`, and `rate` since then: the sum of its flows' rates."""
+
     name: str
     capacity: float
     flows: dict[_Flow, None] = field(default_factory=dict)  # ordered, so that runs are repeatable
-    moved: float = 0.0  # until the flows' `settled_at`
+    moved: float = 0.0
+    rate: float = 0.0
+    settled_at: float = 0.0
+    left: float = 0.0  # while shares are computed: what is not yet given away
+    waiting: int = 0  # and the flows that have no rate yet
+
+    def moved_at(self, now: float) -> float:
+        return self.moved + self.rate * (now - self.settled_at)
+
+    def change(self, rate: float, now: float) -> None:
+        """By so much, from now on."""
+        self.moved = self.moved_at(now)
+        self.rate = self.rate + rate if self.flows else 0.0  # whatever rounding says
+        self.settled_at = now
 
 
 @dataclass(slots=True, eq=False)
 class _Flow:
-    """A transfer that runs. It moved `rate` bytes per second since `settled_at`."""
+    """A transfer that runs: at `settled_at` so much remained, and `rate` is less of it since."""
 
     path: tuple[_Link, ...]
     remaining: float
@@ -43,6 +58,13 @@ class _Flow:
     done: asyncio.Future[None]
     rate: float = 0.0
     ends: int = -1  # its newest entry in the queue of ends; older ones do not count
+
+    def change(self, rate: float, now: float) -> None:
+        """To this, from now on."""
+        self.remaining = max(0.0, self.remaining - self.rate * (now - self.settled_at))
+        for link in self.path:
+            link.change(rate - self.rate, now)
+        self.rate, self.settled_at = rate, now
 
 
 class SharedLinks:
@@ -80,18 +102,11 @@ class SharedLinks:
 
     def moved(self, name: str) -> float:
         """Bytes that have gone over a link until now."""
-        link = self._links[name]
-        now = self._context.run(_now)
-        return link.moved + sum(_since(flow, now) for flow in link.flows)
+        return self._links[name].moved_at(self._context.run(_now))
 
     def running(self, name: str) -> int:
         """Transfers that share a link now."""
         return len(self._links[name].flows)
-
-    def rates(self) -> list[tuple[tuple[str, ...], float]]:
-        """Path and bytes per second of every transfer that runs."""
-        flows = dict.fromkeys(flow for link in self._links.values() for flow in link.flows)
-        return [(tuple(link.name for link in flow.path), flow.rate) for flow in flows]
 
     def _begin(self, links: tuple[_Link, ...], nbytes: float) -> _Flow:
         flow = _Flow(links, nbytes, _now(), asyncio.get_running_loop().create_future())
@@ -101,14 +116,10 @@ class SharedLinks:
         return flow
 
     def _leave(self, flow: _Flow) -> None:
-        """Before its end."""
-        _settle(flow, _now())
-        self._remove(flow)
-
-    def _remove(self, flow: _Flow) -> None:
-        flow.ends = -1
         for link in flow.path:
             del link.flows[flow]
+        flow.change(0.0, _now())
+        flow.ends = -1
         self._change(flow.path)
 
     def _change(self, links: Iterable[_Link]) -> None:
@@ -121,11 +132,10 @@ class SharedLinks:
         now = _now()
         flows = _connected(self._changed)
         self._changed = {}
-        for flow in flows:
-            _settle(flow, now)
         for flow, rate in _fair_rates(flows).items():
-            if rate != flow.rate or flow.ends < 0:
-                flow.rate, flow.ends = rate, next(self._numbers)
+            if rate != flow.rate:
+                flow.change(rate, now)
+                flow.ends = next(self._numbers)
                 heapq.heappush(self._ends, (now + flow.remaining / rate, flow.ends, flow))
         self._arm()
 
@@ -148,38 +158,37 @@ class SharedLinks:
             _, number, flow = heapq.heappop(self._ends)
             if flow.ends != number:
                 continue
+            self._leave(flow)
             for link in flow.path:
                 link.moved += flow.remaining  # all of it, whatever rounding says
-            flow.remaining = 0.0
-            self._remove(flow)
             if not flow.done.done():
                 flow.done.set_result(None)
         self._arm()
 
 
-def _fair_rates(flows: Iterable[_Flow]) -> dict[_Flow, float]:
+def _fair_rates(flows: Collection[_Flow]) -> dict[_Flow, float]:
     """Max-min fair rates of transfers that together are all those on their links."""
-    rates = dict.fromkeys(flows, 0.0)
-    left = {link: link.capacity for flow in rates for link in flow.path}
-    waiting = {link: len(link.flows) for link in left}
-    order = {link: number for number, link in enumerate(left)}
-    shares = [(left[link] / waiting[link], order[link], link) for link in left]
+    links = dict.fromkeys(link for flow in flows for link in flow.path)
+    for link in links:
+        link.left, link.waiting = link.capacity, len(link.flows)
+    shares = [(link.left / link.waiting, number, link) for number, link in enumerate(links)]
     heapq.heapify(shares)
-    while shares:
+    rates: dict[_Flow, float] = {}
+    while len(rates) < len(flows):
         share, number, link = heapq.heappop(shares)
-        if not waiting[link]:
+        if not link.waiting:
             continue
-        now = left[link] / waiting[link]
+        now = link.left / link.waiting
         if now > share:  # shares only grow while others are filled
             heapq.heappush(shares, (now, number, link))
             continue
         for flow in link.flows:
-            if rates[flow]:
+            if flow in rates:
                 continue
             rates[flow] = share
             for crossed in flow.path:
-                left[crossed] = max(0.0, left[crossed] - share)
-                waiting[crossed] -= 1
+                crossed.left -= share
+                crossed.waiting -= 1
     return rates
 
 
@@ -198,19 +207,6 @@ def _connected(links: Iterable[_Link]) -> list[_Flow]:
                     seen[link] = None
                     todo.append(link)
     return list(flows)
-
-
-def _settle(flow: _Flow, now: float) -> None:
-    """Count what it has moved until now."""
-    moved = _since(flow, now)
-    for link in flow.path:
-        link.moved += moved
-    flow.remaining -= moved
-    flow.settled_at = now
-
-
-def _since(flow: _Flow, now: float) -> float:
-    return min(flow.remaining, flow.rate * (now - flow.settled_at))
 
 
 def _now() -> float:
