@@ -14,14 +14,15 @@ Sources:
     DGX     NVIDIA DGX H100, H200 and B200 datasheets: eight ports of 400 Gbps, 2 TB of DRAM, PCIe
             generation 5 (twice the host-to-device figure of the A800 node)
 
-Of the NICs, 87 % are achieved: 87 of 100 GB/s (FAST'25, section 5.4.1, Transfer Engine); of host to
-device 80 %: 43 GB of KV in 0.42 s (FAST'25, figure 14, "Load Cache" of 128k tokens).
+What is achieved: of four NICs of 200 Gbps 87 of 100 GB/s, of eight of 400 Gbps 190 of 400 GB/s
+(FAST'25, section 5.4.1, Transfer Engine); of host to device 80 %: 43 GB of KV in 0.42 s (FAST'25,
+figure 14, "Load Cache" of 128k tokens).
 The A800's fractions and overhead are fitted to figure 14 of the same paper (see
 `sim.costs.published`): the overhead is that of vLLM 0.5.1. Those of Hopper and Blackwell are
-assumed, from what FlashAttention 3 and cuBLAS are known to reach on H100 in bf16; published figures
-that they can be held against are in FP8.
+assumptions (for attention, the FlashAttention-3 paper has up to 0.75 of an H100): what was found
+published to hold them against is in FP8.
 NVMe is in no paper: four drives of PCIe generation 4, 6.8 GB/s reading and 4 GB/s writing each,
-which is what vendors of such drives state, and twice that for generation 5. An assumption.
+which is what vendors of such drives state, and twice as many in a DGX. An assumption.
 """
 
 from __future__ import annotations
@@ -31,8 +32,6 @@ from dataclasses import dataclass, replace
 from baton.errors import ConfigError
 
 GB, TB = 1e9, 1e12
-_GBPS = 1e9 / 8
-_NIC_EFFICIENCY = 0.87
 _PCIE_EFFICIENCY = 0.8
 
 
@@ -73,38 +72,69 @@ class Node:
     step_overhead_s: float  # of the engine on it: scheduling, launches, sampling
 
 
-_A800 = Gpu("A800", 312e12, 2.039 * TB, 80 * GB, 200 * GB, 0.685, 0.69, 0.80, 0.58)
-_H100 = Gpu("H100", 989e12, 3.35 * TB, 80 * GB, 450 * GB, 0.65, 0.55, 0.80, 0.70)
+_A800 = Gpu(
+    name="A800",
+    flops=312e12,
+    hbm_bytes_per_s=2.039 * TB,
+    hbm_bytes=80 * GB,
+    nvlink_bytes_per_s=200 * GB,
+    prefill_efficiency=0.685,
+    attention_efficiency=0.69,
+    decode_efficiency=0.80,
+    kv_efficiency=0.58,
+)
+_H100 = Gpu(
+    name="H100",
+    flops=989e12,
+    hbm_bytes_per_s=3.35 * TB,
+    hbm_bytes=80 * GB,
+    nvlink_bytes_per_s=450 * GB,
+    prefill_efficiency=0.65,
+    attention_efficiency=0.55,
+    decode_efficiency=0.80,
+    kv_efficiency=0.70,
+)
 _H800 = replace(_H100, name="H800", nvlink_bytes_per_s=200 * GB)
 _H200 = replace(_H100, name="H200", hbm_bytes_per_s=4.8 * TB, hbm_bytes=141 * GB)
-_B200 = Gpu("B200", 2250e12, 8 * TB, 180 * GB, 900 * GB, 0.65, 0.55, 0.80, 0.70)
+_B200 = replace(
+    _H100,
+    name="B200",
+    flops=2250e12,
+    hbm_bytes_per_s=8 * TB,
+    hbm_bytes=180 * GB,
+    nvlink_bytes_per_s=900 * GB,
+)
+
+_A800_NODE = Node(
+    name="8xA800",
+    gpu=_A800,
+    gpus=8,
+    nic_bytes_per_s=87 * GB,
+    pcie_bytes_per_s=128 * GB * _PCIE_EFFICIENCY,
+    dram_bytes=1 * TB,
+    nvme_read_bytes_per_s=4 * 6.8 * GB,
+    nvme_write_bytes_per_s=4 * 4.0 * GB,
+    step_overhead_s=13.2e-3,
+)
+_H800_NODE = replace(
+    _A800_NODE, name="8xH800", gpu=_H800, nic_bytes_per_s=190 * GB, step_overhead_s=3e-3
+)
 
 
-def _node(
-    gpu: Gpu, nic_gbps: float, pcie: float, dram: float, drives: int, overhead_s: float = 3e-3
-) -> Node:
-    return Node(
+def _dgx(gpu: Gpu) -> Node:
+    return replace(
+        _H800_NODE,
         name=f"8x{gpu.name}",
         gpu=gpu,
-        gpus=8,
-        nic_bytes_per_s=nic_gbps * _GBPS * _NIC_EFFICIENCY,
-        pcie_bytes_per_s=pcie * _PCIE_EFFICIENCY,
-        dram_bytes=dram,
-        nvme_read_bytes_per_s=drives * 6.8 * GB,
-        nvme_write_bytes_per_s=drives * 4.0 * GB,
-        step_overhead_s=overhead_s,
+        pcie_bytes_per_s=256 * GB * _PCIE_EFFICIENCY,
+        dram_bytes=2 * TB,
+        nvme_read_bytes_per_s=8 * 6.8 * GB,
+        nvme_write_bytes_per_s=8 * 4.0 * GB,
     )
 
 
 MACHINES: dict[str, Node] = {
-    node.name: node
-    for node in (
-        _node(_A800, 4 * 200, 128 * GB, 1 * TB, 4, overhead_s=13.2e-3),
-        _node(_H800, 8 * 400, 128 * GB, 1 * TB, 4),
-        _node(_H100, 8 * 400, 256 * GB, 2 * TB, 8),
-        _node(_H200, 8 * 400, 256 * GB, 2 * TB, 8),
-        _node(_B200, 8 * 400, 256 * GB, 2 * TB, 8),
-    )
+    node.name: node for node in (_A800_NODE, _H800_NODE, _dgx(_H100), _dgx(_H200), _dgx(_B200))
 }
 
 
@@ -116,5 +146,5 @@ def machine_named(name: str) -> Node:
 
 
 def with_network(node: Node, gbps: float) -> Node:
-    """The same node with NICs of `gbps` in all, for sweeps of the network's bandwidth."""
-    return replace(node, nic_bytes_per_s=gbps * _GBPS * _NIC_EFFICIENCY)
+    """The same node with NICs of `gbps` in all, of which 87 % are achieved: for sweeps."""
+    return replace(node, nic_bytes_per_s=gbps * 1e9 / 8 * 0.87)

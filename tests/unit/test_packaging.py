@@ -46,6 +46,8 @@ TORCH_FREE = (
     "baton.types.request",
     "baton.config",
     "sim.run",
+    "sim.costs.calibrate",
+    "sim.costs.published",
 )
 
 
