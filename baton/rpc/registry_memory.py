@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from baton.errors import RegistryUnavailable
 from baton.rpc.memory import FaultPlan, NoFaults
+from baton.rpc.pipe import Clock
 from baton.types.registry import ConductorInfo, RequestRecord
 
 Value = TypeVar("Value")
@@ -18,14 +19,15 @@ ADDRESS = "registry"  # what fault plans know it by
 
 
 class _Leases(Generic[Value]):
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._entries: dict[str, tuple[float, Value]] = {}
 
     def put(self, key: str, value: Value, ttl_s: float) -> None:
-        self._entries[key] = (_now() + ttl_s, value)
+        self._entries[key] = (self._clock() + ttl_s, value)
 
     def live(self) -> dict[str, Value]:
-        now = _now()
+        now = self._clock()
         self._entries = {key: entry for key, entry in self._entries.items() if entry[0] > now}
         return {key: value for key, (_, value) in self._entries.items()}
 
@@ -34,15 +36,17 @@ class _Leases(Generic[Value]):
 
 
 class RegistryServer:
-    """What all of them share. `down` is an outage; `wipe` is a restart that forgot everything."""
+    """What all of them share. `down` is an outage; `wipe` is a restart that forgot everything.
+    `clock` is its own, where the processes have clocks that differ."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
         self.down = False
+        self._clock = clock or _now
         self.wipe()
 
     def wipe(self) -> None:
-        self.leases: _Leases[ConductorInfo] = _Leases()
-        self.requests: _Leases[RequestRecord] = _Leases()
+        self.leases: _Leases[ConductorInfo] = _Leases(self._clock)
+        self.requests: _Leases[RequestRecord] = _Leases(self._clock)
 
 
 class MemoryRegistry:

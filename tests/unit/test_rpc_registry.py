@@ -230,6 +230,19 @@ class LoseSome(NoFaults):
 
 
 @virtual_time
+async def test_the_one_in_memory_goes_by_its_own_clock() -> None:
+    """Processes of the fault harness have clocks that differ."""
+    now = 500.0
+    server = RegistryServer(lambda: now)
+    registry = MemoryRegistry(server, "a")
+    await registry.note_request("r", RECORD, 5.0)
+    now = 504.9
+    assert await registry.find_request("r") == RECORD
+    now = 505.0
+    assert await registry.find_request("r") is None
+
+
+@virtual_time
 async def test_faults_of_the_one_in_memory() -> None:
     server = RegistryServer()
     registry, other = MemoryRegistry(server, "a", LoseSome()), MemoryRegistry(server, "b")
