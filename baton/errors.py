@@ -111,6 +111,13 @@ class StaleAttempt(BatonError):
     code = "stale_attempt"
 
 
+class TakenOver(BatonError):
+    """The client came back on another connection, at this conductor or another one: its answer goes
+    on there."""
+
+    code = "taken_over"
+
+
 class UnknownAttempt(BatonError):
     """The worker does not have the attempt (any more): its answer has to be computed again."""
 

@@ -64,7 +64,7 @@ _NOTHING: Json = {
     "description": "Not supported: taken when its value asks for nothing.",
 }
 _ALWAYS = ("400", "408", "413")
-_BUSY = ("429", "502", "503", "504")
+_BUSY = ("409", "429", "502", "503", "504")
 _LAST_EVENT_ID: Json = {
     "name": "Last-Event-ID",
     "in": "header",
@@ -186,6 +186,7 @@ _MEANINGS = {
     "408": "The body came too slowly",
     "413": "The body is too large",
     "429": "Too much in progress: Retry-After says when to try again",
+    "409": "The client came back for this answer on another connection",
     "502": "A worker was lost while it held the request",
     "503": "No worker can take the request now",
     "504": "The deadline passed",

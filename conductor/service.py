@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from baton.errors import BatonError, Cancelled, InternalError, StaleAttempt
+from baton.errors import BatonError, Cancelled, InternalError, TakenOver
 from baton.rpc.registry import Registry
 from baton.rpc.services import WorkerDialer
 from baton.tokenizer import Tokenizer
@@ -218,7 +218,7 @@ class Conductor:
     def _serve(self, request: Request) -> Serving:
         older = self._servings.get(request.key)
         if older is not None:  # its client has gone, which was not noticed yet
-            older.hand_over(StaleAttempt("the client came back on another connection"))
+            older.hand_over(TakenOver("the client came back on another connection"))
         serving = self._servings[request.key] = self._dispatcher.serve(request)
         return serving
 

@@ -14,21 +14,17 @@ import httpx
 import orjson
 
 from baton.client.errors import error_from, error_in
+from baton.client.reconnect import may_go_on, pause_before
 from baton.client.sse import Event, EventParser
 from baton.errors import (
     BatonError,
     ConfigError,
     DeadlineExceeded,
     InternalError,
-    NoWorker,
-    Overloaded,
     PeerGone,
 )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-RECONNECTS = 10  # in a row without a new event, until a stream that has begun is given up
-FIRST_PAUSE_S = 0.2
-LAST_PAUSE_S = 3.0
 SILENT_BEATS = 3  # signs of life that may be missing
 KEEPALIVE_HEADER = "x-keepalive-interval"  # seconds in which a stream sends something, if only that
 
@@ -155,10 +151,12 @@ class Client:
                 raise PeerGone(f"{url} ended the stream before the answer was complete")
             except BatonError as error:
                 failures += 1
-                if not self._may_go_on(error, bool(last_id), failures):
+                broken = isinstance(error.__cause__, httpx.TimeoutException)
+                if not may_go_on(error, broken, bool(last_id), failures, len(self._urls)):
                     raise
                 at = self._at = (at + 1) % len(self._urls)
-                await self._pause(error, failures)
+                pause_s = pause_before(error, failures, len(self._urls))
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
 
     async def default_model(self) -> str:
         """The id of the first model that the cluster serves."""
@@ -213,22 +211,6 @@ class Client:
 
     def _timeouts(self, read_s: float) -> httpx.Timeout:
         return httpx.Timeout(self._timeout_s, connect=min(self._timeout_s, 10.0), read=read_s)
-
-    def _may_go_on(self, error: BatonError, begun: bool, failures: int) -> bool:
-        """Whether another connection may bring what this one did not."""
-        broken = isinstance(error, PeerGone) or isinstance(error.__cause__, httpx.TimeoutException)
-        if begun:
-            return (broken or error.retryable) and failures <= RECONNECTS
-        # Before the first event, only somebody else may help.
-        return (broken or isinstance(error, NoWorker)) and failures < len(self._urls)
-
-    async def _pause(self, error: BatonError, failures: int) -> None:
-        """Longer and longer ones, each time that all addresses have been tried."""
-        rounds = failures // len(self._urls)
-        pause_s = min(FIRST_PAUSE_S * 2**rounds, LAST_PAUSE_S) if rounds else 0.0
-        if isinstance(error, Overloaded):
-            pause_s = max(pause_s, error.retry_after_s)
-        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
 
     async def _get(self, path: str) -> dict[str, Any]:
         failures = 0

@@ -52,7 +52,7 @@ class Adopt:
     """Take the attempt over from a conductor that is gone or cut off.
 
     The worker answers with every token of the answer so far, from index 0, and goes on from there;
-    or with a Finish of code `unknown_attempt`. Whoever had the attempt gets `stale_attempt`.
+    or with a Finish of code `unknown_attempt`. Whoever had the attempt gets `taken_over`.
     """
 
     attempt: AttemptId

@@ -21,6 +21,7 @@ from baton.errors import (
     BatonError,
     PeerGone,
     StaleAttempt,
+    TakenOver,
     UnknownAttempt,
     WorkerLost,
 )
@@ -46,6 +47,7 @@ from baton.worker.tails import EndedTails, Tail
 log = logging.getLogger(__name__)
 
 ORPHAN_S = 15.0  # how long nobody may have an attempt that decodes
+OTHERS_S = 0.1  # until conductors hear what attempts of others did to load and blocks
 LAST_REPORT_S = 2.0  # how long a closing link may take to send what is left
 
 
@@ -109,6 +111,7 @@ class LinkServer:
         self.role_wanted = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._others: asyncio.TimerHandle | None = None
 
     # -- what the worker calls -----------------------------------------------------------------
 
@@ -116,7 +119,7 @@ class LinkServer:
         """Tell each conductor about its attempts; the outputs of one call go in one message.
 
         Outputs of attempts that have had their Finish, or were cancelled, are dropped. What they
-        did to load and blocks is told all the same.
+        did to load and blocks is told all the same, and a little later to other conductors.
         """
         for output in outputs:
             held = self._held.get(output.attempt)
@@ -130,6 +133,9 @@ class LinkServer:
                 held.link.tell(output)
             if output.finish is not None:
                 self._let_go(held, output.finish)
+        if len(self._links) > 1 and self._others is None:
+            loop = asyncio.get_running_loop()
+            self._others = loop.call_later(OTHERS_S, self._tell_others)
 
     def begun(self, attempt: AttemptId, first: SampledToken) -> None:
         """The attempt decodes from now on, after `first`, which comes from the prefill worker."""
@@ -146,10 +152,19 @@ class LinkServer:
         for link in self._links:
             link.wake.set()
 
+    def _tell_others(self) -> None:
+        self._others = None
+        self.load_changed()
+
     @property
     def attempts(self) -> tuple[AttemptId, ...]:
         """That this worker works on now."""
         return tuple(self._held)
+
+    @property
+    def orphans(self) -> tuple[AttemptId, ...]:
+        """Those of them that no conductor has now."""
+        return tuple(attempt for attempt, held in self._held.items() if held.link is None)
 
     # -- shutdown ------------------------------------------------------------------------------
 
@@ -171,6 +186,9 @@ class LinkServer:
         await asyncio.gather(*(self._close(link) for link in tuple(self._links)))
         for held in tuple(self._held.values()):
             self._give_up(held)
+        if self._others is not None:
+            self._others.cancel()
+            self._others = None
 
     # -- serving -------------------------------------------------------------------------------
 
@@ -221,7 +239,7 @@ class LinkServer:
     def _start(self, link: _Link, message: StartPrefill | StartDecode) -> None:
         attempt = message.task.attempt
         try:
-            self._check_new(attempt)
+            self._check_new(link, attempt)
         except BatonError as error:
             link.tell(_failed(attempt, error))
             return
@@ -238,7 +256,7 @@ class LinkServer:
             log.exception("attempt %s could not be started", attempt)
             self.fail(attempt, error)
 
-    def _check_new(self, attempt: AttemptId) -> None:
+    def _check_new(self, link: _Link, attempt: AttemptId) -> None:
         """Raises when the attempt may not start here. A newer attempt ends an older one."""
         if self._draining:
             # Not Overloaded, which ends a request when the same workers are all that there is.
@@ -246,8 +264,14 @@ class LinkServer:
         current = self._current.get(attempt.request_id)
         if current is not None and current.number >= attempt.number:
             raise StaleAttempt(f"{attempt} is stale: this worker works on {current}")
-        if current is not None:
+        if current is None:
+            return
+        if self._held[current].link is link:
             self._end(current, StaleAttempt(f"{current} was replaced by {attempt}"))
+        else:
+            self._end(
+                current, TakenOver(f"{current} was replaced by another conductor's {attempt}")
+            )
 
     def _adopt(self, link: _Link, attempt: AttemptId) -> None:
         current = self._current.get(attempt.request_id)
@@ -265,7 +289,7 @@ class LinkServer:
         """Make `link` the owner; whoever was it is told so."""
         self._unlink(held)
         if held.link is not None and held.link is not link:
-            error = StaleAttempt(f"{held.attempt} was adopted by another conductor")
+            error = TakenOver(f"{held.attempt} was adopted by another conductor")
             held.link.tell(_failed(held.attempt, error))
         held.link = link
         link.attempts.add(held.attempt)

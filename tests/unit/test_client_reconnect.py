@@ -10,7 +10,8 @@ from contextlib import aclosing
 import httpx
 import pytest
 
-from baton.client.http import RECONNECTS, Client, Prompt
+from baton.client.http import Client, Prompt
+from baton.client.reconnect import RECONNECTS
 from baton.client.sse import Event, EventParser
 from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, NoWorker, PeerGone
 from tests.virtual_time import virtual_time
@@ -84,6 +85,15 @@ async def test_a_conductor_that_comes_back_needs_no_other_one() -> None:
     conductors = Conductors(a=[len(event(0)), httpx.ReadTimeout("silent"), len(event(1)) + 5])
     assert await text_from(conductors, "a") == "one two three"
     assert [last for _, last in conductors.asked] == ["", "k:1:1", "k:1:1", "k:1:2"]
+
+
+@virtual_time
+async def test_who_is_told_that_another_one_has_its_answer_takes_it_back() -> None:
+    taken = b'data: {"error": {"message": "elsewhere", "code": "taken_over"}}\n\n'
+    refused = httpx.Response(409, content=taken[6:])
+    conductors = Conductors(a=[httpx.Response(200, content=event(0) + taken)], b=[refused])
+    assert await text_from(conductors, "http://a,http://b") == "one two three"
+    assert conductors.asked == [("a", ""), ("b", "k:1:1"), ("a", "k:1:1")]
 
 
 @virtual_time

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from baton.errors import BatonError, InvalidRequest, NoWorker, StaleAttempt, WorkerLost
+from baton.errors import BatonError, InvalidRequest, NoWorker, TakenOver, WorkerLost
 from baton.rpc.registry_memory import MemoryRegistry, RegistryServer
 from baton.types.fleet import Peer
 from baton.types.registry import AnswerPlace
@@ -197,7 +197,7 @@ async def test_a_conductor_that_is_cut_off_from_its_client_alone_loses_the_reque
         other.token, other.deltas = client.token, list(client.deltas)
         await other.read(place.conductors[1])
         assert (other.tokens(), other.ends()) == (list(ANSWER), ["stop"])
-        with pytest.raises(StaleAttempt, match="adopted by another conductor"):
+        with pytest.raises(TakenOver, match="adopted by another conductor"):
             await reading
         assert len(place.all_tasks()) == 1
 

@@ -202,7 +202,7 @@ async def test_a_conductor_that_is_only_cut_off_learns_that_it_was_replaced() ->
         one, two = await r.connect(), await r.connect()
         await decoding(r, one)
         assert await adopt(r, two) == first(7, 7)
-        assert await error_of(one, A) == "stale_attempt"
+        assert await error_of(one, A) == "taken_over"
         await one.send(Cancel(A, "not mine any more"))
         await one.aclose()
         await settle()
@@ -222,7 +222,7 @@ async def test_the_second_of_two_adopters_has_it() -> None:
         await settle()
         assert await adopt(r, two) == first(7, 7)
         assert await adopt(r, three) == first(7, 7)
-        assert await error_of(two, A) == "stale_attempt"
+        assert await error_of(two, A) == "taken_over"
         r.links.report((token(A, 2, DONE),))
         assert (await receive(three)).outputs == (token(A, 2, DONE),)
 
@@ -243,7 +243,7 @@ async def test_what_its_own_conductor_still_has_to_read_may_be_adopted_before_it
         one, two = await r.connect(), await r.connect()
         await r.begin(one, A)
         assert await adopt(r, two) == first()
-        assert await error_of(one, A) == "stale_attempt"
+        assert await error_of(one, A) == "taken_over"
         r.links.report((token(A, 0, DONE),))
         assert (await receive(two)).outputs == (token(A, 0, DONE),)
 

@@ -19,8 +19,9 @@ from baton.types.request import (
     AttemptId,
     AttemptOutput,
 )
+from baton.worker.links import OTHERS_S
 from tests.unit.links_kit import DONE, error_of, receive, rig, start, token
-from tests.virtual_time import settle
+from tests.virtual_time import settle, virtual_time
 
 
 async def test_outputs_of_one_step_go_in_one_message_per_conductor() -> None:
@@ -90,6 +91,17 @@ async def test_a_newer_attempt_replaces_an_older_one_and_not_the_other_way_round
         assert (await receive(stream)).outputs == (token(second, 0, DONE),)
 
 
+async def test_an_attempt_of_another_conductor_takes_the_request_over() -> None:
+    async with rig() as r:
+        one, two = await r.connect(), await r.connect()
+        first, second = AttemptId("a", 1), AttemptId("a", 64)
+        await r.begin(one, first)
+        await r.begin(two, second)
+        assert await error_of(one, first) == "taken_over"
+        await one.send(start(AttemptId("a", 2)))
+        assert await error_of(one, AttemptId("a", 2)) == "stale_attempt"
+
+
 async def test_the_end_of_a_link_cancels_what_was_begun_on_it() -> None:
     async with rig() as r:
         one, two = await r.connect(), await r.connect()
@@ -114,6 +126,19 @@ async def test_a_changed_load_is_told_once() -> None:
         await r.begin(stream, AttemptId("a"))
         r.links.report((token(AttemptId("a")),))
         assert (await receive(stream)).outputs == (token(AttemptId("a")),)
+
+
+@virtual_time
+async def test_conductors_hear_soon_what_attempts_of_others_did_to_the_load() -> None:
+    async with rig() as r:
+        one, two = await r.connect(), await r.connect()
+        await r.begin(one, AttemptId("a"))
+        r.duty.load = WorkerLoad(running=1)
+        for index in range(3):
+            r.links.report((token(AttemptId("a"), index),))
+            await receive(one)
+        assert await receive(two) == StepReport((), WorkerLoad(running=1))
+        assert asyncio.get_running_loop().time() == pytest.approx(OTHERS_S)
 
 
 async def test_what_a_forgotten_attempt_did_to_the_load_is_told() -> None:
