@@ -17,17 +17,17 @@ An incident is at work until LAG_S after its end: so long may it take until ever
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from baton.errors import BatonError, DeadlineExceeded, NoWorker, PoisonRequest
 from baton.types.fleet import BlockState
 from conductor.retries import RetryOptions
-from conductor.service import Conductor
 from kvstore.service import StoreService
 from prefill_worker.service import PrefillService
 from sim.clients import CONDUCTOR_LOST, Story, right_text
-from sim.cluster import Cluster, Hosted
+from sim.cluster import Cluster, Hosted, HostedConductor
 from sim.network import KEEPALIVE_S, Incident
-from sim.plan import CONDUCTOR, FaultKind
+from sim.plan import Client, FaultKind
 from sim.process import Process
 
 TROUBLE_S = 0.7  # which the pauses between RetryOptions.failures attempts take at least
@@ -43,8 +43,36 @@ RETRYABLE |= {"digest_mismatch"}
 LOOK_DEADLY = {FaultKind.KILL, FaultKind.STOP, FaultKind.PARTITION, FaultKind.ONE_WAY}
 
 
+class Ending(Protocol):
+    """Of a request, or of one connection of its client."""
+
+    @property
+    def client(self) -> Client: ...
+    @property
+    def conductor(self) -> str: ...
+    @property
+    def code(self) -> str: ...
+    @property
+    def began(self) -> float: ...
+    @property
+    def ended(self) -> float: ...
+
+
 def check_story(story: Story, incidents: Sequence[Incident], halted_s: float) -> list[str]:
     """What is wrong with it. `halted_s`: the conductor stood still for so long meanwhile."""
+    wrong = check_answer(story)
+    name = story.client.name
+    if story.code not in ("", "ok", "cancelled") and not is_legitimate(story, incidents):
+        wrong.append(f"{name} failed for no good reason: {story.code} {story.message}")
+    if story.ends != (story.code not in ("cancelled", CONDUCTOR_LOST)):
+        wrong.append(f"{name} had {story.ends} terminal events and ended with {story.code!r}")
+    if story.ended - story.began > story.client.deadline_s + GRACE_S + halted_s:
+        wrong.append(f"{name} ended {story.ended - story.began:.3f} s after it began")
+    return wrong
+
+
+def check_answer(story: Story) -> list[str]:
+    """What is wrong with what the client got."""
     client, name = story.client, story.client.name
     wrong = []
     expected = list(client.expected)
@@ -57,23 +85,17 @@ def check_story(story: Story, incidents: Sequence[Incident], halted_s: float) ->
             wrong.append(f"{name} ended well with {story.tokens} {story.text!r}, not {expected}")
         if story.usage is None or story.usage.completion_tokens != len(expected):
             wrong.append(f"{name} has used {story.usage}, not {len(expected)} tokens")
-    elif story.code == "cancelled":
-        if client.cancel_after is None:
-            wrong.append(f"{name} was cancelled by nobody")
-    elif not is_legitimate(story, incidents):
-        wrong.append(f"{name} failed for no good reason: {story.code} {story.message}")
-    if story.ends != (story.code not in ("cancelled", CONDUCTOR_LOST)):
-        wrong.append(f"{name} had {story.ends} terminal events and ended with {story.code!r}")
-    if story.ended - story.began > client.deadline_s + GRACE_S + halted_s:
-        wrong.append(f"{name} ended {story.ended - story.began:.3f} s after it began")
+    elif story.code == "cancelled" and client.cancel_after is None:
+        wrong.append(f"{name} was cancelled by nobody")
     return wrong
 
 
-def is_legitimate(story: Story, incidents: Sequence[Incident]) -> bool:
+def is_legitimate(story: Ending, incidents: Sequence[Incident]) -> bool:
     """Whether the error may be."""
     if story.code == CONDUCTOR_LOST:
         return any(
-            one.kind is FaultKind.KILL and one.who == CONDUCTOR for one in _during(story, incidents)
+            one.kind is FaultKind.KILL and one.who == story.conductor
+            for one in _during(story, incidents)
         )
     if story.code == DeadlineExceeded.code and story.client.hurry:
         return True
@@ -87,7 +109,7 @@ def is_legitimate(story: Story, incidents: Sequence[Incident]) -> bool:
         return any(
             one.at <= story.ended <= _knows_nobody_until(one, incidents)
             for one in incidents
-            if one.kind is FaultKind.KILL and one.who == CONDUCTOR
+            if one.kind is FaultKind.KILL and one.who == story.conductor
         )
     if story.code not in RETRYABLE:
         return False
@@ -97,7 +119,7 @@ def is_legitimate(story: Story, incidents: Sequence[Incident]) -> bool:
     return bool(now) and _union(during, story) >= TROUBLE_S
 
 
-def _during(story: Story, incidents: Iterable[Incident]) -> list[Incident]:
+def _during(story: Ending, incidents: Iterable[Incident]) -> list[Incident]:
     return [one for one in incidents if one.at <= story.ended and one.until + LAG_S >= story.began]
 
 
@@ -111,7 +133,7 @@ def _knows_nobody_until(kill: Incident, incidents: Iterable[Incident]) -> float:
     return end
 
 
-def _union(incidents: Iterable[Incident], story: Story) -> float:
+def _union(incidents: Iterable[Incident], story: Ending) -> float:
     """Seconds of the request's life in which some incident was at work."""
     total, end = 0.0, story.began
     for one in sorted(incidents, key=lambda one: one.at):
@@ -168,24 +190,25 @@ def check_books(cluster: Cluster) -> list[str]:
             hosted.process.do(hosted.check_integrity)
         except BatonError as error:
             wrong.append(f"the books of {name} are wrong: {error.message}")
-    if cluster.conductor is not None:
-        wrong += _check_map(cluster, cluster.conductor.service)
+    for hosted_conductor in cluster.conductors.values():
+        wrong += _check_map(cluster, hosted_conductor)
     return wrong
 
 
-def _check_map(cluster: Cluster, conductor: Conductor) -> list[str]:
+def _check_map(cluster: Cluster, conductor: HostedConductor) -> list[str]:
     """What the conductor knows of blocks is what their holders have."""
-    known = conductor.fleet.prefix_map
+    known = conductor.service.fleet.prefix_map
     wrong, total, all_told = [], 0, True
     for name, hosted in cluster.workers.items():
-        if not cluster.network.knows_of_loss(name, CONDUCTOR):
+        if not cluster.network.knows_of_loss(name, conductor.process.name):
             all_told = False
             continue
         for tier, keys in _holdings(hosted):
             total += len(keys)
             missing = [key for key in keys if (name, tier) not in known.holders(key)]
             if missing:
-                wrong.append(f"the prefix map lacks {len(missing)} blocks of {name}")
+                lacking = f"lacks {len(missing)} blocks of {name}"
+                wrong.append(f"the prefix map of {conductor.process.name} {lacking}")
     if all_told and known.num_entries != total:
         wrong.append(f"the prefix map has {known.num_entries} entries, the holders {total} blocks")
     return wrong

@@ -21,14 +21,18 @@ from baton.kv.identity import Identity, life
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.loopback import LoopbackTransport
 from baton.kv.transport.shared import SharedTransport
+from baton.rpc.registry import Registry
+from baton.rpc.registry_memory import MemoryRegistry
 from baton.tokenizer import Tokenizer, TokenizerConfig
 from baton.types.fleet import KvLayout, Role, WorkerInfo
 from baton.types.kv_events import Tier
+from baton.types.registry import ConductorInfo
 from baton.worker.conductors import ConductorSet
 from baton.worker.lifecycle import StopSignals
 from baton.worker.parts import WorkerParts
 from baton.worker.serving import Service, live
 from conductor.admission import Slos
+from conductor.announce import announce
 from conductor.retries import RetryOptions
 from conductor.router import RouteOptions
 from conductor.service import Conductor, Policy, ServedModel
@@ -96,7 +100,7 @@ class Cluster:
         self._slos = slos or Slos()
         self.network = network
         self.workers: dict[str, Hosted] = {}
-        self.conductor: HostedConductor | None = None
+        self.conductors: dict[str, HostedConductor] = {}
         self.dead: list[Process] = []
         self._log = log
         self._rng = Random(seed ^ 0x1D)
@@ -107,18 +111,24 @@ class Cluster:
         self._roles |= {machine.name: Role.DECODE for machine in shape.decode}
         self._roles |= {machine.name: Role.STORE for machine in shape.stores}
         self._machines = {machine.name: machine for machine in shape.machines}
+        self._conductors = {machine.name: machine for machine in shape.conductors}
+        self.registry = network.open_registry() if shape.registry else None
+
+    @property
+    def conductor(self) -> HostedConductor | None:
+        """The first one, which is often the only one."""
+        return self.conductors.get(CONDUCTOR)
 
     def processes(self) -> list[Process]:
         """Living ones."""
-        hosts = [hosted.process for hosted in self.workers.values()]
-        return hosts if self.conductor is None else [*hosts, self.conductor.process]
+        workers = [hosted.process for hosted in self.workers.values()]
+        return [*workers, *(hosted.process for hosted in self.conductors.values())]
 
     def process(self, name: str) -> Process | None:
         return next((one for one in self.processes() if one.name == name), None)
 
     async def start_all(self) -> None:
-        await self.start(CONDUCTOR)
-        for name in self._machines:
+        for name in (*self._conductors, *self._machines):
             await self.start(name)
 
     async def start(self, name: str) -> None:
@@ -126,12 +136,12 @@ class Cluster:
         if self.process(name) is not None:
             return
         number = self._lives[name] = self._lives.get(name, 0) + 1
-        machine = self._machines.get(name, self.shape.conductor)
+        machine = self._machines.get(name) or self._conductors[name]
         clock = Clock(machine.clock_offset, machine.clock_rate)
         process = Process(name, f"{name}.{number}", clock)
         self._log.note(name, "starts", process.incarnation)
-        if name == CONDUCTOR:
-            self.conductor = process.do(partial(self._start_conductor, process))
+        if name in self._conductors:
+            self.conductors[name] = process.do(partial(self._start_conductor, process))
         else:
             self.workers[name] = await process.spawn(self._start_host(process, machine), "start")
 
@@ -143,8 +153,8 @@ class Cluster:
         self._log.note(name, "is killed", process.incarnation)
         process.kill()
         self.dead.append(process)
-        if name == CONDUCTOR:
-            self.conductor = None
+        if name in self._conductors:
+            del self.conductors[name]
         else:
             hosted = self.workers.pop(name)
             hosted.transport.vanish()
@@ -166,9 +176,16 @@ class Cluster:
         model = ServedModel(MODEL, numbers(), VOCAB, MAX_MODEL_LEN, ())
         dialer = self.network.services.worker_dialer(process.name)
         make_id = lambda: f"{self._rng.getrandbits(64):016x}"  # noqa: E731
-        service = Conductor(model, dialer, policy, make_id)
+        registry = self._registry_of(process.name)
+        service = Conductor(model, dialer, policy, make_id, registry)
         self.network.services.add_fleet(process.name, service.fleet)
-        return HostedConductor(process, service, process.spawn(service.run(), "conductor"))
+        main = process.spawn(_conduct(service, registry, process), "conductor")
+        return HostedConductor(process, service, main)
+
+    def _registry_of(self, name: str) -> MemoryRegistry | None:
+        if self.registry is None:
+            return None
+        return MemoryRegistry(self.registry, name, self.network)
 
     async def _start_host(self, process: Process, machine: Machine) -> Hosted:
         """Runs as the process."""
@@ -189,7 +206,9 @@ class Cluster:
                 check = service.check_integrity
             close = stack.pop_all()
         connect = partial(self.network.services.fleet_client, process.name)
-        membership = ConductorSet((CONDUCTOR,), None, connect, info, service.load)
+        told = tuple(self._conductors) if self.shape.told else ()
+        registry = self._registry_of(process.name)
+        membership = ConductorSet(told, registry, connect, info, service.load)
         signals = StopSignals()
         main = process.spawn(_live(service, membership, signals, close), f"main {process.name}")
         return Hosted(process, service, memory, transport, membership, signals, main, check)
@@ -293,6 +312,19 @@ class Cluster:
         self.network.services.add_worker(name, service.links)
         self.network.services.add_blocks(name, service.blocks)
         return service, _store_info(identity, layout, slots), store
+
+
+async def _conduct(service: Conductor, registry: Registry | None, process: Process) -> None:
+    """As the conductor's server does, until cancelled."""
+    if registry is None:
+        await service.run()
+        return
+    name = process.name
+    info = ConductorInfo(name, process.incarnation, http=name, grpc=name)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(service.run(), name="conductor's core")
+        ttl_s, on_new = service.policy.lease_ttl_s, service.records.tell_again
+        tasks.create_task(announce(registry, info, ttl_s, on_new), name="lease")
 
 
 async def _live(

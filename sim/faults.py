@@ -11,28 +11,30 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from sim.run import GOOD_ENDS, Outcome, run_seed
+from sim.run import GOOD_ENDS, Outcome, run_seed, run_seed_of_several
 
 CHUNK = 10  # seeds that a process gets at a time
+Run = Callable[[int], Outcome]
 SHOWN = 5  # failing seeds whose logs are printed
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
+    run = run_seed_of_several if options.conductors else run_seed
     if options.seed is not None:
-        outcome = run_seed(options.seed, options.verbose)
+        outcome = run(options.seed, options.verbose)
         _show(outcome)
-        sys.stdout.write(f"{_headline(outcome)}\n")
+        sys.stdout.write(f"{_headline(outcome, options.conductors)}\n")
         return 1 if outcome.violations else 0
     began = time.perf_counter()
     seeds = range(options.first, options.first + options.seeds)
     outcomes = []
-    for outcome in run_many(seeds, options.jobs):
+    for outcome in run_many(seeds, options.jobs, run):
         outcomes.append(outcome)
         if outcome.errors and options.errors:
             sys.stdout.write(f"seed {outcome.seed}: {'; '.join(outcome.errors)}\n")
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             failed = sum(1 for one in outcomes if one.violations)
             if failed <= SHOWN:
                 _show(outcome, options.verbose)
-            sys.stdout.write(f"{_headline(outcome)}\n")
+            sys.stdout.write(f"{_headline(outcome, options.conductors)}\n")
         sys.stdout.flush()  # a long run is watched
     summary = summarize(outcomes, time.perf_counter() - began)
     if options.json:
@@ -49,24 +51,24 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if summary["failed_seeds"] else 0
 
 
-def run_many(seeds: Iterable[int], jobs: int) -> Iterator[Outcome]:
+def run_many(seeds: Iterable[int], jobs: int, run: Run = run_seed) -> Iterator[Outcome]:
     """In so many processes, in the order of the seeds."""
     if jobs == 1:
-        yield from map(run_seed, seeds)
+        yield from map(run, seeds)
         return
     ahead = iter(seeds)
     with ProcessPoolExecutor(jobs) as pool:
         running: list[Future[list[Outcome]]] = []
         while True:
             while len(running) < 2 * jobs and (chunk := list(islice(ahead, CHUNK))):
-                running.append(pool.submit(_run_chunk, chunk))
+                running.append(pool.submit(_run_chunk, run, chunk))
             if not running:
                 return
             yield from running.pop(0).result()
 
 
-def _run_chunk(seeds: list[int]) -> list[Outcome]:
-    return [run_seed(seed) for seed in seeds]
+def _run_chunk(run: Run, seeds: list[int]) -> list[Outcome]:
+    return [run(seed) for seed in seeds]
 
 
 def summarize(outcomes: list[Outcome], wall_s: float) -> dict[str, object]:
@@ -95,6 +97,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the first one")
     parser.add_argument("--seed", type=int, help="replay this one alone")
+    parser.add_argument("--conductors", action="store_true", help="several of them: see the docs")
     parser.add_argument("--verbose", action="store_true", help="print the event log in any case")
     parser.add_argument("--errors", action="store_true", help="print requests that failed rightly")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
@@ -110,12 +113,13 @@ def _show(outcome: Outcome, whole: bool = True) -> None:
         sys.stdout.write(f"VIOLATION {violation}\n")
 
 
-def _headline(outcome: Outcome) -> str:
+def _headline(outcome: Outcome, several: bool) -> str:
     verdict = f"{len(outcome.violations)} violations" if outcome.violations else "ok"
     codes = " ".join(f"{code}={count}" for code, count in outcome.codes)
     faults = ", ".join(outcome.faults) or "none"
+    family = " --conductors" if several else ""
     replay = (
-        f"\n  replay: python -m sim.faults --seed {outcome.seed} --verbose"
+        f"\n  replay: python -m sim.faults{family} --seed {outcome.seed} --verbose"
         if outcome.violations
         else ""
     )

@@ -14,6 +14,7 @@ from random import Random
 from baton.kv.transport.loopback import Fault as ReadFault
 from baton.kv.transport.loopback import LoopbackFabric
 from baton.rpc.memory import Fault, MemoryNetwork
+from baton.rpc.registry_memory import RegistryServer
 from baton.types.handoff import Ranges, Renew
 from baton.types.kv_events import KvEvents, KvSnapshot
 from baton.types.request import AttemptId
@@ -61,6 +62,10 @@ class Network:
     def renewed_at(self, publisher: str, attempt: AttemptId) -> float | None:
         """When somebody last did what keeps the lease of published KV alive; None: never."""
         return self._renewed.get((publisher, attempt))
+
+    def open_registry(self) -> RegistryServer:
+        """Empty, with a clock of its own. Its address is `baton.rpc.registry_memory.ADDRESS`."""
+        return RegistryServer(lambda: self._loop.now)
 
     # -- what faults do ------------------------------------------------------------------------
 

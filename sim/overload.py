@@ -208,7 +208,7 @@ def _shape() -> Shape:
         prefill=(Machine("p0", 512, _PREFILL),),
         decode=(Machine("d0", 512, _DECODE),),
         stores=(),
-        conductor=Machine(CONDUCTOR, 1, _PREFILL),
+        conductors=(Machine(CONDUCTOR, 1, _PREFILL),),
         num_layers=2,
         layer_groups=1,
         max_num_seqs=16,

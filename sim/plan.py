@@ -99,7 +99,7 @@ class Shape:
     prefill: tuple[Machine, ...]
     decode: tuple[Machine, ...]
     stores: tuple[Machine, ...]
-    conductor: Machine
+    conductors: tuple[Machine, ...]
     num_layers: int
     layer_groups: int
     max_num_seqs: int
@@ -109,10 +109,25 @@ class Shape:
     local_tokens: int | None
     fleet_ttl_s: float
     lease_ttl_s: float
+    registry: bool = False  # the conductors share one, and clients reconnect
+    told: bool = True  # workers are told by flags where conductors are; else the registry does
 
     @property
     def machines(self) -> tuple[Machine, ...]:
         return (*self.prefill, *self.decode, *self.stores)
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """How a client goes about several conductors; it asks those one after the other, from number
+    `first` on. Its connection is lost after so many tokens as `breaks` has."""
+
+    first: int
+    patience_s: float  # without a token, until a stream that has begun is given up
+    breaks: tuple[int, ...]
+    stays: bool  # then it comes back to the same conductor
+    unnoticed_s: float  # that a conductor works on for a connection which was lost
+    twice: float | None  # seconds until the same reconnect reaches another conductor, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +144,7 @@ class Client:
     deadline_s: float = DEADLINE_S
     cancel_after: int | None = None
     hurry: bool = False
+    habits: Habits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +192,7 @@ def _shape(rng: Random) -> Shape:
         prefill=tuple(machine(f"p{n}", (32, 64)) for n in range(num_prefill)),
         decode=tuple(machine(f"d{n}", (32, 96)) for n in range(num_decode)),
         stores=tuple(machine("s0", (24, 48)) for _ in range(rng.random() < 0.5)),
-        conductor=machine(CONDUCTOR, (1, 1)),
+        conductors=(machine(CONDUCTOR, (1, 1)),),
         num_layers=num_layers,
         layer_groups=rng.choice((1, 2)),
         max_num_seqs=max_num_seqs,

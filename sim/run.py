@@ -15,6 +15,7 @@ from typing import Any
 
 from baton.errors import DeadlineExceeded
 from baton.types.fleet import WorkerState
+from conductor.records import LINGER_S
 from sim.checks import (
     RELEASE_S,
     check_books,
@@ -24,13 +25,16 @@ from sim.checks import (
     check_story,
     is_idle,
 )
+from sim.checks_conductors import OrphanWatch, check_registry_empty, check_story_of_several
 from sim.clients import CONDUCTOR_LOST, Story, ask
 from sim.cluster import Cluster
 from sim.log import ErrorsAreViolations, EventLog
 from sim.loop import SimLoop, StandStill
-from sim.network import KEEPALIVE_S, Network
-from sim.plan import CONDUCTOR, Client, Fault, FaultKind, Plan, make_plan
-from sim.process import Condition
+from sim.network import Network
+from sim.plan import DEADLINE_S, Client, Plan, make_plan
+from sim.plan_conductors import make_plan_of_several
+from sim.reconnect import Caller
+from sim.trouble import Trouble
 
 HEAL_S = 20.0  # until every process is live again after the last fault
 IDLE_S = 12.0  # until everything is idle after the last request
@@ -54,6 +58,11 @@ class Outcome:
 
 def run_seed(seed: int, verbose: bool = False) -> Outcome:
     return run_plan(make_plan(seed), verbose)
+
+
+def run_seed_of_several(seed: int, verbose: bool = False) -> Outcome:
+    """With several conductors."""
+    return run_plan(make_plan_of_several(seed), verbose)
 
 
 def run_plan(plan: Plan, verbose: bool = False) -> Outcome:
@@ -106,7 +115,8 @@ class _Run:
         self._log = log
         self._network = Network(plan.weather, plan.seed, loop, log)
         self._cluster = Cluster(plan.shape, plan.seed, self._network, log)
-        self._conductor_halted_s = 0.0
+        self._trouble = Trouble(self._cluster, loop, log)
+        self._orphans = OrphanWatch(self._cluster)
 
     async def main(self) -> None:
         cluster, log = self._cluster, self._log
@@ -116,7 +126,7 @@ class _Run:
         watching = asyncio.create_task(self._watch_leases())
         async with asyncio.TaskGroup() as group:
             for fault in self._plan.faults:
-                group.create_task(self._suffer(fault))
+                group.create_task(self._trouble.suffer(fault))
             for client in self._plan.clients:
                 group.create_task(self._be_client(client))
         self._network.calm = True
@@ -130,9 +140,19 @@ class _Run:
         for wrong in check_books(cluster):
             log.violation(wrong)
         for story in self.stories:
-            for wrong in check_story(story, self._network.incidents, self._conductor_halted_s):
+            for wrong in self._check_story(story):
                 log.violation(wrong)
         await self._shut_down()
+        if cluster.registry is not None:
+            await asyncio.sleep(DEADLINE_S + LINGER_S)
+            for wrong in check_registry_empty(cluster):
+                log.violation(wrong)
+
+    def _check_story(self, story: Story) -> list[str]:
+        incidents = self._network.incidents
+        if story.client.habits is not None:
+            return check_story_of_several(story, incidents, self._plan.shape)
+        return check_story(story, incidents, self._trouble.halted_s)
 
     async def bury(self) -> None:
         for process in [*self._cluster.dead, *self._cluster.processes()]:
@@ -144,10 +164,25 @@ class _Run:
         await asyncio.sleep(client.at)
         story = Story(client, self._loop.now)
         self.stories.append(story)
+        if client.habits is not None:
+            caller = Caller(story, self._cluster, self._loop, self._log)
+            await caller.run()
+            await caller.forgotten()
+        elif not await self._ask_once(story):
+            return
+        await asyncio.sleep(RELEASE_S)
+        for wrong in check_released(self._cluster, story):
+            self._log.violation(wrong)
+        if is_probe and story.code != "ok":
+            self._log.violation(f"{client.name} failed in a healed cluster: {story.code}")
+
+    async def _ask_once(self, story: Story) -> bool:
+        """The only conductor. False when it is not there: then there is no story."""
+        client = story.client
         conductor = self._cluster.conductor
         if conductor is None:  # nobody listens: no request of the cluster's
             self.stories.remove(story)
-            return
+            return False
         self._log.note(client.name, "asks", (len(client.prompt), client.sampling.max_tokens))
         asking = conductor.process.spawn(ask(story, conductor, self._log), client.name)
         waiting: set[asyncio.Future[Any]] = {asking, conductor.process.gone}
@@ -168,90 +203,14 @@ class _Run:
             story.code = "cancelled"
         story.ended = self._loop.now
         tiring.cancel()
-        await asyncio.sleep(RELEASE_S)
-        for wrong in check_released(self._cluster, story):
-            self._log.violation(wrong)
-        if is_probe and story.code != "ok":
-            self._log.violation(f"{client.name} failed in a healed cluster: {story.code}")
+        return True
 
     async def _watch_leases(self) -> None:
         while not self._log.violations:
-            for wrong in check_leases(self._cluster, self._loop.now):
+            now = self._loop.now
+            for wrong in (*check_leases(self._cluster, now), *self._orphans.check(now)):
                 self._log.violation(wrong)
             await asyncio.sleep(POLL_S)
-
-    # -- faults --------------------------------------------------------------------------------
-
-    async def _suffer(self, fault: Fault) -> None:
-        await asyncio.sleep(fault.at)
-        lasts_s = max(0.0, fault.until - fault.at)
-        until = self._loop.now + lasts_s
-        network = self._network
-        match fault.kind:
-            case FaultKind.KILL:
-                await self._kill(fault, until)
-                return
-            case FaultKind.STOP:
-                await self._stop(fault, until)
-                return
-            case FaultKind.PARTITION:
-                network.block(fault.a, fault.b, until)
-                network.block(fault.b, fault.a, until)
-            case FaultKind.ONE_WAY:
-                network.block(fault.a, fault.b, until)
-            case FaultKind.BREAK:
-                network.services.cut(fault.a, fault.b)
-                lasts_s = 0.0
-            case FaultKind.SLOW:
-                network.slow(fault.a, until)
-        self._note(fault, lasts_s)
-        await asyncio.sleep(lasts_s)
-
-    def _note(self, fault: Fault, lasts_s: float) -> None:
-        self._log.note("FAULT", str(fault))
-        who = f"{fault.a} - {fault.b}" if fault.b else fault.a
-        self._network.note(fault.kind, who, lasts_s)
-
-    async def _kill(self, fault: Fault, until: float) -> None:
-        process = self._cluster.process(fault.a)
-        if process is None:
-            return
-
-        def kill() -> None:
-            if process.condition is not Condition.DEAD:
-                self._note(fault, max(until - self._loop.now, 0.0))
-                self._cluster.kill(fault.a)
-
-        process.light_fuse(fault.after_steps, kill)
-        await asyncio.sleep(max(0.05, until - self._loop.now))
-        kill()
-        await self._cluster.start(fault.a)
-
-    async def _stop(self, fault: Fault, until: float) -> None:
-        process = self._cluster.process(fault.a)
-        if process is None:
-            return
-
-        def stop() -> None:
-            lasts_s = until - self._loop.now
-            if process.condition is not Condition.RUNNING or lasts_s <= 0:
-                return
-            if fault.a == CONDUCTOR:
-                self._conductor_halted_s += lasts_s
-            self._note(fault, lasts_s)
-            process.stop()
-            self._network.stopped(fault.a, until)
-            if lasts_s > KEEPALIVE_S:
-                self._loop.call_later(KEEPALIVE_S, self._cut_off, process.name, until)
-
-        process.light_fuse(fault.after_steps, stop)
-        await asyncio.sleep(until - self._loop.now)
-        process.go_on()
-
-    def _cut_off(self, name: str, until: float) -> None:
-        for other in self._cluster.processes():
-            if other.name != name:
-                self._network.services.cut(name, other.name)
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -263,17 +222,21 @@ class _Run:
             await asyncio.sleep(POLL_S)
         return True
 
-    def _states(self) -> dict[str, WorkerState]:
-        conductor = self._cluster.conductor
-        if conductor is None:
-            return {}
-        view = conductor.process.do(conductor.service.fleet.view)
-        return {worker.info.name: worker.state for worker in view.workers}
+    def _states(self) -> dict[str, dict[str, WorkerState]]:
+        """Of the workers, as each conductor sees them."""
+        states = {}
+        for name, conductor in self._cluster.conductors.items():
+            view = conductor.process.do(conductor.service.fleet.view)
+            states[name] = {worker.info.name: worker.state for worker in view.workers}
+        return states
 
     def _all_live(self) -> bool:
-        states = self._states()
-        names = [machine.name for machine in self._plan.shape.machines]
-        return all(states.get(name) is WorkerState.LIVE for name in names)
+        states, shape = self._states(), self._plan.shape
+        return all(
+            states.get(conductor.name, {}).get(machine.name) is WorkerState.LIVE
+            for conductor in shape.conductors
+            for machine in shape.machines
+        )
 
     async def _come_to_rest(self) -> None:
         """Until nothing has moved for a second, which is time enough for the last news of blocks.
@@ -296,9 +259,9 @@ class _Run:
         for hosted in self._cluster.workers.values():
             if hosted.main.done():
                 self._log.violation(f"{hosted.process.incarnation} ended: {_why(hosted.main)}")
-        conductor = self._cluster.conductor
-        if conductor is not None and conductor.main.done():
-            self._log.violation(f"the conductor ended: {_why(conductor.main)}")
+        for name, conductor in self._cluster.conductors.items():
+            if conductor.main.done():
+                self._log.violation(f"the conductor {name} ended: {_why(conductor.main)}")
 
     async def _shut_down(self) -> None:
         """As SIGTERM does, workers first."""
@@ -311,9 +274,11 @@ class _Run:
             _, late = await asyncio.wait(mains, timeout=SHUTDOWN_S)
             for task in late:
                 self._log.violation(f"{task.get_name()} did not end")
-        if cluster.conductor is not None:
-            cluster.conductor.main.cancel()
-            await asyncio.wait([cluster.conductor.main], timeout=SHUTDOWN_S)
+        conductors = [conductor.main for conductor in cluster.conductors.values()]
+        for main in conductors:
+            main.cancel()
+        if conductors:
+            await asyncio.wait(conductors, timeout=SHUTDOWN_S)
         await asyncio.sleep(1.0)
         for hosted in cluster.workers.values():
             if hosted.main.done() and (why := _why(hosted.main)):
