@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from baton.errors import ConfigError
 from sim.costs.capacity import dram_capacity_blocks, kv_capacity_blocks
@@ -113,6 +115,31 @@ def test_a_prompt_with_decodes_shares_weights_but_not_the_rest() -> None:
     both = ROOFLINE.seconds(prompt, decodes)
     alone = ROOFLINE.seconds(prompt, []), ROOFLINE.seconds([], decodes)
     assert max(alone) < both < sum(alone)
+
+
+PARTS = st.builds(Prefill, st.integers(1, 9000), st.integers(0, 100_000))
+STEPS = st.tuples(st.lists(PARTS, max_size=4), st.lists(st.integers(1, 100_000), max_size=64))
+Step = tuple[list[Prefill], list[int]]
+
+
+@settings(deadline=None)
+@given(STEPS, STEPS)
+def test_one_step_of_two_is_no_longer_than_both_and_no_shorter_than_either(
+    one: Step, two: Step
+) -> None:
+    together = ROOFLINE.seconds(one[0] + two[0], one[1] + two[1])
+    apart = ROOFLINE.seconds(*one), ROOFLINE.seconds(*two)
+    assert max(apart) <= together * (1 + 1e-9)
+    assert together <= sum(apart) * (1 + 1e-9)
+
+
+@settings(deadline=None)
+@given(PARTS, st.integers(64, 9000))
+def test_chunks_of_a_prompt_take_longer_than_the_whole(part: Prefill, size: int) -> None:
+    starts = range(0, part.new, size)
+    chunks = [Prefill(min(size, part.new - at), part.context + at) for at in starts]
+    whole = ROOFLINE.seconds([part], [])
+    assert sum(ROOFLINE.seconds([chunk], []) for chunk in chunks) >= whole * (1 - 1e-9)
 
 
 def test_tensor_parallel_groups_are_faster_but_not_by_their_size() -> None:
