@@ -119,8 +119,10 @@ def is_legitimate(story: Ending, incidents: Sequence[Incident]) -> bool:
     return bool(now) and _union(during, story) >= TROUBLE_S
 
 
-def _during(story: Ending, incidents: Iterable[Incident]) -> list[Incident]:
-    return [one for one in incidents if one.at <= story.ended and one.until + LAG_S >= story.began]
+def _during(story: Ending, incidents: Iterable[Incident], and_s: float = 0.0) -> list[Incident]:
+    """What was at work while it ran, and up to `and_s` after its end."""
+    end = story.ended + and_s
+    return [one for one in incidents if one.at <= end and one.until + LAG_S >= story.began]
 
 
 def _knows_nobody_until(kill: Incident, incidents: Iterable[Incident]) -> float:
@@ -145,7 +147,7 @@ def _union(incidents: Iterable[Incident], story: Ending) -> float:
 
 def check_released(cluster: Cluster, story: Story) -> list[str]:
     """RELEASE_S after a request has ended nobody works on it, unless some fault is to blame."""
-    if _during(story, cluster.network.incidents):
+    if _during(story, cluster.network.incidents, RELEASE_S):
         return []
     name = story.client.name
     return [
