@@ -192,6 +192,8 @@ def check_books(cluster: Cluster) -> list[str]:
             hosted.process.do(hosted.check_integrity)
         except BatonError as error:
             wrong.append(f"the books of {name} are wrong: {error.message}")
+    for disk in cluster.disks.values():
+        wrong += disk.check()
     for hosted_conductor in cluster.conductors.values():
         wrong += _check_map(cluster, hosted_conductor)
     return wrong

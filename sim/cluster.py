@@ -45,6 +45,7 @@ from kvstore.service import StoreService
 from kvstore.slot_table import HEADER_BYTES, SlotTable
 from kvstore.store import Store
 from prefill_worker.service import PrefillService
+from sim.disk import DiskPlan, ModelledDisk
 from sim.log import EventLog
 from sim.loop import Clock
 from sim.network import Network
@@ -102,10 +103,13 @@ class Cluster:
         self.workers: dict[str, Hosted] = {}
         self.conductors: dict[str, HostedConductor] = {}
         self.dead: list[Process] = []
+        self.disks: dict[str, ModelledDisk] = {}
         self._log = log
+        self._seed = seed
         self._rng = Random(seed ^ 0x1D)
         self._lives: dict[str, int] = {}
         self._areas: dict[str, _Areas] = {}
+        self._starting: set[str] = set()
         self._layout = modelled_layout(BLOCK_SIZE, shape.num_layers)
         self._roles = {machine.name: Role.PREFILL for machine in shape.prefill}
         self._roles |= {machine.name: Role.DECODE for machine in shape.decode}
@@ -133,7 +137,7 @@ class Cluster:
 
     async def start(self, name: str) -> None:
         """A new life of it."""
-        if self.process(name) is not None:
+        if self.process(name) is not None or name in self._starting:
             return
         number = self._lives[name] = self._lives.get(name, 0) + 1
         machine = self._machines.get(name) or self._conductors[name]
@@ -143,7 +147,9 @@ class Cluster:
         if name in self._conductors:
             self.conductors[name] = process.do(partial(self._start_conductor, process))
         else:
+            self._starting.add(name)  # a store with a disk takes its time
             self.workers[name] = await process.spawn(self._start_host(process, machine), "start")
+            self._starting.discard(name)
 
     def kill(self, name: str) -> None:
         """SIGKILL: nobody hears a word, and what the process held is gone."""
@@ -161,6 +167,8 @@ class Cluster:
             if name in self._areas:
                 self._areas[name].payload = bytes(hosted.memory.buffer)  # type: ignore[call-overload]
             hosted.memory.buffer[:] = 0xEE  # type: ignore[index]
+            if name in self.disks and self.disks[name].crash():
+                del self._areas[name]
         self.network.services.kill(name)
 
     # -- assembling ----------------------------------------------------------------------------
@@ -298,7 +306,13 @@ class Cluster:
         journal = Journal()
         policy = make_policy("lru")
         tier = MemoryTier(view, table, layout.block_bytes, policy, journal.of(Tier.CPU))
-        store = Store(tier, None, journal, threads=ModelledThreads(HASH_S))
+        disk = None
+        if self.shape.disk is not None:
+            slowness = partial(self.network.slowness, name)
+            disk = self._disk(name, self.shape.disk).make_tier(
+                layout, journal.of(Tier.NVME), slowness
+            )
+        store = Store(tier, disk, journal, threads=ModelledThreads(HASH_S))
         await store.open()
         options = BlocksOptions(
             lease_ttl_s=self.shape.lease_ttl_s,
@@ -312,6 +326,14 @@ class Cluster:
         self.network.services.add_worker(name, service.links)
         self.network.services.add_blocks(name, service.blocks)
         return service, _store_info(identity, layout, slots), store
+
+    def _disk(self, name: str, plan: DiskPlan) -> ModelledDisk:
+        if name not in self.disks:
+            rng = Random(self._seed ^ 0xD15C)
+            is_calm = lambda: self.network.calm  # noqa: E731
+            now = self.network.now
+            self.disks[name] = ModelledDisk(plan, name, rng, now, is_calm, self._log)
+        return self.disks[name]
 
 
 async def _conduct(service: Conductor, registry: Registry | None, process: Process) -> None:

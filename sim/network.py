@@ -54,6 +54,9 @@ class Network:
         self._untold: set[tuple[str, str]] = set()
         self._renewed: dict[tuple[str, AttemptId], float] = {}  # (publisher, attempt) -> when
 
+    def now(self) -> float:
+        return self._loop.now
+
     def knows_of_loss(self, sender: str, receiver: str) -> bool:
         """Whether `receiver` can have noticed that news from `sender` was lost: the next news
         show it."""

@@ -6,12 +6,13 @@ messages, which comes from a generator of the same seed (`network.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from random import Random
 
 from baton.kv.digest import Verify
 from baton.types.request import SamplingParams
+from sim.disk import DiskPlan, draw_disk
 from sim.runner import VOCAB, expected_answer
 from sim.steps import Pace
 
@@ -111,6 +112,7 @@ class Shape:
     lease_ttl_s: float
     registry: bool = False  # the conductors share one, and clients reconnect
     told: bool = True  # workers are told by flags where conductors are; else the registry does
+    disk: DiskPlan | None = None  # of the store
 
     @property
     def machines(self) -> tuple[Machine, ...]:
@@ -157,7 +159,8 @@ class Plan:
     faults: tuple[Fault, ...] = field(default=())
 
 
-def make_plan(seed: int) -> Plan:
+def make_plan(seed: int, disks: bool = True) -> Plan:
+    """Without `disks` a seed means what it meant before stores had some."""
     rng = Random(seed)
     shape = _shape(rng)
     clients = _clients(rng, shape)
@@ -165,7 +168,48 @@ def make_plan(seed: int) -> Plan:
     chosen = rng.sample(clients, min(2, len(clients)))
     probes = tuple(_probe(number, client) for number, client in enumerate(chosen))
     faults = tuple(sorted(_faults(rng, shape, clients), key=lambda fault: fault.at))
-    return Plan(seed, shape, _weather(rng, shape), clients, probes, faults)
+    plan = Plan(seed, shape, _weather(rng, shape), clients, probes, faults)
+    return _with_disk(plan, Random(seed ^ 0xD15C)) if shape.stores and disks else plan
+
+
+def _with_disk(plan: Plan, rng: Random) -> Plan:
+    """One store in four has an NVMe tier. It is killed once more than others; and pools are small,
+    prefill is slow, and earlier prompts come again when most workers have started anew, so that
+    blocks are read from it."""
+    if rng.random() >= 0.25:
+        return plan
+    disk, shape = draw_disk(rng), plan.shape
+    (store,) = shape.stores
+
+    def kill(name: str) -> Fault:
+        at = rng.uniform(ARRIVALS_S / 2, TROUBLE_S)
+        until = at + rng.choice((0.05, 0.3, 1.0))
+        return Fault(FaultKind.KILL, at, until, name, after_steps=rng.choice((0, 1, 3, 8, 40)))
+
+    def worker(machine: Machine) -> Machine:
+        pace = replace(machine.pace, token_s=rng.uniform(0.005, 0.02))
+        return replace(machine, num_blocks=rng.randint(18, 20), pace=pace)
+
+    again = (
+        replace(
+            rng.choice(plan.clients), name=f"again{n}", at=rng.uniform(ARRIVALS_S, 2 * TROUBLE_S)
+        )
+        for n in range(rng.randint(4, 10))
+    )
+    kills = [kill(one.name) for one in shape.machines if one is store or rng.random() < 0.7]
+    return replace(
+        plan,
+        shape=replace(
+            shape,
+            prefill=tuple(map(worker, shape.prefill)),
+            decode=tuple(map(worker, shape.decode)),
+            stores=(replace(store, num_blocks=disk.slots),),
+            prefix_caching=True,
+            disk=disk,
+        ),
+        clients=(*plan.clients, *again),
+        faults=tuple(sorted((*plan.faults, *kills), key=lambda fault: fault.at)),
+    )
 
 
 def _shape(rng: Random) -> Shape:

@@ -286,6 +286,9 @@ class _Run:
         for process in cluster.processes():
             for wrong in check_gone(process):
                 self._log.violation(wrong)
+        for disk in cluster.disks.values():
+            for wrong in disk.check_closed():
+                self._log.violation(wrong)
 
 
 def _kind(story: Story) -> str:
