@@ -6,24 +6,33 @@ notice within SEEDS runs; without the fault the same runs are clean (`test_seeds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
 import baton.kv.blocks.reads
 import baton.kv.handoff.reader
+import kvstore.segment_io
 from baton.engine.block_pool import BlockPool
 from baton.engine.loop import Engine
 from baton.kv.handoff.publisher import HandoffPublisher
 from conductor.answer_run import AnswerRun
 from conductor.dispatch import Serving
+from conductor.fleet import _Member
 from conductor.inbox import Abort
 from conductor.link import Link
 from conductor.prefix_map import PrefixMap
+from kvstore.disk_log import DiskLog
+from kvstore.disk_space import Segment
+from kvstore.segment_io import SegmentIo
+from sim.plan import make_plan
 from sim.run import run_seed
 
 SEEDS = 150
+DISK_SEEDS = 600  # of which one in eight has an NVMe tier
 Patch = pytest.MonkeyPatch
 
 
@@ -60,6 +69,11 @@ def stale_attempts_are_heard(patch: Patch) -> None:
         return run
 
     patch.setattr(Serving, "_run_of", run_of)
+
+
+def messages_of_a_stale_incarnation_are_obeyed(patch: Patch) -> None:
+    """Whoever has the name of a worker speaks for it, whatever became of it in between."""
+    patch.setattr(_Member, "is_life", lambda member, incarnation: member.dead_at is None)
 
 
 def cancels_are_lost(patch: Patch) -> None:
@@ -111,6 +125,29 @@ def tokens_are_passed_on_as_they_come(patch: Patch) -> None:
     patch.setattr(AnswerRun, "_in_order", lambda run, tokens: tokens)
 
 
+def records_are_believed_without_their_checksum(patch: Patch) -> None:
+    patch.setattr(kvstore.segment_io, "checksum", lambda payload: ANY)
+
+
+def a_torn_record_counts_as_present(patch: Patch) -> None:
+    """A write that failed when a part of it was done."""
+    write = SegmentIo.write
+
+    def write_at_least_a_part(io: SegmentIo, place: Any, batch: Sequence[Any]) -> None:
+        with suppress(OSError):
+            write(io, place, batch)
+
+    patch.setattr(SegmentIo, "write", write_at_least_a_part)
+
+
+def files_are_closed_under_their_readers(patch: Patch) -> None:
+    @contextmanager
+    def using(log: DiskLog, segment: Segment) -> Iterator[None]:
+        yield
+
+    patch.setattr(DiskLog, "using", using)
+
+
 PLANTED: tuple[Callable[[Patch], None], ...] = (
     release_before_the_digest_check,
     borrowed_blocks_are_not_checked,
@@ -123,6 +160,12 @@ PLANTED: tuple[Callable[[Patch], None], ...] = (
     gaps_between_events_are_ignored,
     quarantine_never_ends,
     tokens_are_passed_on_as_they_come,
+    messages_of_a_stale_incarnation_are_obeyed,
+)
+PLANTED_BELOW: tuple[Callable[[Patch], None], ...] = (  # in the NVMe tier
+    records_are_believed_without_their_checksum,
+    a_torn_record_counts_as_present,
+    files_are_closed_under_their_readers,
 )
 
 
@@ -130,5 +173,18 @@ PLANTED: tuple[Callable[[Patch], None], ...] = (
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 def test_a_planted_fault_is_found(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     plant(monkeypatch)
-    found = next((seed for seed in range(SEEDS) if run_seed(seed).violations), None)
-    assert found is not None, f"{SEEDS} runs did not show it"
+    assert shows(range(SEEDS)), f"{SEEDS} runs did not show it"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("plant", PLANTED_BELOW, ids=lambda plant: plant.__name__)
+def test_a_planted_fault_of_the_disk_is_found(
+    plant: Callable[[Patch], None], monkeypatch: Patch
+) -> None:
+    plant(monkeypatch)
+    seeds = [seed for seed in range(DISK_SEEDS) if make_plan(seed).shape.disk]
+    assert shows(seeds), f"{len(seeds)} runs did not show it"
+
+
+def shows(seeds: Iterable[int]) -> bool:
+    return any(run_seed(seed).violations for seed in seeds)
