@@ -30,7 +30,8 @@ async def find_segments(
     """The newest `room` segments that hold blocks of our layout, oldest first, opened.
 
     Deletes what is damaged, empty, of another version or beyond `room`; a file that cannot be read
-    stays. Raises LayoutMismatch, and deletes nothing, when another layout's blocks are there.
+    or deleted stays. Raises LayoutMismatch, and deletes nothing, when another layout's blocks are
+    there.
     """
     paths = [directory / segment_name(number) for number in numbers]
     scans = [threads.run(io.scan, path) for path in paths]
@@ -56,7 +57,10 @@ async def find_segments(
     for number, path, scan in opened:
         if number not in kept_numbers:
             io.files.close(scan.fd)
-            await threads.run(io.files.unlink, path)
+            try:
+                await threads.run(io.files.unlink, path)
+            except OSError as error:
+                log.warning("%s cannot be deleted and is left alone: %s", path.name, error)
     return [OldSegment(n, path, scan.fd, scan.keys) for n, path, scan in kept]
 
 

@@ -235,6 +235,22 @@ async def test_a_disk_that_cannot_be_opened_leaves_the_tier_off(tmp_path: Path) 
 
 
 @virtual_time
+async def test_a_file_that_cannot_be_deleted_does_not_keep_the_tier_from_opening(
+    tmp_path: Path,
+) -> None:
+    """Found by the fault harness, seed 1090: files that had been opened stayed so, too."""
+    options = disk_options(tmp_path, records=2)
+    async with opened(make_disk(options)) as disk:
+        await write_blocks(disk, chain_of(1, 4))
+    files_in(tmp_path)[0].write_bytes(bytes(ALIGN))
+    files = FaultyFiles(fail={"unlink": BROKEN})
+    async with opened(make_disk(options, files)) as disk:
+        assert disk.state is DiskState.ON
+        assert await read_block(disk, key_of(4)) == payload_of(key_of(4))
+        assert await write_blocks(disk, chain_of(5, 2)) == [True, True]
+
+
+@virtual_time
 async def test_an_unforeseen_failure_turns_the_tier_off(tmp_path: Path) -> None:
     disk = make_disk(disk_options(tmp_path))
     async with opened(disk):
