@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +215,37 @@ async def test_unknown_names_and_devices(name: str) -> None:
         other = make_transport("shm", "worker")
         with pytest.raises(ConfigError, match="cuda"):
             other.allocate(4096, "cuda:0")
+
+
+def sizes(*parts: object) -> dict[str, int]:
+    """Of all collections that these objects own."""
+    kinds = (dict, set, list, deque)
+    return {n: len(v) for part in parts for n, v in vars(part).items() if isinstance(v, kinds)}
+
+
+async def test_peers_that_die_and_come_again_leave_nothing(name: str) -> None:
+    """Each life has another name, so whatever is kept by peer would pile up."""
+    fabric = LoopbackFabric()
+    reader = make_transport(name, "reader", fabric=fabric)
+    await reader.start()
+    view(reader.allocate(POOL))
+    found = []
+    for life in range(4):
+        source, key = make_transport(name, f"source-{life}", fabric=fabric), f"source/{life}"
+        await source.start()
+        view(source.allocate(POOL))
+        await source.connect("reader/1", reader.endpoint())
+        with source.serving("reader/1"):
+            await reader.connect(key, source.endpoint())
+            async with asyncio.timeout(20):
+                await reader.read(key, [Copy(0, 0, 8192), Copy(16384, 8192, 4096)]).wait()
+        if life % 2:  # it dies while something is read
+            late = reader.read(key, [Copy(0, 0, POOL)])
+        await source.close()
+        await reader.disconnect(key)
+        if life % 2:
+            async with asyncio.timeout(20):
+                await late.abort()
+        found.append(sizes(reader, getattr(reader, "_thread", reader)))
+    await reader.close()
+    assert found == [found[0]] * 4
