@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from baton.errors import RegistryUnavailable
 from baton.types.figures import TierFigures
 from baton.types.fleet import Role, WorkerLoad
 from conductor.elastic import Elastic
+from conductor.fit import Refusal
 from conductor.service import Conductor
 from conductor.views import WorkerView
 
@@ -26,11 +28,13 @@ class ConductorIdentity:
 
 
 def describe_cluster(conductor: Conductor, identity: ConductorIdentity) -> dict[str, Any]:
+    now = asyncio.get_running_loop().time()
     workers = sorted(conductor.fleet.view().workers, key=lambda worker: worker.info.name)
     return {
         "conductors": [_conductor_body(conductor, identity)],
         "workers": [_member_body(view) for view in workers if view.info.role is not Role.STORE],
         "stores": [_member_body(view) for view in workers if view.info.role is Role.STORE],
+        "refused": [_refusal_body(refusal) for refusal in conductor.fleet.refusals.recent(now)],
     }
 
 
@@ -89,6 +93,19 @@ def _planner_body(elastic: Elastic | None) -> dict[str, Any]:
             "decode_demand": round(decode, 3),
             "last": f"{last.worker} to {last.move.role}: {last.move.reason}" if last else "",
         }
+    }
+
+
+def _refusal_body(refusal: Refusal) -> dict[str, Any]:
+    """A process that wanted to join and does not fit."""
+    info = refusal.info
+    return {
+        "name": info.name,
+        "role": info.role.value,
+        "pid": info.pid,
+        "address": info.address,
+        "version": info.version,
+        "reason": refusal.reason,
     }
 
 

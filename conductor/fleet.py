@@ -25,7 +25,7 @@ from baton.types.link import Cancel, ConductorMessage, SetRole, StepReport, Work
 from baton.types.request import AttemptId, Finish
 from conductor.backlog import EMPTY
 from conductor.cost_fit import CostModel
-from conductor.fit import check_fit
+from conductor.fit import Refusals, check_fit
 from conductor.kv_feed import KvFeed
 from conductor.link import Assignment, Link
 from conductor.prefix_map import PrefixMap
@@ -93,6 +93,7 @@ class Fleet:
         self.prompts_s = 0.0  # of work that prefill workers were sent, as predicted; only grows
         self._costs = CostModel()
         self._kv = KvFeed(PrefixMap(map_blocks))
+        self.refusals = Refusals()
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -116,7 +117,12 @@ class Fleet:
         if self._tasks is None:
             raise PeerGone("the conductor is not running: register again")
         live = [member.info for member in self._members.values() if member.dead_at is None]
-        check_fit(info, live, self._fingerprint)
+        try:
+            check_fit(info, live, self._fingerprint)
+        except BatonError as error:
+            self.refusals.note(info, error.message, _now())
+            raise
+        self.refusals.forget(info.name)
         old = self._members.get(info.name)
         if old is not None and old.is_life(info.incarnation):
             old.seen_at = _now()

@@ -102,6 +102,7 @@ REPLIES: dict[str, Json] = {
         conductors=_list(_MEMBER),
         workers=_list(_MEMBER),
         stores=_list(_MEMBER),
+        refused=_list(_open(name=_TEXT, role=_TEXT, address=_TEXT, reason=_TEXT)),
     ),
     "Model": _MODEL,
     "Models": _object(object={"const": "list"}, data=_list(_MODEL)),

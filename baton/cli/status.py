@@ -32,7 +32,7 @@ def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     else:
         console = Console()
         console.print(fleet_table(cluster))
-        for line in store_lines(cluster):
+        for line in (*store_lines(cluster), *refused_lines(cluster)):
             console.print(line, soft_wrap=True)
 
 
@@ -83,6 +83,14 @@ def store_lines(cluster: Mapping[str, Any]) -> list[Text]:
                 line.append(f"; {figures['pinned']} blocks pinned")
             lines.append(line)
     return lines
+
+
+def refused_lines(cluster: Mapping[str, Any]) -> list[Text]:
+    """Processes that wanted to join of late, and why they may not."""
+    return [
+        Text(f"refused: {each['reason']} ({each['address']}, pid {each['pid']})", style="red")
+        for each in cluster.get("refused") or ()
+    ]
 
 
 def _tier_line(store: str, tier: Mapping[str, Any]) -> Text:

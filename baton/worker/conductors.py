@@ -134,9 +134,10 @@ class ConductorSet:
                 await conductor.membership.run()
             except REFUSALS as error:
                 conductor.refusal = error
-                if all(each.refusal is not None for each in self._known.values()):
-                    raise
                 log.error("the conductor at %s refuses us: %s", conductor.address, error.message)
+                if all(each.refusal is not None for each in self._known.values()):
+                    log.error("no conductor that is known accepts this process: it ends")
+                    raise
                 await asyncio.sleep(REFUSED_RETRY_S)
 
     def _on_change(self) -> None:
