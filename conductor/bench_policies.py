@@ -9,6 +9,7 @@ from baton.bench.ideal import InfiniteCache
 from baton.bench.sessions import Session, Shape, make_sessions
 from conductor.bench_cluster import BLOCK, COST, ModelledCluster, Result
 from conductor.bench_figures import Figure, Plan
+from conductor.estimate import Fetch
 from conductor.policies import RoutePolicy
 from conductor.router import RouteOptions
 
@@ -18,12 +19,12 @@ SESSIONS_PER_PAIR = 8
 BUSY = (0.3, 0.5)  # of the time, that prefill workers compute if nothing is computed twice
 SHAPE = Shape(512, 16, 8000, shared_prefix=4096, spread=0.5, groups=4, turns=8)
 COMPARED = {
-    "random+local": RouteOptions(RoutePolicy.RANDOM, 0, fetch=False),
-    "least-loaded+local": RouteOptions(RoutePolicy.LEAST_LOADED, 0, fetch=False),
+    "random+local": RouteOptions(RoutePolicy.RANDOM, 0, fetch=Fetch.NOBODY),
+    "least-loaded+local": RouteOptions(RoutePolicy.LEAST_LOADED, 0, fetch=Fetch.NOBODY),
     "random": RouteOptions(RoutePolicy.RANDOM, 0),
     "least-loaded": RouteOptions(RoutePolicy.LEAST_LOADED, 0),
     "consistent-hash": RouteOptions(RoutePolicy.CONSISTENT_HASH, 0),
-    "cache-aware+local": RouteOptions(RoutePolicy.CACHE_AWARE, 0, fetch=False),
+    "cache-aware+local": RouteOptions(RoutePolicy.CACHE_AWARE, 0, fetch=Fetch.NOBODY),
     "cache-aware": RouteOptions(RoutePolicy.CACHE_AWARE, 0),
 }
 

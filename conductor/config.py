@@ -8,6 +8,7 @@ from baton.config import option
 from baton.errors import ConfigError
 from baton.telemetry import LEVELS
 from conductor.admission import Slos
+from conductor.estimate import Fetch
 from conductor.fleet import MAP_BLOCKS
 from conductor.planner import PlannerOptions
 from conductor.policies import RoutePolicy
@@ -94,7 +95,8 @@ class ConductorConfig:
     def routing(self) -> RouteOptions:
         local = self.local_prefill_tokens
         tokens = None if local == AUTO else int(local)
-        return RouteOptions(RoutePolicy(self.policy), tokens, self.kv_fetch)
+        fetch = Fetch.CLUSTER if self.kv_fetch else Fetch.NOBODY
+        return RouteOptions(RoutePolicy(self.policy), tokens, fetch)
 
     @property
     def planner(self) -> PlannerOptions | None:

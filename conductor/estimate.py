@@ -9,7 +9,8 @@ the prefix, each stretch from the fastest source that has it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -24,6 +25,14 @@ from conductor.views import FleetView, WorkerView
 BALANCING_THRESHOLD = 1.1
 NOTHING: Mapping[str, int] = MappingProxyType({})
 MAX_SOURCES = 8  # holders of the longest matches that a plan may use
+
+
+class Fetch(StrEnum):
+    """From whom a worker may fetch what it lacks of a prefix."""
+
+    NOBODY = "nobody"
+    NODE = "node"  # its node's store, and workers on its node
+    CLUSTER = "cluster"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +88,26 @@ class Prefix:
 
     The last `expected` blocks of `own` are in prompts that the worker has yet to compute, before
     this one; nobody can fetch these. Counts are in blocks; the prompt's last token is never among
-    them, because somebody has to compute what follows it.
+    them, because somebody has to compute what follows it. With `near_only`, a worker may use the
+    sources on its own node.
     """
 
     prompt_tokens: int
     own: dict[str, int]
     sources: tuple[Source, ...] = ()
     expected: Mapping[str, int] = field(default_factory=lambda: NOTHING)
+    near_only: bool = False
 
     def holders(self) -> Sequence[str]:
         """Workers with the longest match first."""
         return sorted(self.own, key=lambda name: (-self.own[name], name))
 
-    def without_sources(self) -> Prefix:
-        """The same, where nobody may fetch."""
-        return Prefix(self.prompt_tokens, self.own, expected=self.expected)
+    def limited(self, fetch: Fetch) -> Prefix:
+        """The same, where that is allowed."""
+        if fetch is Fetch.CLUSTER:
+            return self
+        sources = self.sources if fetch is Fetch.NODE else ()
+        return replace(self, sources=sources, near_only=True)
 
 
 def find_prefix(
@@ -142,7 +156,7 @@ def estimate(
     cost = worker.cost.prefill
     prompt = prefix.prompt_tokens
     alone_s = best_s = cost.seconds(prompt - own * size, own * size)
-    stretches = _stretches(worker, own, prefix.sources, transfers) if prefix.sources else []
+    stretches = _stretches(worker, own, prefix, transfers) if prefix.sources else []
     used, best_fetch_s, fetch_s = 0, 0.0, 0.0
     for number, stretch in enumerate(stretches, start=1):
         num_bytes = (stretch.end - stretch.first) * worker.info.layout.block_bytes
@@ -165,14 +179,16 @@ def estimate(
 
 
 def _stretches(
-    worker: WorkerView, own: int, sources: Sequence[Source], transfers: TransferCosts
+    worker: WorkerView, own: int, prefix: Prefix, transfers: TransferCosts
 ) -> list[_Stretch]:
     """The prefix after the worker's own blocks, cut so that the fastest sources give what they
     can."""
     offers = [
         (transfers.fetch(source.tier, near(worker, source.holder)), source)
-        for source in sources
-        if source.blocks > own and source.holder.info.name != worker.info.name
+        for source in prefix.sources
+        if source.blocks > own
+        and source.holder.info.name != worker.info.name
+        and (not prefix.near_only or near(worker, source.holder))
     ]
     # Ties go to the longest, then to the less busy holder: reading slows it down a little.
     offers.sort(key=lambda offer: (offer[0].byte_s, -offer[1].blocks, offer[1].holder.sequences))

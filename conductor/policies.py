@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import xxhash
 
+from baton.types.fleet import Role
 from baton.types.link import FetchPart
-from conductor.estimate import Candidate, Prefix, estimate
+from conductor.estimate import Candidate, Prefix, Source, estimate
 from conductor.views import FleetView, WorkerView
 
 OWNERS = 2  # of a prefix group: a hot one has two workers before it spreads by load
@@ -152,8 +153,20 @@ def _consider(workers: Workers, question: Question) -> dict[str, tuple[WorkerVie
         holders = [name for name in question.prefix.holders() if name in by_name]
         for name in holders[:MAX_HOLDERS]:
             considered.setdefault(name, (by_name[name], "holder"))
+        for worker in _beside_stores(workers, question.prefix.sources):
+            considered.setdefault(worker.info.name, (worker, "store"))
     considered.setdefault(least.info.name, (least, "least-loaded"))
     return considered
+
+
+def _beside_stores(workers: Workers, sources: Sequence[Source]) -> Workers:
+    """Those on a node whose store has the prefix: for them it is a copy inside of the node."""
+    nodes = {
+        source.holder.info.node
+        for source in sources[:MAX_HOLDERS]
+        if source.holder.info.role is Role.STORE and source.holder.info.node
+    }
+    return [worker for worker in workers if worker.info.node in nodes] if nodes else ()
 
 
 def _owners(by_name: Mapping[str, WorkerView], question: Question) -> list[WorkerView]:

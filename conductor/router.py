@@ -13,7 +13,7 @@ from baton.errors import NoWorker
 from baton.hashing import KEY_BYTES
 from baton.types.fleet import Role
 from baton.types.link import FetchPart
-from conductor.estimate import NOTHING, Candidate, estimate, find_prefix
+from conductor.estimate import NOTHING, Candidate, Fetch, estimate, find_prefix
 from conductor.policies import (
     Choice,
     Question,
@@ -32,12 +32,12 @@ LOCAL_TOKENS = 512  # most that a decode worker prefills itself when the costs d
 @dataclass(frozen=True, slots=True)
 class RouteOptions:
     """`local_tokens`: most tokens of a prompt, cached ones aside, that go to the decode worker
-    although there are prefill workers. 0 = none; None = where the costs say so. Without `fetch`,
-    workers use what they hold themselves, as schedulers that know no prefix map do."""
+    although there are prefill workers. 0 = none; None = where the costs say so. Where nobody may
+    `fetch`, workers use what they hold themselves, as schedulers that know no prefix map do."""
 
     policy: RoutePolicy = RoutePolicy.CACHE_AWARE
     local_tokens: int | None = None
-    fetch: bool = True
+    fetch: Fetch = Fetch.CLUSTER
 
 
 DEFAULTS = RouteOptions()
@@ -144,9 +144,8 @@ def route(
     decoders = _fitting(fleet.live(Role.DECODE), total, request.avoid)
     if not decoders:
         raise NoWorker(_why_none(fleet))
-    prefix = find_prefix(prompt_tokens, request.matches, fleet, request.avoid, request.computing)
-    if not options.fetch:
-        prefix = prefix.without_sources()
+    known = find_prefix(prompt_tokens, request.matches, fleet, request.avoid, request.computing)
+    prefix = known.limited(options.fetch)
     question = Question(
         request.key, request.number, request.group, request.priority, prefix, fleet, now
     )

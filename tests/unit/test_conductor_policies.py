@@ -19,6 +19,7 @@ from conductor.cost_model import (
     TransferCosts,
     WorkerCost,
 )
+from conductor.estimate import Fetch
 from conductor.policies import RoutePolicy
 from conductor.prefix_map import Match
 from conductor.ring import Ring
@@ -91,7 +92,7 @@ def ask(
     costs: TransferCosts | None = None,
     group: bytes = b"",
     ring: bool = True,
-    fetch: bool = True,
+    fetch: Fetch = Fetch.CLUSTER,
     **request: object,
 ) -> Decision:
     """Route a prompt of `blocks` full blocks and a tail, of which `held` says who has how much."""
@@ -373,16 +374,31 @@ def test_without_fetching_a_worker_computes_what_it_lacks(policy: RoutePolicy) -
     busy = prefill("p0", 50.0, state=WorkerState.DRAINING)
     workers = (busy, prefill("p1"), store("s0"), decode())
     assert ask(*workers, held=held, policy=policy).fetch_plan
-    decision = ask(*workers, held=held, policy=policy, fetch=False)
+    decision = ask(*workers, held=held, policy=policy, fetch=Fetch.NOBODY)
     assert decision.fetch_plan == ()
     assert decision.chosen.prefill_s == MEASURED.prefill.seconds(10 * BLOCK_SIZE + 8)
 
 
 def test_without_fetching_the_holder_is_worth_waiting_for() -> None:
     workers = (prefill("p0", 2 * BLOCK_S), prefill("p1"), decode())
-    decision = ask(*workers, held={"p0": 8}, fetch=False)
+    decision = ask(*workers, held={"p0": 8}, fetch=Fetch.NOBODY)
     assert chosen(decision) == "p0"
     assert decision.chosen.cached_tokens == 8 * BLOCK_SIZE
+
+
+def test_within_the_node_only_the_store_beside_a_worker_helps_it() -> None:
+    workers = (
+        prefill("p0", 2 * BLOCK_S, node="a"),
+        prefill("p1", node="b"),
+        store("store-a", node="a"),
+        decode(),
+    )
+    tiers = {"store-a": Tier.CPU}
+    everywhere = ask(*workers, held={"store-a": 8}, tiers=tiers)
+    assert (chosen(everywhere), len(everywhere.fetch_plan)) == ("p1", 1)
+    node = ask(*workers, held={"store-a": 8}, tiers=tiers, fetch=Fetch.NODE)
+    assert (chosen(node), fetched(node)) == ("p0", [("store-a", 0, 8, Tier.CPU)])
+    assert node.reason == "fetch"
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=5), st.integers(0, 99))

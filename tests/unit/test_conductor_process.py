@@ -20,6 +20,7 @@ from baton.config import parse_config
 from baton.errors import ConfigError
 from conductor.admission import Slos
 from conductor.config import ConductorConfig
+from conductor.estimate import Fetch
 from conductor.policies import RoutePolicy
 from conductor.router import RouteOptions
 from conductor.server import listen
@@ -157,7 +158,7 @@ def test_routing_options() -> None:
     flags = ["--policy", "random", "--local-prefill-tokens", "0", "--slo-ttft-ms", "250"]
     flags.append("--no-kv-fetch")
     config = parse_config(ConductorConfig, flags, {"BATON_SLO_TPOT_MS": "40"}, "conductor")
-    assert config.routing == RouteOptions(RoutePolicy.RANDOM, 0, fetch=False)
+    assert config.routing == RouteOptions(RoutePolicy.RANDOM, 0, Fetch.NOBODY)
     assert config.slos == Slos(0.25, 0.04)
 
 
