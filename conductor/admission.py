@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 
 from baton.errors import InvalidRequest, NoWorker, Overloaded
 from conductor.request import Request
@@ -24,12 +25,22 @@ LONGEST_RETRY_S = 60.0
 _MEMORY = 0.9  # of the mean duration, per request
 
 
+class TpotBy(StrEnum):
+    """Which sequences count against the SLO of TPOT. A prompt that waits will decode only later:
+    by then some of those that decode now have ended, and others have come before it."""
+
+    ASSIGNED = "assigned"  # all that the worker was given, whether they decode yet or not
+    NOW = "now"  # those that decode now
+    PREDICTED = "predicted"  # those that will decode when the prompt has been computed
+
+
 @dataclass(frozen=True, slots=True)
 class Slos:
     """None = no promise. Seconds."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    tpot_by: TpotBy = TpotBy.ASSIGNED
 
 
 class Admission:
@@ -49,6 +60,7 @@ class Admission:
         self._on_reject = on_reject
         self._answers = 0
         self._mean_s = SHORTEST_RETRY_S  # of a request, from its place to its end
+        self._mean_decode_s = SHORTEST_RETRY_S  # from its first token to its end
         self._ids: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -99,6 +111,10 @@ class Admission:
             if not self._answers:
                 self._idle.set()
 
+    def note_decode(self, seconds: float) -> None:
+        """A request took that from its first token to its end."""
+        self._mean_decode_s += (1 - _MEMORY) * (seconds - self._mean_decode_s)
+
     def judge(self, decision: Decision) -> None:
         """Raises Overloaded when the decision is predicted to miss an SLO because of the load.
 
@@ -117,18 +133,32 @@ class Admission:
                 f"{decision.chosen.worker})",
                 min(decision.ttft_s - ttft, decision.queue_s),
             )
-        busy = decision.decode.sequences
-        if tpot is not None and decision.tpot_s > tpot and busy:
+        busy = self._sequences(decision)
+        tpot_s = decision.decode.cost.decode.seconds(busy + 1)
+        if tpot is not None and tpot_s > tpot and busy:
             raise self._reject(
                 "tpot",
-                f"the predicted time per output token, {_ms(decision.tpot_s)} with {busy + 1} "
+                f"the predicted time per output token, {_ms(tpot_s)} with {busy + 1} "
                 f"sequences on {decision.decode.info.name}, is over the SLO of {_ms(tpot)}",
-                self._until_fewer(decision.decode, tpot),
+                self._until_fewer(decision.decode, busy, tpot),
             )
 
-    def _until_fewer(self, worker: WorkerView, tpot_s: float) -> float:
+    def _sequences(self, decision: Decision) -> int:
+        """Those that the request would decode with. That of ages nothing is known, and they are
+        taken as even (Mooncake, FAST'25, section 7.4, takes lengths so)."""
+        worker = decision.decode
+        if self._slos.tpot_by is TpotBy.ASSIGNED:
+            return worker.sequences
+        foreign = worker.sequences - worker.own_attempts  # of other conductors
+        decoding = worker.own_decoding + foreign
+        if self._slos.tpot_by is TpotBy.NOW:
+            return decoding
+        staying = max(0.0, 1 - decision.ttft_s / max(self._mean_decode_s, 1e-9))
+        return round(decoding * staying) + worker.own_attempts - worker.own_decoding
+
+    def _until_fewer(self, worker: WorkerView, busy: int, tpot_s: float) -> float:
         """Seconds until enough sequences should have ended that another one keeps the SLO."""
-        cost, busy = worker.cost.decode, worker.sequences
+        cost = worker.cost.decode
         excess = (cost.seconds(busy + 1) - tpot_s) / max(cost.sequence_s, 1e-9)
         return min(max(excess, 1.0), busy) / busy * self._mean_s
 

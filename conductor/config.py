@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from baton.config import option
 from baton.errors import ConfigError
 from baton.telemetry import LEVELS
-from conductor.admission import Slos
+from conductor.admission import Slos, TpotBy
 from conductor.estimate import Fetch
 from conductor.fleet import MAP_BLOCKS
 from conductor.planner import PlannerOptions
@@ -51,6 +51,12 @@ class ConductorConfig:
     )
     slo_tpot_ms: float = option(
         0.0, "turn requests away that would miss this time per output token; 0 = off"
+    )
+    slo_tpot_by: str = option(
+        TpotBy.ASSIGNED.value,
+        "which sequences of a worker count for that: all it was given, those that decode now, or "
+        "those predicted to decode when the prompt is computed",
+        choices=tuple(which.value for which in TpotBy),
     )
     elastic: bool = option(
         False, "move workers that can do both between prefill and decode, as the load wants"
@@ -105,4 +111,4 @@ class ConductorConfig:
     @property
     def slos(self) -> Slos:
         ttft, tpot = self.slo_ttft_ms / 1e3, self.slo_tpot_ms / 1e3
-        return Slos(ttft or None, tpot or None)
+        return Slos(ttft or None, tpot or None, TpotBy(self.slo_tpot_by))

@@ -151,7 +151,10 @@ class Serving:
             if not self._handed_over:
                 self._note_places(LINGER_S)
             self._attempts.cancel_all("the request has ended")
-            self._stopwatch.end(asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            self._stopwatch.end(now)
+            if self._stopwatch.first_at is not None:
+                self._parts.admission.note_decode(now - self._stopwatch.first_at)
 
     @property
     def _all_told(self) -> bool:

@@ -183,6 +183,7 @@ class Fleet:
             state=self._state(member, now),
             load=member.load,
             own_attempts=link.attempts if link else 0,
+            own_decoding=link.decoding if link else 0,
             backlog=link.backlog() if link else EMPTY,
             cost=member.meter.cost(),
             seen_at=now,

@@ -95,6 +95,7 @@ class Link:
         self._assignments: dict[AttemptId, Assignment] = {}
         self._farewell = "the conductor closed the link"
         self.attempts = 0  # neither finished nor cancelled
+        self.decoding = 0  # of these: it decodes them, and has sent tokens
         self._prompts = PromptQueue()  # of those; until the first token
         self.ended = False  # nothing may be started any more
         self.orphans: tuple[AttemptId, ...] = ()  # at its end: those that may still be decoded
@@ -107,7 +108,7 @@ class Link:
         if self.ended:
             raise WorkerLost(f"worker {self._worker} has just gone: try again")
         if attempt in self._assignments and self._assignments[attempt].cancelled_at is None:
-            self._uncount(attempt)  # adopted by ourselves
+            self._uncount(attempt, self._assignments[attempt])  # adopted by ourselves
         self._assignments[attempt] = assignment
         self.attempts += 1
         if assignment.prompt_tokens:
@@ -127,7 +128,7 @@ class Link:
         if held is not None and held.cancelled_at is None:
             held.cancelled_in = self._stage(attempt, held)
             held.cancelled_at = self._loop.time()
-            self._uncount(attempt)
+            self._uncount(attempt, held)
             self._outbox.put_nowait(Cancel(attempt, reason))
 
     def post(self, message: ConductorMessage) -> None:
@@ -161,8 +162,9 @@ class Link:
     def backlog(self) -> Backlog:
         return self._prompts.snapshot(self._loop.time())
 
-    def _uncount(self, attempt: AttemptId) -> None:
+    def _uncount(self, attempt: AttemptId, held: Assignment) -> None:
         self.attempts -= 1
+        self.decoding -= held.answered and held.duty is Role.DECODE
         self._prompts.done(attempt, self._loop.time())
         self._watcher.on_change()
 
@@ -179,7 +181,7 @@ class Link:
         assignments, self._assignments = self._assignments, {}
         stages = [self._stage(attempt, held) for attempt, held in assignments.items()]
         self.orphans = tuple(a for a, held in assignments.items() if held.duty is Role.DECODE)
-        self.attempts = 0
+        self.attempts = self.decoding = 0
         self._prompts.clear()
         self._watcher.on_change()
         for (attempt, held), stage in zip(assignments.items(), stages, strict=True):
@@ -203,15 +205,16 @@ class Link:
         held = self._assignments.get(output.attempt)
         if held is None:
             return  # finished or forgotten: a stale message
+        if output.tokens and not held.answered:
+            held.answered = True
+            self.decoding += held.duty is Role.DECODE and held.cancelled_at is None
         if output.finish is not None:
             del self._assignments[output.attempt]
             if held.cancelled_at is None:
-                self._uncount(output.attempt)
+                self._uncount(output.attempt, held)
                 self._watcher.on_finish(held, output.finish)
         elif self._prompts.tokens and held.prompt_tokens and output.tokens:
             self._prompts.done(output.attempt, self._loop.time())
-        if output.tokens:
-            held.answered = True
         held.listener.on_output(held.duty, self._worker, output)
 
     async def _write(self) -> None:

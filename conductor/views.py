@@ -23,13 +23,15 @@ class WorkerView:
     """One worker (or store) at one moment.
 
     `own_attempts` and `backlog` count what this conductor has sent and not seen end; `backlog` only
-    the prompts that have no first token yet. `seen_at` is the loop time of this view.
+    the prompts that have no first token yet, `own_decoding` only what the worker decodes and has
+    sent tokens of. `seen_at` is the loop time of this view.
     """
 
     info: WorkerInfo
     state: WorkerState
     load: WorkerLoad
     own_attempts: int = 0
+    own_decoding: int = field(default=0, kw_only=True)
     backlog: Backlog = EMPTY
     cost: WorkerCost = UNKNOWN_WORKER
     seen_at: float = 0.0

@@ -8,7 +8,7 @@ import pytest
 
 from baton.errors import Overloaded
 from baton.types.fleet import Role, WorkerLoad, WorkerState
-from conductor.admission import Admission, Slos
+from conductor.admission import Admission, Slos, TpotBy
 from conductor.backlog import Backlog
 from conductor.cost_model import DecodeCost, PrefillCost, WorkerCost
 from conductor.router import Decision, RouteOptions, RouteRequest, route
@@ -131,3 +131,30 @@ async def test_without_slos_predictions_turn_nobody_away() -> None:
         for _ in range(10):
             await ask(cluster.conductor)
         await asyncio.gather(*(ask(cluster.conductor) for _ in range(20)))
+
+
+@pytest.mark.parametrize(
+    ("by", "told"),
+    [(TpotBy.ASSIGNED, "31 sequences"), (TpotBy.NOW, "25 sequences"), (TpotBy.PREDICTED, None)],
+)
+async def test_which_sequences_count_against_the_tpot(by: TpotBy, told: str | None) -> None:
+    """24 decode, each for ten seconds, and 6 wait for their prompts; in five seconds, half of the
+    24 have ended: 12 + 6 others keep the SLO."""
+    admission = Admission(9, Slos(tpot_s=0.04, tpot_by=by))
+    for _ in range(200):
+        admission.note_decode(10.0)
+    backlog = Backlog(1, 4.9, ((0, 4.9),))
+    decode = WorkerView(
+        worker_info("d0", Role.DECODE), WorkerState.LIVE, WorkerLoad(), 30, cost=MEASURED,
+        own_decoding=24,
+    )  # fmt: skip
+    prefill = WorkerView(
+        worker_info("p0", Role.PREFILL), WorkerState.LIVE, WorkerLoad(), 6, backlog, MEASURED
+    )
+    asked = RouteRequest("r", tuple(range(100)), 10)
+    decision = route(asked, FleetView((prefill, decode)), 0.0, RouteOptions(local_tokens=0))
+    if told is None:
+        admission.judge(decision)
+    else:
+        with pytest.raises(Overloaded, match=told):
+            admission.judge(decision)
