@@ -113,7 +113,9 @@ class StoreService:
         shared: SharedTransport,
         memory: PoolMemory,
         options: BlocksOptions,
+        tell_s: float = TELL_S,
     ) -> None:
+        self._tell_s = tell_s
         self._store = store
         self._memory_tier = memory_tier
         self._source = StoreSource(store)
@@ -130,7 +132,7 @@ class StoreService:
         while not self._closed.is_set():
             self.links.load_changed()
             try:
-                async with asyncio.timeout(TELL_S):
+                async with asyncio.timeout(self._tell_s):
                     await self._closed.wait()
             except TimeoutError:
                 continue

@@ -72,8 +72,10 @@ class ConductorSet:
         async with asyncio.TaskGroup() as group:
             for address in sorted(self._told):
                 self._meet(group, address)
+            if self._registry is None:
+                return  # when the group's tasks have ended: nobody comes or goes
             while True:
-                if self._registry is not None and not self._leaving:
+                if not self._leaving:
                     await self._look(group, self._registry)
                 await asyncio.sleep(LOOK_S)
 
