@@ -37,7 +37,7 @@ _HELP = {
     "kv_blocks": "of 512 tokens in a worker's pool; 0: what the node has room for",
     "store_blocks": "of 512 tokens in each node's CPU tier; 0: no CPU tier",
     "eviction": "of the CPU tier",
-    "admission": "early rejection: off, by load now, or by predicted load",
+    "admission": "early rejection by what a worker was given, what decodes now, or is predicted to",
     "local_tokens": "most that a decode worker prefills itself; -1: where costs say so",
     "chunk_tokens": "prompt tokens of a step of a prefill worker",
     "mixed_tokens": "prompt tokens of a step that decodes, too",

@@ -7,6 +7,7 @@ production is counted in units here; bytes, seconds and blocks are real.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +23,13 @@ from baton.kv.identity import Identity, life
 from baton.kv.transport.shared import SharedTransport
 from baton.rpc.memory import MemoryNetwork
 from baton.tokenizer import Tokenizer, TokenizerConfig
-from baton.types.fleet import Role, WorkerState
+from baton.types.fleet import Role, WorkerInfo, WorkerState
 from baton.worker.conductors import ConductorSet
 from baton.worker.lifecycle import StopSignals
 from baton.worker.parts import WorkerParts
-from baton.worker.serving import live
-from conductor.admission import Slos
+from baton.worker.serving import Service, live
+from conductor.admission import Slos, TpotBy
+from conductor.estimate import Fetch
 from conductor.policies import RoutePolicy
 from conductor.retries import RetryOptions
 from conductor.router import RouteOptions
@@ -38,6 +40,7 @@ from sim.fleet.device import ModelledDevice
 from sim.fleet.hardware import Hardware
 from sim.fleet.prompts import VOCABULARY
 from sim.fleet.spec import Admission, Cache, FleetSpec
+from sim.fleet.store import make_store, store_info
 from sim.fleet.transport import Fabric, ModelledTransport, Place
 from sim.steps import ModelledSteps
 
@@ -47,16 +50,23 @@ START_S = 10.0
 POLL_S = 0.01
 LEASE_TTL_S = 60.0  # of everything: nobody dies here, so nobody has to notice it soon
 
+_TPOT_BY = {
+    Admission.ASSIGNED: TpotBy.ASSIGNED,
+    Admission.LOAD: TpotBy.NOW,
+    Admission.PREDICTION: TpotBy.PREDICTED,
+}
+_FETCH = {Cache.NONE: Fetch.NOBODY, Cache.LOCAL: Fetch.NODE, Cache.GLOBAL: Fetch.CLUSTER}
+
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """A running worker."""
+    """A running worker or store; a store has no device."""
 
     name: str
     role: Role
-    service: PrefillService | DecodeService
-    device: ModelledDevice
-    transport: ModelledTransport
+    service: Service
+    check_integrity: Callable[[], None]
+    device: ModelledDevice | None
     signals: StopSignals
     main: asyncio.Task[None]
 
@@ -68,7 +78,7 @@ class Datacentre:
     def __init__(self, spec: FleetSpec) -> None:
         self.spec = spec
         self.hardware = Hardware(spec)
-        self.workers: dict[str, Hosted] = {}
+        self.hosts: list[Hosted] = []
         self._layout = self.hardware.layout
         self._network = MemoryNetwork()
         self._fabric = Fabric(self.hardware)
@@ -78,19 +88,19 @@ class Datacentre:
     async def __aenter__(self) -> Datacentre:
         self._serving = asyncio.create_task(self.conductor.run(), name=CONDUCTOR)
         for number in range(self.spec.prefill):
-            await self._start_worker(f"p{number}", Role.PREFILL)
+            await self._start_node(f"p{number}", Role.PREFILL)
         for number in range(self.spec.decode):
-            await self._start_worker(f"{'m' if self.spec.coupled else 'd'}{number}", Role.DECODE)
+            await self._start_node(f"{'m' if self.spec.coupled else 'd'}{number}", Role.DECODE)
         async with asyncio.timeout(START_S):
             while not self._all_live():  # noqa: ASYNC110 (no event)
                 await asyncio.sleep(POLL_S)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for hosted in self.workers.values():
-            hosted.service.check_integrity()
+        for hosted in self.hosts:
+            hosted.check_integrity()
             hosted.signals.stop.set()
-        await asyncio.gather(*(hosted.main for hosted in self.workers.values()))
+        await asyncio.gather(*(hosted.main for hosted in self.hosts))
         if self._serving is not None:
             self._serving.cancel()
             await asyncio.wait([self._serving])
@@ -99,7 +109,7 @@ class Datacentre:
 
     def _all_live(self) -> bool:
         states = [worker.state for worker in self.conductor.fleet.view().workers]
-        return len(states) == len(self.workers) and set(states) == {WorkerState.LIVE}
+        return len(states) == len(self.hosts) and set(states) == {WorkerState.LIVE}
 
     # -- assembling ----------------------------------------------------------------------------
 
@@ -110,9 +120,7 @@ class Datacentre:
             lease_ttl_s=LEASE_TTL_S,
             max_answers=1 << 30,
             default_deadline_s=spec.deadline_s,
-            routing=RouteOptions(
-                RoutePolicy(spec.policy), self._local_units(), fetch=spec.cache is Cache.GLOBAL
-            ),
+            routing=RouteOptions(RoutePolicy(spec.policy), self._local_units(), _FETCH[spec.cache]),
             slos=self._slos(),
             retries=RetryOptions(seed=draw.getrandbits(32)),
         )
@@ -127,19 +135,39 @@ class Datacentre:
         spec = self.spec
         if spec.admission is Admission.OFF:
             return Slos()
-        return Slos(spec.slo_ttft_s, spec.slo_tbt_s * spec.grain)
+        return Slos(spec.slo_ttft_s, spec.slo_tbt_s * spec.grain, _TPOT_BY[spec.admission])
 
     def _local_units(self) -> int | None:
         local = self.spec.local_tokens
         return None if local < 0 else local // self.spec.grain
 
-    async def _start_worker(self, name: str, role: Role) -> None:
-        identity = Identity(name, "1", self._layout)
+    async def _start_node(self, name: str, role: Role) -> None:
+        """A store stands where prompts are computed: what decode workers add is of this answer."""
+        spec = self.spec
         self.hardware.add_node(name)
-        transport = ModelledTransport(life(name, "1"), Place(name), self._fabric)
-        await transport.start()
+        has_store = spec.store_blocks > 0 and (spec.coupled or role is Role.PREFILL)
+        if has_store:
+            await self._start_store(f"store-{name}", name)
+        await self._start_worker(name, role, f"store-{name}" if has_store else "")
+
+    async def _start_store(self, name: str, node: str) -> None:
+        spec, identity = self.spec, Identity(name, "1", self._layout)
+        transport = await self._transport(name, Place(node, host=True))
+        slots = spec.store_blocks
+        store, service = await make_store(identity, transport, slots, spec.eviction, LEASE_TTL_S)
+        self._network.add_worker(name, service.links)
+        self._network.add_blocks(name, service.blocks)
+        info = store_info(identity, spec.model, node, slots)
+        stack = AsyncExitStack()
+        stack.push_async_callback(transport.close)
+        stack.push_async_callback(store.close)
+        self._host(info, service, store.check_integrity, None, stack)
+
+    async def _start_worker(self, name: str, role: Role, store: str) -> None:
+        identity = Identity(name, "1", self._layout)
+        transport = await self._transport(name, Place(name))
         device = self._device()
-        parts = self._parts(identity, role, transport, device)
+        parts = self._parts(identity, role, transport, device, store)
         blocks = self._network.blocks_dialer(name)
         service: PrefillService | DecodeService
         if role is Role.PREFILL:
@@ -149,13 +177,28 @@ class Datacentre:
             service = DecodeService(parts, self._network.handoff_dialer(name), blocks)
         self._network.add_worker(name, service.links)
         self._network.add_blocks(name, service.sharing.server)
-        connect = partial(self._network.fleet_client, name)
-        membership = ConductorSet((CONDUCTOR,), None, connect, parts.info(role, name), service.load)
-        signals = StopSignals()
         stack = AsyncExitStack()
         stack.push_async_callback(transport.close)
-        main = asyncio.create_task(_live(service, membership, signals, stack), name=f"main {name}")
-        self.workers[name] = Hosted(name, role, service, device, transport, signals, main)
+        self._host(parts.info(role, name), service, service.check_integrity, device, stack)
+
+    async def _transport(self, name: str, place: Place) -> ModelledTransport:
+        transport = ModelledTransport(life(name, "1"), place, self._fabric)
+        await transport.start()
+        return transport
+
+    def _host(
+        self,
+        info: WorkerInfo,
+        service: Service,
+        check: Callable[[], None],
+        device: ModelledDevice | None,
+        close: AsyncExitStack,
+    ) -> None:
+        name, signals = info.name, StopSignals()
+        connect = partial(self._network.fleet_client, name)
+        membership = ConductorSet((CONDUCTOR,), None, connect, info, service.load)
+        main = asyncio.create_task(_live(service, membership, signals, close), name=f"main {name}")
+        self.hosts.append(Hosted(name, info.role, service, check, device, signals, main))
 
     def _device(self) -> ModelledDevice:
         spec = self.spec
@@ -163,7 +206,12 @@ class Datacentre:
         return ModelledDevice(self.hardware.cost, spec.grain, spec.mixed_tokens, layers)
 
     def _parts(
-        self, identity: Identity, role: Role, transport: ModelledTransport, device: ModelledDevice
+        self,
+        identity: Identity,
+        role: Role,
+        transport: ModelledTransport,
+        device: ModelledDevice,
+        store: str,
     ) -> WorkerParts:
         spec, layout = self.spec, self._layout
         num_blocks = spec.kv_blocks or self.hardware.kv_blocks
@@ -194,6 +242,7 @@ class Datacentre:
             handoff=handoff,
             node=transport.place.node,
             shared=SharedTransport(transport),
+            store=store,
             wall_clock=asyncio.get_running_loop().time,
             make_steps=lambda _, wake: ModelledSteps(device, device, _full_speed, wake),
         )
@@ -207,7 +256,7 @@ def _wordless() -> Tokenizer:
 
 
 async def _live(
-    service: PrefillService | DecodeService,
+    service: Service,
     membership: ConductorSet,
     signals: StopSignals,
     close: AsyncExitStack,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from baton.types.fleet import BlockState
 from sim.fleet.datacentre import Datacentre, Hosted
+from sim.fleet.device import ModelledDevice
 from sim.fleet.records import LinkSample, Table, WorkerSample
 
 _IN_USE = (BlockState.ACTIVE, BlockState.LEASED, BlockState.QUARANTINED)
@@ -31,16 +32,17 @@ class Sampler:
 
     def sample(self) -> None:
         now = asyncio.get_running_loop().time() - self._began
-        for hosted in self._datacentre.workers.values():
-            self.workers.append(self._look_at(hosted, now))
+        for hosted in self._datacentre.hosts:
+            if hosted.device is not None:
+                self.workers.append(self._look_at(hosted, hosted.device, now))
         moved = self._datacentre.hardware.moved()
         for link, total in moved.items():
             if nbytes := round(total) - round(self._moved.get(link, 0.0)):
                 self.links.append(LinkSample(now, link, nbytes))
         self._moved = moved
 
-    def _look_at(self, hosted: Hosted, now: float) -> WorkerSample:
-        load, device = hosted.service.load(), hosted.device
+    def _look_at(self, hosted: Hosted, device: ModelledDevice, now: float) -> WorkerSample:
+        load = hosted.service.load()
         prefill_s, decode_s = self._busy.get(hosted.name, (0.0, 0.0))
         self._busy[hosted.name] = (device.prefill_s, device.decode_s)
         return WorkerSample(

@@ -22,11 +22,12 @@ class Cache(StrEnum):
 
 
 class Admission(StrEnum):
-    """Whom the conductor turns away early."""
+    """Whom the conductor turns away early, because the SLOs would be missed."""
 
     OFF = "off"
-    LOAD = "load"  # by what the workers have to do now
-    PREDICTION = "prediction"  # by what they will have to do when the prompt is computed
+    ASSIGNED = "assigned"  # with all that the workers were given
+    LOAD = "load"  # with what decodes now
+    PREDICTION = "prediction"  # with what will decode when the prompt is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class FleetSpec:
     policy: str = "cache-aware"
     cache: Cache = Cache.GLOBAL
     kv_blocks: int = 0  # of a worker's pool; 0: what the node has room for
-    store_blocks: int = 0  # of each node's CPU tier; 0: there is none
+    store_blocks: int = 0  # of the CPU tier of each node that computes prompts; 0: there is none
     eviction: str = "lru"  # of the CPU tier
     admission: Admission = Admission.OFF
     slo_ttft_s: float = 30.0

@@ -96,8 +96,8 @@ def requests(count=24):
     ]
 
 
-def run(cluster, **options) -> Result:
-    return simulate(FleetSpec(cluster, **options), iter(requests()), {})
+def run(cluster, asked=None, **options) -> Result:
+    return simulate(FleetSpec(cluster, **options), iter(asked or requests()), {})
 
 
 @pytest.mark.parametrize("cluster", ["2P+2D", "3M"])
@@ -143,3 +143,19 @@ def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path):
             [*command, "--json", files[-1]], cwd=ROOT, env=environment, check=True, timeout=120
         )
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("cache", [Cache.LOCAL, Cache.GLOBAL])
+def test_what_a_small_pool_forgets_comes_from_the_stores(cache):
+    twice = [
+        Request(3.0 * n, 10_000, 20, tuple(range(20 * (n % 8), 20 * (n % 8) + 20)))
+        for n in range(16)
+    ]
+    without = run("2M", twice, kv_blocks=40, cache=cache)
+    result = run("2M", twice, kv_blocks=40, store_blocks=2000, cache=cache)
+    assert result.totals["codes"] == {OK: 16}
+    assert result.totals["cached_share"] > without.totals["cached_share"]
+    if cache is Cache.GLOBAL:  # where the choice is free, the worker beside the store is chosen
+        result = run("2M", twice, kv_blocks=40, store_blocks=2000, cache=cache, policy="random")
+    crossed = [link for link in result.links.texts("link") if "NIC" in link]
+    assert bool(crossed) is (cache is Cache.GLOBAL)
