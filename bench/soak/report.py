@@ -97,8 +97,8 @@ def as_markdown(told: Mapping[str, Any]) -> str:
 def _lives_table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "| process | lives | longest, min | RSS settled, end, MiB | PSS slope, MiB/h "
-        "| anonymous slope, MiB/h | descriptors | threads | CPU |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| anonymous slope, MiB/h | threads' malloc arenas, MiB | descriptors | threads | CPU |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in dict.fromkeys(life["name"] for life in found):
         own = [life for life in found if life["name"] == name]
@@ -106,8 +106,8 @@ def _lives_table(found: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = (
             name, len(own), f"{longest['seconds'] / 60:.1f}",
             _pair(longest["rss_mib"]), _or_dash(longest["pss_slope"]),
-            _or_dash(longest["anonymous_slope"]), _pair(longest["fds"]),
-            _pair(longest["threads"]), f"{longest['cpu_share']:.0%}",
+            _or_dash(longest["anonymous_slope"]), _pair(longest["arenas_mib"]),
+            _pair(longest["fds"]), _pair(longest["threads"]), f"{longest['cpu_share']:.0%}",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines

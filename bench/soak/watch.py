@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.chaos.processes import ChaosFailed, Kept
 
-_FIELDS = re.compile(r"^(Rss|Pss|Anonymous): +(\d+) kB", re.MULTILINE)
+_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ")
+_FIELD = re.compile(r"^(Rss|Pss|Anonymous): +(\d+) kB")
+_HEAP_BYTES = 64 << 20  # glibc's: what a thread's arena is made of begins at a multiple of it
 _TICKS = os.sysconf("SC_CLK_TCK")
 SETTLED_S = 300.0  # of a life: caches and pools fill first
 FITTED_S = 300.0  # after that, the least that a slope is fitted to
@@ -20,13 +23,15 @@ FITTED_S = 300.0  # after that, the least that a slope is fitted to
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Of one process at one time. KiB; `cpu_s` since it began."""
+    """Of one process at one time. KiB; `cpu_s` since it began. `arenas`: of `anonymous`, what
+    glibc's malloc has for threads other than the first, in use or kept for them."""
 
     at_s: float
     pid: int
     rss: int
     pss: int
     anonymous: int
+    arenas: int
     fds: int
     threads: int
     segments: int
@@ -36,7 +41,7 @@ class Sample:
 def look(pid: int, at_s: float) -> Sample:
     """Raises OSError when it has ended."""
     at = Path(f"/proc/{pid}")
-    memory = {name: int(size) for name, size in _FIELDS.findall((at / "smaps_rollup").read_text())}
+    memory = sizes((at / "smaps").read_text())
     stat = (at / "stat").read_text().rpartition(")")[2].split()
     maps = (at / "maps").read_text()
     return Sample(
@@ -45,11 +50,34 @@ def look(pid: int, at_s: float) -> Sample:
         rss=memory["Rss"],
         pss=memory["Pss"],
         anonymous=memory["Anonymous"],
+        arenas=memory["arenas"],
         fds=sum(1 for _ in (at / "fd").iterdir()),
         threads=int(stat[17]),
         segments=len(set(re.findall(r"/dev/shm/\S+", maps))),
         cpu_s=(int(stat[11]) + int(stat[12])) / _TICKS,
     )
+
+
+def sizes(smaps: str) -> dict[str, int]:
+    """Rss, Pss, Anonymous and arenas of all mappings, in KiB.
+
+    A heap of an arena is a writable mapping with the rest of its 64 MiB reserved behind it.
+    """
+    found = Counter({"Rss": 0, "Pss": 0, "Anonymous": 0, "arenas": 0})
+    maybe_until, maybe = 0, 0  # the mapping before, if it may be a heap: its end, what is in it
+    for line in smaps.splitlines():
+        if (mapping := _MAPPING.match(line)) is not None:
+            begin, end = (int(number, 16) for number in mapping.groups()[:2])
+            access = mapping[3]
+            if access == "---p" and begin == maybe_until:
+                found["arenas"] += maybe
+            starts = access == "rw-p" and begin % _HEAP_BYTES == 0 and end - begin < _HEAP_BYTES
+            maybe_until, maybe = (end if starts else 0), 0
+        elif (field := _FIELD.match(line)) is not None:
+            found[field[1]] += int(field[2])
+            if field[1] == "Anonymous":
+                maybe = int(field[2])
+    return dict(found)
 
 
 class Watch:
@@ -86,6 +114,7 @@ class Life:
     rss_mib: tuple[float, float]  # when settled (or first), last
     pss_slope: float | None
     anonymous_slope: float | None
+    arenas_mib: tuple[float, float]
     fds: tuple[int, int]
     threads: tuple[int, int]
     cpu_share: float  # of one core
@@ -114,6 +143,7 @@ def _life(name: str, own: Sequence[Sample]) -> Life:
         rss_mib=(round(start.rss / 1024, 1), round(last.rss / 1024, 1)),
         pss_slope=_slope([(sample.at_s, sample.pss) for sample in fitted]),
         anonymous_slope=_slope([(sample.at_s, sample.anonymous) for sample in fitted]),
+        arenas_mib=(round(start.arenas / 1024, 1), round(last.arenas / 1024, 1)),
         fds=(start.fds, last.fds),
         threads=(start.threads, last.threads),
         cpu_share=round((last.cpu_s - first.cpu_s) / seconds, 3),
