@@ -38,7 +38,8 @@ _SWEEPS = 8  # from the last solution
 _SETTLED = 32  # samples, after which the last solution is where to begin
 _TTFT_STEP = 0.05  # of the way to what the last estimate should have been multiplied by
 _TTFT_FACTORS = 10.0  # more, or less than its inverse, is an accident
-_OWN_TIME_SHARE = 0.25  # of a prefill's span, below which it shared its steps with another prompt
+_SAME_STEP_S = 1e-4  # prompts that were computed so shortly after one another ended with one step
+SAMPLE_PAUSE_S = 0.05  # at hundreds of prompts per second, all of them say the same
 
 
 class NonNegativeFit:
@@ -75,11 +76,12 @@ class NonNegativeFit:
         # become slower is believed as soon as one that has become faster.
         unit = math.sqrt(seconds * expected * math.exp(self._log_scale))
         row = [x / unit for x in scaled]
+        self._fade(row)
         for i, x in enumerate(row):
-            self._targets[i] = _MEMORY * self._targets[i] + x * seconds / unit
+            self._targets[i] += x * seconds / unit
             products = self._products[i]
             for j, y in enumerate(row):
-                products[j] = _MEMORY * products[j] + x * y
+                products[j] += x * y
         self._solved = None
 
     def predict(self, features: tuple[float, ...]) -> float:
@@ -91,6 +93,24 @@ class NonNegativeFit:
             self._descend()
             self._solved = tuple(p * f for p, f in zip(self._prior, self._factors, strict=True))
         return self._solved
+
+    def _fade(self, row: list[float]) -> None:
+        """Forget of older samples what this one tells anew, and no more (directional forgetting,
+        Kulhavý 1987): as long as all samples are alike, they say nothing about others, and a batch
+        or a prompt of another size must not be predicted from the prior."""
+        seen = [sum(p * x for p, x in zip(products, row, strict=True))
+                for products in self._products]  # fmt: skip
+        weight = sum(s * x for s, x in zip(seen, row, strict=True))
+        if weight < _SHORTEST_S:
+            return
+        forget = (1.0 - _MEMORY) / weight
+        target = sum(t * x for t, x in zip(self._targets, row, strict=True))
+        for i, s in enumerate(seen):
+            self._targets[i] -= forget * s * target
+            products = self._products[i]
+            for j, other in enumerate(seen):
+                products[j] -= forget * s * other
+            products[i] = max(products[i], 0.0)  # which roundings may not make it
 
     def _learn_scale(self, log_ratio: float) -> None:
         memory = min(_SCALE_MEMORY, 1.0 - 1.0 / self.samples)
@@ -131,9 +151,27 @@ class _WorkerFit:
         base, sequence = self.decode.solve()
         return DecodeCost(base, sequence, self.decode.samples)
 
-    def add_prefill(self, tokens: int, context: int, seconds: float) -> None:
-        self.prefill.add((1.0, float(tokens), pairs(tokens, context)), seconds)
-        self.mean_context += 0.1 * (context + tokens / 2 - self.mean_context)
+    def add_prefills(self, computed: _Prefills) -> None:
+        features = (float(computed.prompts), float(computed.tokens), computed.pairs)
+        self.prefill.add(features, computed.seconds)
+        self.mean_context += 0.1 * (computed.pairs / computed.tokens - self.mean_context)
+
+
+@dataclass(slots=True)
+class _Prefills:
+    """The prompts that ended with one step, and what the worker took for them: the time since those
+    before them ended. Some of it went to the next ones; what went to these before is not in it."""
+
+    end_s: float = 0.0  # Unix, the worker's clock
+    seconds: float = 0.0
+    prompts: int = 0
+    tokens: int = 0
+    pairs: float = 0.0
+
+    def add(self, tokens: int, context: int) -> None:
+        self.prompts += 1
+        self.tokens += tokens
+        self.pairs += pairs(tokens, context)
 
 
 class WorkerSamples:
@@ -146,7 +184,8 @@ class WorkerSamples:
     def __init__(self, alike: _WorkerFit) -> None:
         self._own = _WorkerFit()
         self._alike = alike
-        self._computed_until = 0.0  # Unix seconds, the worker's clock
+        self._latest = _Prefills()
+        self._sampled_until = 0.0
         self._cost: WorkerCost | None = None
 
     def cost(self) -> WorkerCost:
@@ -161,19 +200,25 @@ class WorkerSamples:
     def add_prefill(self, tokens: int, context: int, span: Span) -> None:
         """`tokens` were computed after `context` cached ones within `span`.
 
-        Prompts overlap in a worker; what counts is the time since the one before was done. One that
-        has no time of its own shared its steps: its time is in the other's.
+        Prompts overlap in a worker, and short ones share steps: those that ended with one step are
+        one sample, made when prompts of a later step end. The time of a prompt that is told of
+        after later ones is in theirs already.
         """
-        seconds = span.end_s - max(span.start_s, self._computed_until)
-        self._computed_until = max(self._computed_until, span.end_s)
-        if tokens > 0 and seconds > _OWN_TIME_SHARE * (span.end_s - span.start_s):
-            self._own.add_prefill(tokens, context, seconds)
-            self._alike.add_prefill(tokens, context, seconds)
-            self._cost = None
+        late_s = span.end_s - self._latest.end_s
+        if late_s > _SAME_STEP_S:
+            self._learn()
+            seconds = span.end_s - max(span.start_s, self._latest.end_s)
+            self._latest = _Prefills(span.end_s, seconds)
+        if late_s >= -_SAME_STEP_S and tokens > 0:
+            self._latest.add(tokens, context)
 
-    def pass_over(self, span: Span) -> None:
-        """A prompt was computed of which nothing is learned."""
-        self._computed_until = max(self._computed_until, span.end_s)
+    def _learn(self) -> None:
+        computed = self._latest
+        if computed.prompts and computed.end_s >= self._sampled_until + SAMPLE_PAUSE_S:
+            self._sampled_until = computed.end_s
+            self._own.add_prefills(computed)
+            self._alike.add_prefills(computed)
+            self._cost = None
 
     def add_steps(self, running: float, seconds: float) -> None:
         """Decode steps took `seconds` each, with `running` sequences in them."""

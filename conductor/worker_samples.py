@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from baton.types.fleet import WorkerInfo
 from baton.types.link import FetchPart, StepReport
 from baton.types.request import Finish, FinishReason, Span
-from conductor.cost_fit import CostModel, WorkerSamples
+from conductor.cost_fit import SAMPLE_PAUSE_S, CostModel, WorkerSamples
 from conductor.cost_model import WorkerCost
 
 WINDOW_S = 0.1  # of decode steps that make one sample
 FEWEST_STEPS = 4  # that do when the last sequence has ended
 LONGEST_STEP_S = 10.0  # what takes longer is no step
-PAUSE_S = 0.05  # between samples of prompts: at hundreds per second, all of them say the same
 _DONE = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.HANDED_OFF)
 
 IsNear = Callable[[str], bool]
@@ -73,18 +72,16 @@ class WorkerMeter:
             return
         spans = {span.name: span for span in finish.spans}
         fetch, prefill = spans.get("fetch"), spans.get("prefill")
-        if now < self._pause_until:
-            if prefill is not None:
-                self._samples.pass_over(prefill)
-            return
-        self._pause_until = now + PAUSE_S
-        if fetch is not None:
-            self._add_fetch(asked, finish.cached_tokens, fetch)
         if prefill is not None:
             if fetch is not None and fetch.end_s <= prefill.end_s:
                 prefill = Span("prefill", max(prefill.start_s, fetch.end_s), prefill.end_s)
             computed = asked.prompt_tokens - finish.cached_tokens
             self._samples.add_prefill(computed, finish.cached_tokens, prefill)
+        if now < self._pause_until:
+            return
+        self._pause_until = now + SAMPLE_PAUSE_S
+        if fetch is not None:
+            self._add_fetch(asked, finish.cached_tokens, fetch)
         if finish.reason is FinishReason.HANDED_OFF and (handoff := spans.get("handoff")):
             blocks = self._layout.blocks_for(asked.prompt_tokens)
             seconds = handoff.end_s - handoff.start_s

@@ -78,8 +78,33 @@ def test_prompts_that_waited_for_one_another_count_by_their_own_time() -> None:
         at = 100.0 * batch
         samples.add_prefill(1000, 0, Span("prefill", at, at + 2.0))
         samples.add_prefill(1000, 0, Span("prefill", at + 0.1, at + 4.0))  # began, then waited
-        samples.add_prefill(500, 0, Span("prefill", at + 0.1, at + 4.0))  # in the same steps
+        samples.add_prefill(1000, 0, Span("prefill", at - 9.0, at + 1.0))  # told of late
     assert samples.cost().prefill.seconds(1000) == pytest.approx(2.0, rel=0.1)
+
+
+def test_prompts_that_share_steps_share_their_time() -> None:
+    """Steps of 64 tokens, prompts of 48: two of four end with the same step."""
+    samples, at = begin(), 0.0
+    for _ in range(4 * MIN_SAMPLES):
+        for ends in (1, 1, 2):
+            for _ in range(ends):
+                samples.add_prefill(48, 0, Span("prefill", at - 0.1, at + 0.15))
+            at += 0.15
+    cost = samples.cost().prefill
+    assert cost.seconds(48) == pytest.approx(0.1125, rel=0.05)
+    assert cost.samples >= 3 * MIN_SAMPLES
+
+
+def test_batches_that_are_alike_do_not_make_others_forgotten() -> None:
+    samples, truth = begin(), DecodeCost(0.04, 0.004)
+    for running in range(1, 20):
+        samples.add_steps(running, truth.seconds(running))
+    for _ in range(200):
+        samples.add_steps(4.0, truth.seconds(4))
+    assert samples.cost().decode.seconds(16) == pytest.approx(truth.seconds(16), rel=0.2)
+    for _ in range(200):
+        samples.add_steps(4.0, 3 * truth.seconds(4))
+    assert samples.cost().decode.seconds(4) == pytest.approx(3 * truth.seconds(4), rel=0.05)
 
 
 def test_a_new_worker_is_judged_by_those_that_are_like_it() -> None:
