@@ -9,6 +9,8 @@ could not keep the SLO on an idle worker either is served.
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from baton.errors import InvalidRequest, NoWorker, Overloaded
+from conductor.estimate import describe_s
+from conductor.margin import Margin
 from conductor.request import Request
 from conductor.router import Decision
 from conductor.views import WorkerView
@@ -23,6 +27,8 @@ from conductor.views import WorkerView
 SHORTEST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 _MEMORY = 0.9  # of the mean duration, per request
+_SHARE_MEMORY = 0.98  # of the share that is let in, per request
+_JITTER = (0.75, 1.25)
 
 
 class TpotBy(StrEnum):
@@ -46,7 +52,8 @@ class Slos:
 class Admission:
     """Counts answers being worked on; `max_answers` is the bound.
 
-    `on_reject` hears why a request was turned away: "queue", "ttft" or "tpot".
+    `on_reject` hears why a request was turned away: "queue", "ttft" or "tpot". `ttft` and `tpot`
+    learn what came of predictions; None without an SLO. `seed` is of the jitter of Retry-After.
     """
 
     def __init__(
@@ -54,13 +61,19 @@ class Admission:
         max_answers: int,
         slos: Slos | None = None,
         on_reject: Callable[[str], None] = lambda _: None,
+        seed: int | None = None,
     ) -> None:
+        slos = slos or Slos()
+        self.ttft = None if slos.ttft_s is None else Margin(slos.ttft_s)
+        self.tpot = None if slos.tpot_s is None else Margin(slos.tpot_s)
+        self._tpot_by = slos.tpot_by
         self._max_answers = max_answers
-        self._slos = slos or Slos()
         self._on_reject = on_reject
         self._answers = 0
         self._mean_s = SHORTEST_RETRY_S  # of a request, from its place to its end
         self._mean_decode_s = SHORTEST_RETRY_S  # from its first token to its end
+        self._admitted = 1.0  # share of those that asked lately
+        self._random = random.Random(seed)
         self._ids: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -69,6 +82,12 @@ class Admission:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def margins(self) -> dict[str, float]:
+        """What predictions are multiplied by at the moment, by SLO."""
+        both = {"ttft": self.ttft, "tpot": self.tpot}
+        return {name: margin.factor for name, margin in both.items() if margin is not None}
 
     def close(self) -> None:
         """Refuse new requests from now on."""
@@ -116,42 +135,54 @@ class Admission:
         self._mean_decode_s += (1 - _MEMORY) * (seconds - self._mean_decode_s)
 
     def judge(self, decision: Decision) -> None:
-        """Raises Overloaded when the decision is predicted to miss an SLO because of the load.
+        """Raises Overloaded when the decision is predicted to miss an SLO because of the load, or
+        so close to it that predictions like that have lately been missed.
 
         What is predicted counts the work of the same and of more urgent priority only. Guesses turn
         nobody away.
         """
-        ttft, tpot = self._slos.ttft_s, self._slos.tpot_s
-        if (ttft is None and tpot is None) or decision.is_guess:
-            return
-        if ttft is not None and decision.ttft_s > ttft and decision.queue_s > 0:
+        if not decision.is_guess:
+            if self.ttft is not None and decision.queue_s > 0:
+                self._judge_ttft(decision, self.ttft)
+            if self.tpot is not None:
+                self._judge_tpot(decision, self.tpot)
+        self._note(admitted=True)
+
+    def _judge_ttft(self, decision: Decision, margin: Margin) -> None:
+        late_s = margin.late_s(decision.ttft_s)
+        if late_s > 0:
             # The queue becomes shorter by a second per second.
             raise self._reject(
                 "ttft",
-                f"the predicted time to the first token, {_ms(decision.ttft_s)}, is over the SLO "
-                f"of {_ms(ttft)} ({_ms(decision.queue_s)} of it in the queue of "
-                f"{decision.chosen.worker})",
-                min(decision.ttft_s - ttft, decision.queue_s),
+                f"the predicted time to the first token, {margin.describe(decision.ttft_s)} "
+                f"({describe_s(decision.queue_s)} of it in the queue of {decision.chosen.worker})",
+                min(late_s, decision.queue_s),
             )
-        busy = self._sequences(decision)
-        tpot_s = decision.decode.cost.decode.seconds(busy + 1)
-        if tpot is not None and tpot_s > tpot and busy:
+
+    def _judge_tpot(self, decision: Decision, margin: Margin) -> None:
+        worker, busy = decision.decode, self._sequences(decision)
+        tpot_s = self.predicted_tpot_s(decision)
+        if busy and margin.late_s(tpot_s) > 0:
             raise self._reject(
                 "tpot",
-                f"the predicted time per output token, {_ms(tpot_s)} with {busy + 1} "
-                f"sequences on {decision.decode.info.name}, is over the SLO of {_ms(tpot)}",
-                self._until_fewer(decision.decode, busy, tpot),
+                f"the predicted time per output token with {busy + 1} sequences on "
+                f"{worker.info.name}, {margin.describe(tpot_s)}",
+                self._until_fewer(worker, busy, margin.limit_s / margin.factor),
             )
+
+    def predicted_tpot_s(self, decision: Decision) -> float:
+        """With the sequences that count."""
+        return decision.decode.cost.decode.seconds(self._sequences(decision) + 1)
 
     def _sequences(self, decision: Decision) -> int:
         """Those that the request would decode with. That of ages nothing is known, and they are
         taken as even (Mooncake, FAST'25, section 7.4, takes lengths so)."""
         worker = decision.decode
-        if self._slos.tpot_by is TpotBy.ASSIGNED:
+        if self._tpot_by is TpotBy.ASSIGNED:
             return worker.sequences
         foreign = worker.sequences - worker.own_attempts  # of other conductors
         decoding = worker.own_decoding + foreign
-        if self._slos.tpot_by is TpotBy.NOW:
+        if self._tpot_by is TpotBy.NOW:
             return decoding
         staying = max(0.0, 1 - decision.ttft_s / max(self._mean_decode_s, 1e-9))
         return round(decoding * staying) + worker.own_attempts - worker.own_decoding
@@ -171,11 +202,14 @@ class Admission:
         )
 
     def _reject(self, reason: str, why: str, drain_s: float) -> Overloaded:
+        """`drain_s`: until one request more can be let in. Others wait for that, too: when one of
+        ten that ask is let in, it takes ten times as long until it is this one's turn. Jittered, so
+        that those who were turned away together do not come back together."""
         self._on_reject(reason)
-        retry_s = min(max(drain_s, SHORTEST_RETRY_S), LONGEST_RETRY_S)
-        wait = "a moment" if retry_s == SHORTEST_RETRY_S else f"{retry_s:.0f} s"
-        return Overloaded(f"{why}: try again in {wait}", retry_after_s=retry_s)
+        self._note(admitted=False)
+        turn_s = max(drain_s, SHORTEST_RETRY_S) / self._admitted * self._random.uniform(*_JITTER)
+        retry_s = min(max(turn_s, SHORTEST_RETRY_S), LONGEST_RETRY_S)
+        return Overloaded(f"{why}: try again in {math.ceil(retry_s)} s", retry_after_s=retry_s)
 
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    def _note(self, admitted: bool) -> None:
+        self._admitted += (1 - _SHARE_MEMORY) * (admitted - self._admitted)

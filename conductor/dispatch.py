@@ -36,6 +36,7 @@ from conductor.fleet import Fleet
 from conductor.inbox import Abort, Again, Event, Inbox, Late, Lost, Output
 from conductor.link import Stage
 from conductor.metrics import Metrics, Stopwatch
+from conductor.predictions import Predictions
 from conductor.records import LINGER_S, Records
 from conductor.request import Request
 from conductor.retries import Retries, Tries
@@ -106,7 +107,7 @@ class Serving:
         self._places: dict[str, AnswerPlace] = {}  # where each answer is, for others to know
         self._handed_over = False
         self._failed_at: dict[str, frozenset[str]] = {}  # answer -> workers of its last attempt
-        self._predicted: dict[int, tuple[float, Decision]] = {}  # by answer, when, and how
+        self._predictions = Predictions(parts.fleet, parts.metrics, parts.admission)
         self._timers: dict[Event, asyncio.TimerHandle] = {}  # of what has not come yet
         self._stopwatch = Stopwatch(parts.metrics, request.received)
         self.timeline: Timeline = parts.traces.begin(request.id, request.model, request.received)
@@ -279,6 +280,7 @@ class Serving:
         """Raises when the attempt should not begin."""
         if run.error is None and not self._attempts.any_placed and not self._request.sent:
             self._parts.admission.judge(decision)
+            self.timeline.margins = self._parts.admission.margins
         if not isinstance(run.error, Overloaded) or run.num_tokens:
             return
         chosen = frozenset(peer.name for peer in peers(decision))
@@ -294,9 +296,7 @@ class Serving:
                 metrics.resumes.inc()
         run.begin(split=decision.prefill is not None)
         self.timeline.add_attempt(run.attempt, decision, run.num_tokens)
-        self._predicted.pop(run.answer.index, None)
-        if not decision.is_guess:
-            self._predicted[run.answer.index] = (now, decision)
+        self._predictions.begin(run.answer.index, decision, now)
 
     # -- hearing -------------------------------------------------------------------------------
 
@@ -407,8 +407,6 @@ class Serving:
         if delta.tokens and self._stopwatch.first_at is None:
             span = self._parts.traces.span("first_token", self._request.received, now)
             self.timeline.add_span("conductor", "", span)
-        if self._predicted and delta.tokens and delta.index in self._predicted:
-            decided_at, decision = self._predicted.pop(delta.index)
-            self._parts.metrics.note_prediction(decision.ttft_s, now - decided_at)
-            self._parts.fleet.note_ttft(decision.chosen.ttft_s, now - decided_at)
-        self._stopwatch.note(delta.index, len(delta.tokens), delta.finish_reason is not None, now)
+        finished = delta.finish_reason is not None
+        self._predictions.note(delta.index, len(delta.tokens), finished, now)
+        self._stopwatch.note(delta.index, len(delta.tokens), finished, now)

@@ -57,14 +57,14 @@ class Candidate:
         return self.queue_s + self.fetch_s + self.prefill_s
 
     def describe(self) -> str:
-        parts = [f"queue {_ms(self.queue_s)}"]
+        parts = [f"queue {describe_s(self.queue_s)}"]
         if self.fetch_tokens:
-            parts.append(f"fetch {self.fetch_tokens} tokens {_ms(self.fetch_s)}")
-        parts.append(f"prefill {_ms(self.prefill_s)}")
+            parts.append(f"fetch {self.fetch_tokens} tokens {describe_s(self.fetch_s)}")
+        parts.append(f"prefill {describe_s(self.prefill_s)}")
         cached = f", {self.cached_tokens} tokens cached" if self.cached_tokens else ""
         if self.expected_tokens:
             cached += f", {self.expected_tokens} of them by then"
-        return f"{' + '.join(parts)} = {_ms(self.ttft_s)}{cached}"
+        return f"{' + '.join(parts)} = {describe_s(self.ttft_s)}{cached}"
 
 
 class Source(NamedTuple):
@@ -210,5 +210,5 @@ def _part(stretch: _Stretch) -> FetchPart:
     return FetchPart(source.holder.peer, stretch.first, stretch.end - stretch.first, source.tier)
 
 
-def _ms(seconds: float) -> str:
+def describe_s(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

@@ -176,6 +176,11 @@ class Fleet:
             self._view = FleetView(workers, ring if members else None, transfers, factor)
         return self._view
 
+    def look_at(self, name: str) -> WorkerView | None:
+        """One worker as it is now, whatever its state."""
+        member = self._members.get(name)
+        return None if member is None else member.view or self._look_at(member, _now())
+
     def _look_at(self, member: _Member, now: float) -> WorkerView:
         link = member.link
         view = member.view = WorkerView(

@@ -84,6 +84,8 @@ def error_response(error: BaseException, request_id: str | None = None) -> Respo
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        # Whole seconds would bring together who is told different times; OpenAI's clients know it.
+        headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1e3))
     elif isinstance(error, NoWorker):
         headers["retry-after"] = "1"
     elif isinstance(error, Unauthenticated):

@@ -89,7 +89,9 @@ class Conductor:
         self.metrics = Metrics(self.fleet)
         now = asyncio.get_running_loop().time()
         self.traces = Traces(now)
-        self.admission = Admission(policy.max_answers, policy.slos, self.metrics.note_rejection)
+        self.admission = Admission(
+            policy.max_answers, policy.slos, self.metrics.note_rejection, policy.retries.seed
+        )
         self.records = Records(registry, self.incarnation)
         self._dispatcher = Dispatcher(
             self.fleet,
@@ -204,6 +206,8 @@ class Conductor:
                 yield serving.usage
         except BatonError as error:
             outcome = error.code
+            if serving is not None:
+                serving.timeline.error = error.message
             raise
         except Exception:
             outcome = InternalError.code

@@ -45,6 +45,8 @@ class Timeline:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0  # of the prompt; known at the end
+    error: str | None = None  # what the client was told
+    margins: dict[str, float] = field(default_factory=dict)  # by SLO, when it was let in
     attempts: dict[AttemptId, AttemptRecord] = field(default_factory=dict)
     spans: list[tuple[str, str, Span]] = field(default_factory=list)
 
@@ -81,6 +83,8 @@ class Timeline:
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
             "cached_tokens": self.cached_tokens,
+            "error": self.error,
+            "margins": self.margins,
             "attempts": [_attempt(attempt, record) for attempt, record in self.attempts.items()],
             "spans": [
                 {

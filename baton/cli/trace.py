@@ -50,7 +50,8 @@ def render(timeline: Mapping[str, Any], width: int = 100) -> RenderableType:
         f"({timeline.get('cached_tokens', 0)} cached), "
         f"{timeline.get('output_tokens', 0)} output tokens",
     )
-    return Group(header, *_choices(timeline), _bars(timeline, width))
+    error = [Text(str(timeline["error"]))] if timeline.get("error") else []
+    return Group(header, *error, *_choices(timeline), _bars(timeline, width))
 
 
 def _choices(timeline: Mapping[str, Any]) -> list[Text]:
@@ -59,12 +60,23 @@ def _choices(timeline: Mapping[str, Any]) -> list[Text]:
         pair = " → ".join(str(attempt[key]) for key in ("prefill", "decode") if attempt.get(key))
         reasons = "; ".join(attempt.get("reasons") or ())
         lines.append(Text(f"attempt {attempt.get('attempt', '')}: {pair}  ({reasons})"))
+        if "predicted_ttft_s" in attempt:
+            lines.append(Text(_predicted(attempt, timeline.get("margins") or {})))
         if attempt.get("resumed_at"):
             lines.append(Text(f"  went on behind {attempt['resumed_at']} tokens"))
         if attempt.get("ended") not in (None, "complete"):
             lines.append(Text(f"  ended: {attempt['ended']}"))
         lines += [Text(_candidate(candidate)) for candidate in attempt.get("candidates") or ()]
     return lines
+
+
+def _predicted(attempt: Mapping[str, Any], margins: Mapping[str, float]) -> str:
+    """What admission went by: without a margin, there is no SLO."""
+    parts = []
+    for name in ("ttft", "tpot"):
+        margin = f" (× {margins[name]:.2f} for admission)" if name in margins else ""
+        parts.append(f"{name.upper()} {_ms(attempt[f'predicted_{name}_s'])}{margin}")
+    return f"  predicted: {', '.join(parts)}" + (", a guess" if attempt.get("is_guess") else "")
 
 
 def _candidate(candidate: Mapping[str, Any]) -> str:
