@@ -124,7 +124,7 @@ class Caller:
                     return
                 if not (isinstance(error, _OwnBreak) and self._habits.stays):
                     self._at = (self._at + 1) % count
-                await asyncio.sleep(0.75 * pause_before(error, failures, count))
+                await asyncio.sleep(pause_before(error, failures, count, 0.75))
                 self._haunt()
 
     async def _listen(self, name: str) -> None:

@@ -22,6 +22,8 @@ _BY_STATUS: dict[int, type[BatonError]] = {
     503: NoWorker,
 }
 
+_LONGEST_S = 3600.0  # nobody means more than that
+
 
 def error_from(status: int, body: bytes, headers: Mapping[str, str]) -> BatonError:
     """The exception for a response with an error status, whoever wrote its body."""
@@ -33,11 +35,11 @@ def error_from(status: int, body: bytes, headers: Mapping[str, str]) -> BatonErr
     if not isinstance(detail, dict):
         text = body[:200].decode("utf-8", "replace").strip()
         detail = {"message": f"the server answered {status}: {text or 'no text'}"}
-    return error_in(detail, status, headers.get("retry-after"))
+    return error_in(detail, status, _retry_after_s(headers))
 
 
 def error_in(
-    detail: Mapping[str, Any], status: int = 500, retry_after: str | None = None
+    detail: Mapping[str, Any], status: int = 500, retry_after_s: float = 1.0
 ) -> BatonError:
     """The exception for an OpenAI-shaped `error` object, of a response or inside a stream."""
     message = str(detail.get("message") or "the server gave no reason")
@@ -46,14 +48,19 @@ def error_in(
     if kind is None:
         kind = InvalidRequest if 400 <= status < 500 else errors.InternalError
     if issubclass(kind, Overloaded):
-        return kind(message, _seconds(retry_after))
+        return kind(message, retry_after_s)
     if issubclass(kind, InvalidRequest):
         return kind(message, param=detail.get("param"), code=str(code) if code else None)
     return kind(message)
 
 
-def _seconds(retry_after: str | None) -> float:
-    try:
-        return float(retry_after or 1.0)
-    except ValueError:  # the header may also be a date; then a second is as good as any
-        return 1.0
+def _retry_after_s(headers: Mapping[str, str]) -> float:
+    """The exact one, if there is one: Retry-After has whole seconds, or a date."""
+    for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers[name]) * unit_s
+        except (KeyError, ValueError):
+            continue
+        if 0.0 <= seconds < _LONGEST_S:
+            return seconds
+    return 1.0

@@ -21,6 +21,7 @@ from baton.errors import (
     ConfigError,
     DeadlineExceeded,
     InternalError,
+    Overloaded,
     PeerGone,
 )
 
@@ -88,7 +89,9 @@ class Client:
     stream. `api_key` is sent when it is not empty. A `url` without a scheme means http; there may
     be several of one cluster, with commas between them. A stream that breaks goes on at the next
     one, or at the same one when it is back. Where there is a next one, a stream that misses three
-    of the signs of life that the server has promised counts as broken.
+    of the signs of life that the server has promised counts as broken. One that is refused because
+    the cluster has too much to do is asked again when the answer said, as long as all of that is at
+    most `patience_s`.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Client:
         timeout_s: float = 120.0,
         api_key: str = "",
         transport: httpx.AsyncBaseTransport | None = None,
+        patience_s: float = 0.0,
     ) -> None:
         self._urls = [_with_scheme(part.strip()) for part in url.split(",") if part.strip()]
         if not self._urls:
@@ -105,6 +109,7 @@ class Client:
         self._model = ""
         self._timeout_s = timeout_s
         self._silence_s = timeout_s  # that a stream may have, by what the server has promised
+        self._patience_s = patience_s
         # Proxies of the environment are for the outside world; a cluster is addressed directly.
         self._http = httpx.AsyncClient(
             headers={"authorization": f"Bearer {api_key}"} if api_key else None,
@@ -135,7 +140,7 @@ class Client:
         Each piece comes once, however often the connection is lost.
         """
         content = orjson.dumps(prompt.body("" if prompt.model else await self.default_model()))
-        last_id, failures = "", 0
+        last_id, failures, waited_s = "", 0, 0.0
         at = self._at  # its own way round: others may be going, too
         while True:
             url = self._urls[at]
@@ -151,12 +156,16 @@ class Client:
                 raise PeerGone(f"{url} ended the stream before the answer was complete")
             except BatonError as error:
                 failures += 1
+                wait_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
+                patient = 0.0 < wait_s <= self._patience_s - waited_s
                 broken = isinstance(error.__cause__, httpx.TimeoutException)
-                if not may_go_on(error, broken, bool(last_id), failures, len(self._urls)):
+                addresses = len(self._urls)
+                if not (patient or may_go_on(error, broken, bool(last_id), failures, addresses)):
                     raise
-                at = self._at = (at + 1) % len(self._urls)
-                pause_s = pause_before(error, failures, len(self._urls))
-                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+                at = self._at = (at + 1) % addresses
+                waited_s += wait_s
+                share = random.uniform(0.5, 1.0)
+                await asyncio.sleep(pause_before(error, failures, addresses, share))
 
     async def default_model(self) -> str:
         """The id of the first model that the cluster serves."""

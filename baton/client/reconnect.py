@@ -20,9 +20,11 @@ def may_go_on(error: BatonError, silent: bool, begun: bool, failures: int, addre
     return (broken or isinstance(error, NoWorker)) and failures < addresses
 
 
-def pause_before(error: BatonError, failures: int, addresses: int) -> float:
-    """Seconds until the next connection, to be jittered: longer and longer ones, each time that
-    all addresses have been tried."""
+def pause_before(error: BatonError, failures: int, addresses: int, share: float) -> float:
+    """Seconds until the next connection: longer and longer ones, each time that all addresses have
+    been tried. Of these only a `share`, which is drawn, so that many do not come together; what a
+    conductor has said is waited for, which has drawn it itself."""
     rounds = failures // addresses
     pause_s = min(FIRST_PAUSE_S * 2**rounds, LAST_PAUSE_S) if rounds else 0.0
+    pause_s *= share
     return max(pause_s, error.retry_after_s) if isinstance(error, Overloaded) else pause_s

@@ -13,7 +13,14 @@ import pytest
 from baton.client.http import Client, Prompt
 from baton.client.reconnect import RECONNECTS
 from baton.client.sse import Event, EventParser
-from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, NoWorker, PeerGone
+from baton.errors import (
+    BatonError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NoWorker,
+    Overloaded,
+    PeerGone,
+)
 from tests.virtual_time import virtual_time
 
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -49,10 +56,11 @@ class Conductors:
         return how if isinstance(how, httpx.Response) else httpx.Response(200, content=whole[:how])
 
 
-async def text_from(conductors: Conductors, urls: str) -> str:
+async def text_from(conductors: Conductors, urls: str, patience_s: float = 0.0) -> str:
     text = ""
+    transport = httpx.MockTransport(conductors)
     async with (
-        Client(urls, transport=httpx.MockTransport(conductors)) as client,
+        Client(urls, transport=transport, patience_s=patience_s) as client,
         aclosing(client.stream(Prompt("hi"))) as pieces,
     ):
         async for piece in pieces:
@@ -197,3 +205,37 @@ def test_events_are_whole_or_not_there() -> None:
         parts = [stream[at : at + size] for at in range(0, len(stream), size)]
         events = [event for part in parts for event in parser.feed(part)]
         assert events == [Event("1", "a\u2028b".encode()), Event("", b"c")]
+
+
+def too_busy(headers: dict[str, str]) -> httpx.Response:
+    return httpx.Response(429, json={"error": {"code": "overloaded"}}, headers=headers)
+
+
+@virtual_time
+@pytest.mark.parametrize(
+    ("headers", "after_s"),
+    [
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "7", "retry-after-ms": "6200"}, 6.2),
+        ({"retry-after": "Fri, 20 Nov 2026", "retry-after-ms": "nan"}, 1.0),
+    ],
+)
+async def test_who_has_patience_asks_again_when_told(
+    headers: dict[str, str], after_s: float
+) -> None:
+    began = asyncio.get_running_loop().time()
+    conductors = Conductors(a=[too_busy(headers), too_busy(headers)])
+    assert await text_from(conductors, "http://a", patience_s=20.0) == "one two three"
+    assert len(conductors.asked) == 3
+    assert asyncio.get_running_loop().time() - began == pytest.approx(2 * after_s, abs=1e-3)
+
+
+@virtual_time
+async def test_patience_is_for_all_of_the_waiting() -> None:
+    conductors = Conductors(a=[too_busy({"retry-after": "7"}) for _ in range(9)])
+    with pytest.raises(Overloaded):
+        await text_from(conductors, "http://a", patience_s=20.0)
+    assert len(conductors.asked) == 3
+    with pytest.raises(Overloaded):
+        await text_from(conductors, "http://a")
+    assert len(conductors.asked) == 4

@@ -6,9 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import httpx
 import openai
 import pytest
 
+from baton.errors import Overloaded
+from conductor.http_errors import error_response
 from tests.fake_worker import FakeCluster, Scripts, echo, fake_server, say, wait_for
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -131,3 +134,30 @@ async def test_wrong_api_key() -> None:
             model="tiny", prompt="x"
         )
         assert answer.choices[0].text == "x"
+
+
+async def test_who_is_refused_for_load_asks_again_when_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, pauses = 0, list[float]()
+
+    def answer(_request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            return httpx.Response(200, json={"id": "x", "choices": []})
+        told = error_response(Overloaded("too much to do", retry_after_s=7.3))
+        return httpx.Response(
+            told.status_code, headers=dict(told.headers), content=bytes(told.body)
+        )
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr("anyio.sleep", pause)
+    async with (
+        httpx.AsyncClient(transport=httpx.MockTransport(answer)) as http,
+        openai.AsyncOpenAI(base_url="http://x/v1", api_key="none", http_client=http) as client,
+    ):
+        await client.completions.create(model="tiny", prompt="a")
+    assert pauses == [pytest.approx(7.3)]
