@@ -55,7 +55,6 @@ from sim.runner import VOCAB, ModelledRunner, modelled_layout
 from sim.steps import ModelledSteps, ModelledThreads
 
 MODEL = "modelled"
-MAX_MODEL_LEN = 128
 LINGER_S = 2.0
 DRAIN_S = 5.0
 ORPHAN_S = 3.0
@@ -181,7 +180,7 @@ class Cluster:
             slos=self._slos,
             retries=RetryOptions(seed=self._rng.getrandbits(32)),
         )
-        model = ServedModel(MODEL, numbers(), VOCAB, MAX_MODEL_LEN, ())
+        model = ServedModel(MODEL, numbers(), VOCAB, shape.max_model_len, ())
         dialer = self.network.services.worker_dialer(process.name)
         make_id = lambda: f"{self._rng.getrandbits(64):016x}"  # noqa: E731
         registry = self._registry_of(process.name)
@@ -256,7 +255,7 @@ class Cluster:
         engine = EngineConfig(
             self._layout,
             machine.num_blocks,
-            MAX_MODEL_LEN,
+            shape.max_model_len,
             max_num_seqs=shape.max_num_seqs,
             max_batch_tokens=shape.max_batch_tokens,
             prefix_caching=shape.prefix_caching,

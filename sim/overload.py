@@ -1,4 +1,4 @@
-"""`python -m sim.overload`: many times what a modelled cluster can do, in virtual time.
+"""`python -m sim.overload [NAME...]`: many times what a modelled cluster can do, in virtual time.
 
 The production conductor, workers and handoff; a step takes modelled seconds, so that the figures
 are the same on every machine, however busy it is. Capacity is what a closed loop gets answered.
@@ -6,19 +6,18 @@ are the same on every machine, however busy it is. Capacity is what a closed loo
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from random import Random
 
 from baton.bench.load import poisson_arrivals
 from baton.bench.stats import percentile
 from baton.errors import BatonError, Overloaded
-from baton.kv.digest import Verify
 from conductor.admission import Slos
 from conductor.dispatch import Usage
 from conductor.request import Ask, Options
@@ -27,20 +26,13 @@ from sim.cluster import MODEL, Cluster, HostedConductor
 from sim.log import EventLog
 from sim.loop import SimLoop
 from sim.network import Network
-from sim.plan import CONDUCTOR, Machine, Shape, Weather
-from sim.runner import VOCAB
-from sim.steps import Pace
+from sim.overload_shapes import WORKLOADS, Workload
+from sim.plan import Weather
 
-PROMPT, ANSWER = 48, 24  # tokens
-SLOS = Slos(ttft_s=1.0, tpot_s=0.1)
-AT_ONCE = 12  # of the closed loop
 CLOSED_S = 10.0
 REFUSED_S = 0.1  # until a client of the closed loop asks again
 SETTLE_S = 3.0
 RETURN_S = 5.0  # after the load has gone
-
-_PREFILL = Pace(step_s=0.01, token_s=0.002, queued=False)  # ten prompts per second
-_DECODE = Pace(step_s=0.02, token_s=0.0005, queued=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +44,7 @@ class Seen:
     first_s: float | None
     end_s: float
     tokens: int
+    placed: bool  # a worker was asked to work on it
 
     def keeps(self, slos: Slos) -> bool:
         if self.code != "ok" or self.first_s is None:
@@ -62,7 +55,8 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of a phase. Rates per second; `running`: most requests that the conductor held."""
+    """Of a phase. Rates per second; `running`: most requests that the conductor held;
+    `refused_late`: those that a worker had been given before they were refused."""
 
     name: str
     offered_per_s: float
@@ -72,6 +66,7 @@ class Figures:
     ttft_p99_s: float
     reject_p99_s: float
     running: int
+    refused_late: int
     codes: dict[str, int]
 
 
@@ -89,7 +84,8 @@ class _Phase:
         seconds = min(self.seconds, first_s)
         ok = [each for each in seen if each.code == "ok"]
         ttft = sorted(each.first_s for each in ok if each.first_s is not None)
-        refused = sorted(each.end_s for each in seen if each.code == Overloaded.code)
+        refused = [each for each in seen if each.code == Overloaded.code]
+        refused_s = sorted(each.end_s for each in refused)
         return Figures(
             name=name or self.name,
             offered_per_s=len(seen) / seconds,
@@ -97,8 +93,9 @@ class _Phase:
             goodput_per_s=sum(each.keeps(slos) for each in seen) / seconds,
             ttft_p50_s=percentile(ttft, 50) if ttft else math.nan,
             ttft_p99_s=percentile(ttft, 99) if ttft else math.nan,
-            reject_p99_s=percentile(refused, 99) if refused else math.nan,
+            reject_p99_s=percentile(refused_s, 99) if refused_s else math.nan,
             running=self.running,
+            refused_late=sum(each.placed for each in refused),
             codes=dict(Counter(each.code for each in seen)),
         )
 
@@ -106,14 +103,15 @@ class _Phase:
 class Overload:
     """One cluster, asked for more and more. Protected: its conductor is told the SLOs."""
 
-    def __init__(self, seed: int, protected: bool = True) -> None:
+    def __init__(self, workload: Workload, seed: int, protected: bool = True) -> None:
         self._loop = SimLoop()
-        self._prompts = _prompts(Random(seed))
+        self._workload = workload
+        self._asks = workload.asks(seed)
         self._seed = seed
         log = EventLog(lambda: self._loop.now)
         network = Network(Weather(0.0005, 0.0003), seed, self._loop, log)
-        slos = SLOS if protected else Slos()
-        self._cluster = Cluster(_shape(), seed, network, log, slos)
+        slos = workload.slos if protected else Slos()
+        self._cluster = Cluster(workload.cluster(), seed, network, log, slos)
         self._violations = log.violations
 
     def measure(self, times: float, seconds: float) -> list[Figures]:
@@ -124,8 +122,9 @@ class Overload:
         finally:
             self._loop.close()
         assert not self._violations, self._violations
-        made = [phase.figures(SLOS) for phase in phases]
-        return [*made, phases[-1].figures(SLOS, f"first {RETURN_S:g} s", RETURN_S)]
+        slos = self._workload.slos
+        made = [phase.figures(slos) for phase in phases]
+        return [*made, phases[-1].figures(slos, f"first {RETURN_S:g} s", RETURN_S)]
 
     async def _run(self, times: float, seconds: float) -> list[_Phase]:
         cluster = self._cluster
@@ -159,20 +158,23 @@ class Overload:
                     await asyncio.sleep(REFUSED_S)  # refusals take no time
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(AT_ONCE):
+            for _ in range(self._workload.at_once):
                 group.create_task(user())
         answered = sum(each.code == "ok" for each in phase.seen)
+        assert answered, Counter(each.code for each in phase.seen)
         return answered / (self._loop.now - phase.began)
 
     async def _send(
         self, group: asyncio.TaskGroup, conductor: HostedConductor, phase: _Phase, rate: float
     ) -> None:
         """Open loop. What is still running when the phase ends runs on in the next one."""
-        for at in poisson_arrivals(rate, self._seed):
+        burst = self._workload.burst
+        for at in poisson_arrivals(rate / burst, self._seed):
             if at > phase.seconds:
                 break
             await asyncio.sleep(max(0.0, phase.began + at - self._loop.now))
-            group.create_task(self._ask(conductor, phase))
+            for _ in range(burst):
+                group.create_task(self._ask(conductor, phase))
             phase.running = max(phase.running, conductor.service.running)
 
     async def _ask(self, conductor: HostedConductor, phase: _Phase) -> None:
@@ -182,9 +184,11 @@ class Overload:
     async def _client(self, service: Conductor) -> Seen:
         """Runs as the conductor's process, like the handler of an HTTP request."""
         began, first, tokens, code = self._loop.now, None, 0, "ok"
-        options = Options(temperature=0.0, max_tokens=ANSWER, ignore_eos=True)
+        request = None
+        prompt, answer_tokens = next(self._asks)
+        options = Options(temperature=0.0, max_tokens=answer_tokens, ignore_eos=True)
         try:
-            request = await service.prepare(Ask(MODEL, (next(self._prompts),), options), "sim")
+            request = await service.prepare(Ask(MODEL, (prompt,), options), "sim")
             async with aclosing(service.generate(request)) as answer:
                 async for part in answer:
                     if isinstance(part, Usage):
@@ -194,31 +198,9 @@ class Overload:
                         first = self._loop.now - began
         except BatonError as error:
             code = error.code
-        return Seen(began, code, first, self._loop.now - began, tokens)
-
-
-def _prompts(draw: Random) -> Iterator[tuple[int, ...]]:
-    """That nobody has in a cache."""
-    while True:
-        yield tuple(draw.randrange(VOCAB) for _ in range(PROMPT))
-
-
-def _shape() -> Shape:
-    return Shape(
-        prefill=(Machine("p0", 512, _PREFILL),),
-        decode=(Machine("d0", 512, _DECODE),),
-        stores=(),
-        conductors=(Machine(CONDUCTOR, 1, _PREFILL),),
-        num_layers=2,
-        layer_groups=1,
-        max_num_seqs=16,
-        max_batch_tokens=64,
-        prefix_caching=True,
-        verify=Verify.OFF,
-        local_tokens=0,
-        fleet_ttl_s=3.0,
-        lease_ttl_s=1.5,
-    )
+        timeline = service.traces.get(request.id) if request is not None else None
+        placed = timeline is not None and bool(timeline.attempts)
+        return Seen(began, code, first, self._loop.now - began, tokens, placed)
 
 
 def table(made: Sequence[Figures]) -> str:
@@ -239,5 +221,49 @@ def table(made: Sequence[Figures]) -> str:
     return "\n".join(lines)
 
 
+def summary(made: Mapping[str, Sequence[Figures]]) -> str:
+    """Of several workloads, as Markdown."""
+    lines = [
+        "| workload | goodput/s at half, all, 10 × | 10 × / peak | late of answered | running "
+        "| TTFT p50 at half, first 5 s after, ms |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, (half, full, over, _, after) in made.items():
+        rates = (each.goodput_per_s for each in (half, full, over))
+        cells = (
+            name, ", ".join(f"{rate:.1f}" for rate in rates), f"{to_peak(made[name]):.0%}",
+            f"{1 - over.goodput_per_s / over.answered_per_s:.0%}", over.running,
+            f"{half.ttft_p50_s * 1e3:.0f}, {after.ttft_p50_s * 1e3:.0f}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def to_peak(made: Sequence[Figures]) -> float:
+    """Goodput of the overload, as a share of the most at no more than the capacity."""
+    half, full, over = (each.goodput_per_s for each in made[:3])
+    return over / max(half, full)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sim.overload", description=__doc__)
+    known = {workload.name: workload for workload in WORKLOADS}
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known) + "; all of them")
+    parser.add_argument("--times", type=float, default=10.0, help="of the capacity")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each phase")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unprotected", action="store_true", help="the cluster knows no SLOs")
+    options = parser.parse_args(argv)
+    if unknown := set(options.names) - set(known):
+        parser.error(f"no such workload: {', '.join(sorted(unknown))}")
+    made = {}
+    for name in options.names or known:
+        overload = Overload(known[name], options.seed, not options.unprotected)
+        made[name] = overload.measure(options.times, options.seconds)
+        if options.names:
+            sys.stdout.write(f"{name}\n\n{table(made[name])}\n\n")
+    sys.stdout.write(summary(made) + "\n")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(table(Overload(0).measure(10.0, 20.0)) + "\n")
+    main(sys.argv[1:])

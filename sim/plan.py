@@ -113,6 +113,7 @@ class Shape:
     registry: bool = False  # the conductors share one, and clients reconnect
     told: bool = True  # workers are told by flags where conductors are; else the registry does
     disk: DiskPlan | None = None  # of the store
+    max_model_len: int = 128
 
     @property
     def machines(self) -> tuple[Machine, ...]:
