@@ -14,7 +14,7 @@ import secrets
 import shlex
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -28,7 +28,14 @@ from baton.client.http import Client
 from baton.cpus import available_cpus
 from bench.machine import describe, exclusively, revision
 from bench.overload.client import Phase, Plan, Sent
-from bench.overload.figures import Look, PhaseFigures, as_markdown, figures, rejection_cpu_s
+from bench.overload.figures import (
+    Look,
+    PhaseFigures,
+    answer_cpu_s,
+    as_markdown,
+    figures,
+    rejection_cpu_s,
+)
 
 _START_S = 180.0
 _LOOK_S = 0.25
@@ -65,7 +72,7 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
     slo = Slo(options.slo_ttft_ms / 1e3, options.slo_tpot_ms / 1e3)
     async with _serving(flags) as (address, model):
         async with Client(address) as client:
-            pid = int((await client.cluster())["conductors"][0]["pid"])
+            pids = _pids(await client.cluster())
         plan = Plan(address, model, options.prompt_tokens, options.output_tokens, options.seed, ())
         await _send(plan, Phase("warm-up", 5.0, at_once=4))
         async with exclusively(options.lock):
@@ -80,7 +87,7 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
                 Phase("half, after", 10.0, capacity / 2),
             )
             looks: list[Look] = []
-            looking = asyncio.create_task(_look(pid, looks))
+            looking = asyncio.create_task(_look(pids, looks))
             try:
                 told = await _send(replace(plan, seed=plan.seed + 1), *phases)
             finally:
@@ -109,6 +116,7 @@ def _told(made: Sequence[PhaseFigures]) -> dict[str, Any]:
         "goodput_to_peak": round(
             over.goodput_per_s / max(half.goodput_per_s, full.goodput_per_s, 1e-9), 3
         ),
+        "answer_cpu_ms": round(answer_cpu_s(idle, half) * 1e3, 3),
         "rejection_cpu_ms": round(rejection_cpu_s(idle, half, over) * 1e3, 3),
     }
 
@@ -130,14 +138,26 @@ async def _send(plan: Plan, *phases: Phase) -> dict[str, tuple[float, list[Sent]
     }
 
 
-async def _look(pid: int, looks: list[Look]) -> None:
+def _pids(cluster: Mapping[str, Any]) -> dict[str, int]:
+    """By name, the conductor's first."""
+    processes = (cluster["conductors"][0], *cluster["workers"])
+    return {str(process["name"]): int(process["pid"]) for process in processes}
+
+
+async def _look(pids: Mapping[str, int], looks: list[Look]) -> None:
     """Until cancelled."""
-    at = Path(f"/proc/{pid}")
     while True:
-        stat = (at / "stat").read_text().rpartition(")")[2].split()
-        cpu_s = (int(stat[11]) + int(stat[12])) / _TICKS
-        looks.append(Look(time.perf_counter(), cpu_s, int(stat[21]) * _PAGE_MIB))
+        stats = {name: _stat(pid) for name, pid in pids.items()}
+        conductor = next(iter(stats.values()))
+        cpu_s = (int(conductor[11]) + int(conductor[12])) / _TICKS
+        rss_mib = {name: int(stat[21]) * _PAGE_MIB for name, stat in stats.items()}
+        looks.append(Look(time.perf_counter(), cpu_s, rss_mib))
         await asyncio.sleep(_LOOK_S)
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields after the command's name: proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 @asynccontextmanager
@@ -176,7 +196,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"capacity {told['capacity_per_s']:.1f} requests/s")
     print(as_markdown(told["phases"]))
     print(f"goodput at {options.times:g} × / peak: {told['goodput_to_peak']:.0%}")
-    print(f"CPU time of a rejection: {told['rejection_cpu_ms']:.2f} ms")
+    print(f"CPU time of the conductor: {told['answer_cpu_ms']:.2f} ms for an answer, "
+          f"{told['rejection_cpu_ms']:.2f} ms for a rejection")  # fmt: skip
     if options.json is not None:
         options.json.write_text(json.dumps(told, indent=1) + "\n")
 

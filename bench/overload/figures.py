@@ -16,11 +16,11 @@ REJECTED = 429
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """At the conductor's process: CPU seconds since it began, resident MiB."""
+    """At the cluster: CPU seconds of the conductor since it began, resident MiB by process."""
 
     at: float
     cpu_s: float
-    rss_mib: float
+    rss_mib: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class PhaseFigures:
     tpot_s: dict[str, float]
     reject_s: dict[str, float]  # from sending to the end of the 429
     conductor_cpu_share: float
-    conductor_rss_mib: tuple[float, float]  # at its beginning, most
+    rss_mib: dict[str, tuple[float, float]]  # by process: at its beginning, most
 
 
 def figures(
@@ -59,23 +59,31 @@ def figures(
         tpot_s=_spread([_tpot(each, tokens) for each in answered]),
         reject_s=_spread([each.end_s for each in rejected]),
         conductor_cpu_share=_share(there),
-        conductor_rss_mib=(there[0].rss_mib, max(look.rss_mib for look in there)),
+        rss_mib={
+            name: (round(first, 1), round(max(look.rss_mib[name] for look in there), 1))
+            for name, first in there[0].rss_mib.items()
+        },
     )
+
+
+def answer_cpu_s(idle: PhaseFigures, quiet: PhaseFigures) -> float:
+    """CPU time of the conductor for an answer, in a phase without rejections."""
+    spent = quiet.conductor_cpu_share - idle.conductor_cpu_share
+    return spent / max(quiet.accepted_per_s, 1e-9)
 
 
 def rejection_cpu_s(idle: PhaseFigures, quiet: PhaseFigures, busy: PhaseFigures) -> float:
     """CPU time of a rejection, when an answer costs what it does in a phase without any."""
-    unasked = idle.conductor_cpu_share
-    per_answer = (quiet.conductor_cpu_share - unasked) / max(quiet.accepted_per_s, 1e-9)
     rejected = busy.offered_per_s - busy.accepted_per_s
-    spent = busy.conductor_cpu_share - unasked - per_answer * busy.accepted_per_s
+    answers = answer_cpu_s(idle, quiet) * busy.accepted_per_s
+    spent = busy.conductor_cpu_share - idle.conductor_cpu_share - answers
     return spent / rejected if rejected > 0 else math.nan
 
 
 def as_markdown(phases: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "| phase | offered/s | accepted/s | goodput/s | TTFT p50 / p99, ms | TPOT p50 / p99, ms "
-        "| 429 p50 / p99, ms | conductor CPU | RSS begin, most, MiB |",
+        "| 429 p50 / p99, ms | conductor CPU | RSS begin, most, MiB, of each process |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for phase in phases:
@@ -83,7 +91,7 @@ def as_markdown(phases: Sequence[Mapping[str, Any]]) -> str:
             phase["name"], phase["offered_per_s"], phase["accepted_per_s"],
             phase["goodput_per_s"], _ms(phase["ttft_s"]), _ms(phase["tpot_s"]),
             _ms(phase["reject_s"]), f"{phase['conductor_cpu_share']:.0%}",
-            " ".join(f"{mib:.0f}" for mib in phase["conductor_rss_mib"]),
+            ", ".join(f"{first:.0f} {most:.0f}" for first, most in phase["rss_mib"].values()),
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
