@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from baton.errors import InternalError
+from baton.hashing import KEY_BYTES
 from baton.types.kv_events import KvEvents, KvSnapshot, Tier
 from baton.v1 import common_pb2 as common
 from baton.v1 import worker_pb2 as pb
@@ -35,7 +36,8 @@ def events_to_pb(value: KvEvents) -> pb.KvEvents:
 
 
 def events_from_pb(message: pb.KvEvents) -> KvEvents:
-    return KvEvents(message.number, tier_from_pb(message.tier), message.added, message.removed)
+    tier = tier_from_pb(message.tier)
+    return KvEvents(message.number, tier, _whole(message.added), _whole(message.removed))
 
 
 def snapshot_to_pb(value: KvSnapshot) -> pb.KvSnapshot:
@@ -49,6 +51,12 @@ def snapshot_to_pb(value: KvSnapshot) -> pb.KvSnapshot:
 
 
 def snapshot_from_pb(message: pb.KvSnapshot) -> KvSnapshot:
-    return KvSnapshot(
-        message.number, tier_from_pb(message.tier), message.keys, message.first, message.last
-    )
+    tier, keys = tier_from_pb(message.tier), _whole(message.keys)
+    return KvSnapshot(message.number, tier, keys, message.first, message.last)
+
+
+def _whole(keys: bytes) -> bytes:
+    """Refused here, where that ends the stream of whoever sent it, and nothing else."""
+    if len(keys) % KEY_BYTES:
+        raise InternalError(f"a peer sent {len(keys)} bytes of keys, which have {KEY_BYTES} each")
+    return keys

@@ -244,10 +244,13 @@ def test_worker_messages(sent: list[StepReport]) -> None:
     assert by_attempt(got) == by_attempt(sent)
 
 
+block_keys = st.lists(st.binary(min_size=16, max_size=16), max_size=3).map(b"".join)
+
+
 @few
 @given(
-    st.builds(KvEvents, u64, added=st.binary(max_size=40), removed=st.binary(max_size=40))
-    | st.builds(KvSnapshot, u64, keys=st.binary(max_size=40))
+    st.builds(KvEvents, u64, added=block_keys, removed=block_keys)
+    | st.builds(KvSnapshot, u64, keys=block_keys)
 )
 def test_what_holders_tell(message: Any) -> None:
     check(message, codec_report.ReportEncoder().encode, codec_report.ReportDecoder().decode)
@@ -385,6 +388,18 @@ def test_a_message_without_a_known_kind_is_a_clear_error(
 ) -> None:
     with pytest.raises(InternalError, match="same version of baton"):
         decode(empty)
+
+
+@pytest.mark.parametrize("field", ["added", "removed", "keys"])
+def test_a_part_of_a_key_ends_the_stream_and_not_the_conductor(field: str) -> None:
+    """Found by fuzzing: the prefix map raised, and with it the fleet."""
+    news = {"number": 1, "tier": common_pb2.TIER_GPU, field: bytes(17)}
+    if field == "keys":
+        message = worker_pb2.WorkerMessage(kv_snapshot=worker_pb2.KvSnapshot(**news))
+    else:
+        message = worker_pb2.WorkerMessage(kv_events=worker_pb2.KvEvents(**news))
+    with pytest.raises(InternalError, match="17 bytes of keys"):
+        codec_report.ReportDecoder().decode(message)
 
 
 def test_unknown_enum_values_are_clear_errors() -> None:
