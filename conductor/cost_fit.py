@@ -7,6 +7,7 @@ NaN; what was not measured for long returns to a prior in proportion to what was
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from baton.types.fleet import WorkerInfo
@@ -36,6 +37,8 @@ _SCALE_MEMORY = 0.8
 _FIRST_SWEEPS = 40  # of coordinate descent, from the prior
 _SWEEPS = 8  # from the last solution
 _SETTLED = 32  # samples, after which the last solution is where to begin
+_STILL = 1e-4  # of the scale: a sweep that moves no coefficient further is the last
+_FRESH = 8  # samples, within which the last solution does to tell outliers
 _TTFT_STEP = 0.05  # of the way to what the last estimate should have been multiplied by
 _TTFT_FACTORS = 10.0  # more, or less than its inverse, is an accident
 _SAME_STEP_S = 1e-4  # prompts that were computed so shortly after one another ended with one step
@@ -56,7 +59,8 @@ class NonNegativeFit:
         self._targets = [0.0] * size
         self._log_scale = 0.0
         self._factors = [1.0] * size
-        self._solved: tuple[float, ...] | None = prior
+        self._solution = prior
+        self._unsolved = 0  # samples that the solution lacks
         self.samples = 0
 
     def add(self, features: tuple[float, ...], seconds: float) -> None:
@@ -65,7 +69,8 @@ class NonNegativeFit:
             return
         seconds = max(seconds, _SHORTEST_S)
         if self.samples >= MIN_SAMPLES:
-            seconds = min(seconds, _OUTLIER * max(self.predict(features), _SHORTEST_S))
+            known = self._solution if self._unsolved < _FRESH else self.solve()
+            seconds = min(seconds, _OUTLIER * max(_dot(known, features), _SHORTEST_S))
         scaled = [p * x for p, x in zip(self._prior, features, strict=True)]
         expected = sum(scaled)
         if expected < _SHORTEST_S / _SCALES:
@@ -82,29 +87,29 @@ class NonNegativeFit:
             products = self._products[i]
             for j, y in enumerate(row):
                 products[j] += x * y
-        self._solved = None
+        self._unsolved += 1
 
     def predict(self, features: tuple[float, ...]) -> float:
-        return sum(c * x for c, x in zip(self.solve(), features, strict=True))
+        return _dot(self.solve(), features)
 
     def solve(self) -> tuple[float, ...]:
         """The coefficients; computed when samples have arrived since the last time."""
-        if self._solved is None:
+        if self._unsolved:
             self._descend()
-            self._solved = tuple(p * f for p, f in zip(self._prior, self._factors, strict=True))
-        return self._solved
+            self._solution = tuple(p * f for p, f in zip(self._prior, self._factors, strict=True))
+            self._unsolved = 0
+        return self._solution
 
     def _fade(self, row: list[float]) -> None:
         """Forget of older samples what this one tells anew, and no more (directional forgetting,
         Kulhavý 1987): as long as all samples are alike, they say nothing about others, and a batch
         or a prompt of another size must not be predicted from the prior."""
-        seen = [sum(p * x for p, x in zip(products, row, strict=True))
-                for products in self._products]  # fmt: skip
-        weight = sum(s * x for s, x in zip(seen, row, strict=True))
+        seen = [_dot(products, row) for products in self._products]
+        weight = _dot(seen, row)
         if weight < _SHORTEST_S:
             return
         forget = (1.0 - _MEMORY) / weight
-        target = sum(t * x for t, x in zip(self._targets, row, strict=True))
+        target = _dot(self._targets, row)
         for i, s in enumerate(seen):
             self._targets[i] -= forget * s * target
             products = self._products[i]
@@ -124,11 +129,23 @@ class NonNegativeFit:
         settled = self.samples > _SETTLED
         factors = self._factors = self._factors if settled else [scale] * len(self._prior)
         for _ in range(_SWEEPS if settled else _FIRST_SWEEPS):
+            moved = 0.0
             for i, products in enumerate(self._products):
-                others = sum(p * f for p, f in zip(products, factors, strict=True))
-                others -= products[i] * factors[i]
+                before = factors[i]
+                others = _dot(products, factors) - products[i] * before
                 target = self._targets[i] + ridge * scale - others
                 factors[i] = max(target / (products[i] + ridge), 0.0)
+                moved = max(moved, abs(factors[i] - before))
+            if moved <= _STILL * scale:
+                return
+
+
+def _dot(one: Sequence[float], other: Sequence[float]) -> float:
+    """A loop: a generator takes twice as long, and samples come by the thousand per second."""
+    total = 0.0
+    for x, y in zip(one, other, strict=True):
+        total += x * y
+    return total
 
 
 _PREFILL_PRIOR = (PrefillCost().base_s, PrefillCost().token_s, PrefillCost().pair_s)
