@@ -25,12 +25,13 @@ from sim.workload.trace import LoadCurve, Request, read_trace, scaled
 _PROG = "python -m sim.fleet"
 _CHOICES: Mapping[str, list[str]] = {
     "model": list(MODELS),
-    "node": list(MACHINES),
     "policy": [policy.value for policy in RoutePolicy],
     "eviction": list(POLICIES),
 }
 _HELP = {
     "cluster": "nP+mD: disaggregated; nM: each worker computes prompts and decodes",
+    "node": f"{', '.join(MACHINES)}, or calibrated:FILE of baton bench engine",
+    "network_gbps": "of the NICs of a node together; 0: what the node has",
     "tensor_parallel": "GPUs of a worker; 0: all of its node",
     "grain": "tokens that one simulated unit stands for",
     "cache": "KV of earlier prompts: none, each node its own, or read from every node",

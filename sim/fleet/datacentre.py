@@ -214,7 +214,7 @@ class Datacentre:
         store: str,
     ) -> WorkerParts:
         spec, layout = self.spec, self._layout
-        num_blocks = spec.kv_blocks or self.hardware.kv_blocks
+        num_blocks = self.hardware.kv_blocks
         memory = transport.allocate(num_blocks * layout.block_bytes)
         # A step that decodes stands for `grain` of them, so it has room for as many chunks.
         units = spec.mixed_tokens if role is Role.DECODE else spec.chunk_tokens // spec.grain

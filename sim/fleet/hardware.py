@@ -6,11 +6,13 @@ where one end is in CPU memory and the other is not.
 
 from __future__ import annotations
 
+from baton.errors import ConfigError
 from baton.types.fleet import KvLayout
+from sim.costs.calibrate import PREFIX, calibrated
 from sim.costs.capacity import kv_capacity_blocks
 from sim.costs.compute import Roofline, StepCost
 from sim.costs.links import SharedLinks
-from sim.costs.machines import machine_named
+from sim.costs.machines import machine_named, with_network
 from sim.costs.models import model_named
 from sim.fleet.prompts import BLOCK_TOKENS
 from sim.fleet.spec import FleetSpec
@@ -19,30 +21,47 @@ from sim.fleet.transport import Place
 _DTYPES = {2: "bfloat16", 4: "float32"}
 
 
+_GBPS = 1e9 / 8
+
+
 class Hardware:
-    """Nodes that are all alike. Implements `sim.fleet.transport.Carrier`."""
+    """Nodes that are all alike. Implements `sim.fleet.transport.Carrier`.
+
+    Of a preset, everything is known. Of a calibrated machine, only what steps take: the spec says
+    how many blocks a worker has and how fast its links are. Raises ConfigError.
+    """
 
     def __init__(self, spec: FleetSpec) -> None:
-        self._model, self._node = model_named(spec.model), machine_named(spec.node)
+        self._model = model_named(spec.model)
         self._grain = spec.grain
-        self.gpus = spec.tensor_parallel or self._node.gpus
-        self.cost: StepCost = Roofline(self._model, self._node, self.gpus)
+        self.cost: StepCost
+        if spec.node.startswith(PREFIX):
+            if not (spec.kv_blocks and spec.network_gbps):
+                raise ConfigError(f"{spec.node} needs --kv-blocks and --network-gbps")
+            self.cost = calibrated(spec.node).cost
+            self.kv_blocks = spec.kv_blocks  # of a worker's pool
+            self._nic_bytes_per_s = self._host_bytes_per_s = spec.network_gbps * _GBPS
+        else:
+            node = machine_named(spec.node)
+            if spec.network_gbps:
+                node = with_network(node, spec.network_gbps)
+            gpus = spec.tensor_parallel or node.gpus
+            self.cost = Roofline(self._model, node, gpus)
+            room = kv_capacity_blocks(self._model, node, gpus, BLOCK_TOKENS)
+            self.kv_blocks = spec.kv_blocks or room
+            self._nic_bytes_per_s = node.nic_bytes_per_s
+            self._host_bytes_per_s = node.pcie_bytes_per_s
         self._links = SharedLinks()
         self._names: list[str] = []  # of the links
 
     def add_node(self, node: str) -> None:
         for direction in ("out", "in"):
-            self._add(_nic(node, direction), self._node.nic_bytes_per_s)
-            self._add(_host(node, direction), self._node.pcie_bytes_per_s)
+            self._add(_nic(node, direction), self._nic_bytes_per_s)
+            self._add(_host(node, direction), self._host_bytes_per_s)
 
     def _add(self, link: str, bytes_per_s: float) -> None:
         self._links.add(link, bytes_per_s)
         self._names.append(link)
-
-    @property
-    def kv_blocks(self) -> int:
-        """Of a worker's pool."""
-        return kv_capacity_blocks(self._model, self._node, self.gpus, BLOCK_TOKENS)
 
     @property
     def layout(self) -> KvLayout:

@@ -37,6 +37,7 @@ class FleetSpec:
     cluster: str  # "8P+8D": disaggregated; "16M": each computes prompts and decodes
     model: str = "llama3-70b"
     node: str = "8xA800"
+    network_gbps: float = 0.0  # of a node's NICs together; 0: what the node has
     tensor_parallel: int = 0  # GPUs of a worker; 0: all of its node
     grain: int = 16  # tokens of a unit
     policy: str = "cache-aware"

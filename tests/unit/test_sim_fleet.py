@@ -11,7 +11,9 @@ import pytest
 from baton.engine.batch import Batch, BatchItem, SampleRequest
 from baton.errors import ConfigError
 from baton.types.request import SamplingParams
+from sim.costs.compute import Prefill
 from sim.fleet.device import TICK_S, ModelledDevice
+from sim.fleet.hardware import Hardware
 from sim.fleet.prompts import Prompts
 from sim.fleet.records import OK
 from sim.fleet.result import Result
@@ -159,3 +161,11 @@ def test_what_a_small_pool_forgets_comes_from_the_stores(cache):
         result = run("2M", twice, kv_blocks=40, store_blocks=2000, cache=cache, policy="random")
     crossed = [link for link in result.links.texts("link") if "NIC" in link]
     assert bool(crossed) is (cache is Cache.GLOBAL)
+
+
+def test_a_calibrated_machine_has_no_links_of_its_own():
+    node = f"calibrated:{ROOT / 'docs' / 'results' / 'engine-qwen3-0.6b.json'}"
+    with pytest.raises(ConfigError, match="network-gbps"):
+        Hardware(FleetSpec("1P+1D", model="qwen3-0.6b", node=node))
+    spec = FleetSpec("1P+1D", model="qwen3-0.6b", node=node, kv_blocks=64, network_gbps=10)
+    assert Hardware(spec).cost.seconds([Prefill(512)], ()) > 0.1
