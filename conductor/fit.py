@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from baton import __version__
 from baton.errors import LayoutMismatch, ProtocolMismatch
-from baton.types.fleet import PROTOCOL, KvLayout, WorkerInfo
+from baton.types.fleet import PROTOCOL, KvLayout, Role, WorkerInfo
 
 REMEMBER_S = 300.0
 MOST = 16  # refusals that are remembered
@@ -21,13 +21,13 @@ def check_fit(info: WorkerInfo, others: Iterable[WorkerInfo], fingerprint: str |
     `fingerprint`: of the model that the conductor has the tokenizer of, if it knows one."""
     if info.protocol != PROTOCOL:
         raise ProtocolMismatch(
-            f"{info.role} {info.name} runs baton {info.version or 'of an older version'} (protocol "
+            f"{_who(info)} runs baton {info.version or 'of an older version'} (protocol "
             f"{info.protocol}), but this conductor runs {__version__} (protocol {PROTOCOL}): "
             "start both from the same version"
         )
     if fingerprint is not None and info.layout.model != fingerprint:
         raise LayoutMismatch(
-            f"{info.role} {info.name} serves {info.model_name}, whose weights and configuration "
+            f"{_who(info)} serves the model {info.model_name}, whose weights and configuration "
             f"have the fingerprint {info.layout.model[:12]}, but those of this conductor's model "
             f"have {fingerprint[:12]}: start both with the same model"
         )
@@ -35,9 +35,14 @@ def check_fit(info: WorkerInfo, others: Iterable[WorkerInfo], fingerprint: str |
         if other.name != info.name and other.layout != info.layout:
             here, there = _apart(info.layout, other.layout)
             raise LayoutMismatch(
-                f"{info.role} {info.name} has {here}, but {other.role} {other.name} of this fleet "
-                f"has {there}: start both with the same settings"
+                f"{_who(info)} has {here}, but {_who(other)} of this fleet has {there}: "
+                "start both with the same settings"
             )
+
+
+def _who(info: WorkerInfo) -> str:
+    kind = "store" if info.role is Role.STORE else f"{info.role} worker"
+    return f"{kind} {info.name}"
 
 
 def _apart(one: KvLayout, other: KvLayout) -> tuple[str, str]:
@@ -69,7 +74,7 @@ class Refusals:
     def note(self, info: WorkerInfo, reason: str, now: float) -> None:
         known = self._by_name.pop(info.name, None)
         if known is None or known.reason != reason:
-            log.warning("refused %s %s from %s: %s", info.role, info.name, info.address, reason)
+            log.warning("refused who came from %s: %s", info.address, reason)
         self._by_name[info.name] = Refusal(info, reason, now)
         while len(self._by_name) > MOST:
             del self._by_name[next(iter(self._by_name))]

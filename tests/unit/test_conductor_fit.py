@@ -31,7 +31,8 @@ def test_another_protocol_is_refused(role: Role) -> None:
     newer = worker_info("new", role, protocol=PROTOCOL + 1, version="9.9.9")
     with pytest.raises(ProtocolMismatch) as refusal:
         check_fit(newer, [LIVE], None)
-    for part in (f"{role} new", "9.9.9", f"protocol {PROTOCOL + 1}", __version__):
+    kind = "store" if role is Role.STORE else f"{role} worker"
+    for part in (f"{kind} new", "9.9.9", f"protocol {PROTOCOL + 1}", __version__):
         assert part in refusal.value.message
 
 
@@ -71,7 +72,7 @@ async def test_operators_see_who_was_refused_of_late(caplog: pytest.LogCaptureFi
         def seen() -> list[tuple[str, str]]:
             told = describe_cluster(cluster.conductor, IDENTITY)
             lines = [line.plain for line in refused_lines(told)]
-            assert all(line.startswith("refused: decode new") for line in lines)
+            assert all(line.startswith("refused: decode worker new") for line in lines)
             return [(each["name"], each["reason"]) for each in told["refused"]]
 
         assert not seen()
@@ -81,7 +82,7 @@ async def test_operators_see_who_was_refused_of_late(caplog: pytest.LogCaptureFi
                 await fleet.register(misfit)
         assert len(seen()) == MOST
         assert "block_size=64" in seen()[-1][1]
-        assert caplog.text.count(f"refused decode new-{MOST} ") == 1
+        assert caplog.text.count(f": decode worker new-{MOST} ") == 1
         await fleet.register(worker_info(f"new-{MOST}", Role.DECODE))
         assert len(seen()) == MOST - 1
         await asyncio.sleep(REMEMBER_S)
