@@ -70,8 +70,8 @@ class EngineConfig:
                 )
 
     def knows(self, ids: Sequence[int]) -> bool:
-        """Whether all are of the vocabulary. Nothing behind this looks: native kernels would read
-        beyond their tables, and others fail the step, and with it other sequences."""
+        """Whether all are of the vocabulary. Behind this, a wrong one fails the step that it is in,
+        and with it every sequence of that step."""
         # Ids are unsigned on the wire.
         return self.vocab_size is None or max(ids, default=0) < self.vocab_size
 
