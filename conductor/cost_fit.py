@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from baton.types.fleet import WorkerInfo
 from baton.types.kv_events import Tier
@@ -17,6 +17,7 @@ from conductor.cost_model import (
     HANDOFF_PRIOR,
     MIN_SAMPLES,
     TRANSFER_PRIORS,
+    UNKNOWN_WORKER,
     DecodeCost,
     PrefillCost,
     Route,
@@ -148,17 +149,21 @@ def _dot(one: Sequence[float], other: Sequence[float]) -> float:
     return total
 
 
-_PREFILL_PRIOR = (PrefillCost().base_s, PrefillCost().token_s, PrefillCost().pair_s)
-_DECODE_PRIOR = (DecodeCost().base_s, DecodeCost().sequence_s)
-
-
 @dataclass(slots=True)
 class _WorkerFit:
     """Samples of one worker, or of all that are alike."""
 
-    prefill: NonNegativeFit = field(default_factory=lambda: NonNegativeFit(_PREFILL_PRIOR))
-    decode: NonNegativeFit = field(default_factory=lambda: NonNegativeFit(_DECODE_PRIOR))
+    prefill: NonNegativeFit
+    decode: NonNegativeFit
     mean_context: float = 0.0
+
+    @classmethod
+    def of(cls, prior: WorkerCost) -> _WorkerFit:
+        prefill, decode = prior.prefill, prior.decode
+        return cls(
+            NonNegativeFit((prefill.base_s, prefill.token_s, prefill.pair_s)),
+            NonNegativeFit((decode.base_s, decode.sequence_s)),
+        )
 
     def prefill_cost(self) -> PrefillCost:
         base, token, pair = self.prefill.solve()
@@ -198,8 +203,8 @@ class WorkerSamples:
     enough yet.
     """
 
-    def __init__(self, alike: _WorkerFit) -> None:
-        self._own = _WorkerFit()
+    def __init__(self, alike: _WorkerFit, prior: WorkerCost) -> None:
+        self._own = _WorkerFit.of(prior)
         self._alike = alike
         self._latest = _Prefills()
         self._sampled_until = 0.0
@@ -246,9 +251,11 @@ class WorkerSamples:
 
 
 class CostModel:
-    """All fits of a conductor."""
+    """All fits of a conductor. Of `prior`, the proportions matter more than the size, which the
+    first samples tell."""
 
-    def __init__(self) -> None:
+    def __init__(self, prior: WorkerCost = UNKNOWN_WORKER) -> None:
+        self._prior = prior
         self._alike: dict[tuple[str, int], _WorkerFit] = {}
         self._routes = {route: _transfer_fit(cost) for route, cost in TRANSFER_PRIORS.items()}
         self._handoff = _transfer_fit(HANDOFF_PRIOR)
@@ -270,7 +277,8 @@ class CostModel:
     def begin(self, info: WorkerInfo) -> WorkerSamples:
         """For a life of a worker."""
         kind = (info.device, info.threads)
-        return WorkerSamples(self._alike.setdefault(kind, _WorkerFit()))
+        alike = self._alike.setdefault(kind, _WorkerFit.of(self._prior))
+        return WorkerSamples(alike, self._prior)
 
     def transfers(self) -> TransferCosts:
         """Cached until the next sample."""

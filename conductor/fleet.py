@@ -25,6 +25,7 @@ from baton.types.link import Cancel, ConductorMessage, SetRole, StepReport, Work
 from baton.types.request import AttemptId, Finish
 from conductor.backlog import EMPTY
 from conductor.cost_fit import CostModel
+from conductor.cost_model import UNKNOWN_WORKER, WorkerCost
 from conductor.fit import Refusals, check_fit
 from conductor.kv_feed import KvFeed
 from conductor.link import Assignment, Link
@@ -80,6 +81,7 @@ class Fleet:
         lease_ttl_s: float,
         fingerprint: str | None = None,
         map_blocks: int = MAP_BLOCKS,
+        prior: WorkerCost = UNKNOWN_WORKER,
     ) -> None:
         self._dialer = dialer
         self._ttl_s = lease_ttl_s
@@ -91,7 +93,7 @@ class Fleet:
         self._capacity: int | None = None
         self._ring: tuple[frozenset[str], Ring] = (frozenset(), Ring.of(()))
         self.prompts_s = 0.0  # of work that prefill workers were sent, as predicted; only grows
-        self._costs = CostModel()
+        self._costs = CostModel(prior)
         self._kv = KvFeed(PrefixMap(map_blocks))
         self.refusals = Refusals()
         self._tasks: asyncio.TaskGroup | None = None

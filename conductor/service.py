@@ -19,6 +19,7 @@ from baton.tokenizer import Tokenizer
 from baton.types.fleet import Role
 from conductor.admission import Admission, Slos
 from conductor.answer_run import Delta
+from conductor.cost_model import UNKNOWN_WORKER, WorkerCost
 from conductor.dispatch import Dispatcher, Serving, Usage
 from conductor.elastic import Elastic
 from conductor.fleet import MAP_BLOCKS, Fleet
@@ -65,6 +66,7 @@ class Policy:
     slos: Slos = field(default_factory=Slos)
     retries: RetryOptions = field(default_factory=RetryOptions)
     map_blocks: int = MAP_BLOCKS
+    prior: WorkerCost = UNKNOWN_WORKER  # what workers cost until they were measured
     planner: PlannerOptions | None = None  # None: workers keep their roles
     keepalive_s: float = 5.0  # of silence in a stream over HTTP, until a comment is sent; 0: never
 
@@ -85,7 +87,9 @@ class Conductor:
         self.registry = registry  # None: there are no other conductors
         self.policy = policy
         self._make_id = make_id or functools.partial(secrets.token_hex, 12)
-        self.fleet = Fleet(dialer, policy.lease_ttl_s, model.fingerprint, policy.map_blocks)
+        self.fleet = Fleet(
+            dialer, policy.lease_ttl_s, model.fingerprint, policy.map_blocks, policy.prior
+        )
         self.metrics = Metrics(self.fleet)
         now = asyncio.get_running_loop().time()
         self.traces = Traces(now)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
@@ -29,6 +29,7 @@ from baton.worker.lifecycle import StopSignals
 from baton.worker.parts import WorkerParts
 from baton.worker.serving import Service, live
 from conductor.admission import Slos, TpotBy
+from conductor.cost_model import UNKNOWN_WORKER, WorkerCost
 from conductor.estimate import Fetch
 from conductor.policies import RoutePolicy
 from conductor.retries import RetryOptions
@@ -123,6 +124,7 @@ class Datacentre:
             routing=RouteOptions(RoutePolicy(spec.policy), self._local_units(), _FETCH[spec.cache]),
             slos=self._slos(),
             retries=RetryOptions(seed=draw.getrandbits(32)),
+            prior=_in_units(UNKNOWN_WORKER, spec.grain),
         )
         limit = spec.max_model_len // spec.grain
         model = ServedModel(spec.model, _wordless(), VOCABULARY, limit, ())
@@ -246,6 +248,15 @@ class Datacentre:
             wall_clock=asyncio.get_running_loop().time,
             make_steps=lambda _, wake: ModelledSteps(device, device, _full_speed, wake),
         )
+
+
+def _in_units(cost: WorkerCost, grain: int) -> WorkerCost:
+    """What the conductor assumes of tokens, said of units."""
+    prefill, decode = cost.prefill, cost.decode
+    return WorkerCost(
+        replace(prefill, token_s=prefill.token_s * grain, pair_s=prefill.pair_s * grain**2),
+        replace(decode, base_s=decode.base_s * grain, sequence_s=decode.sequence_s * grain),
+    )
 
 
 def _wordless() -> Tokenizer:
