@@ -273,7 +273,9 @@ def _commands(
     commands: list[tuple[str, tuple[str, ...]]] = [("redis", command)]
     for name, (http, grpc) in ports.items():
         at = ("--port", str(http), "--grpc-port", str(grpc), "--local-prefill-tokens", "0")
-        commands.append((name, _python("conductor", name, *at, *common)))
+        # So that clients notice a silent conductor when others do: after three of these.
+        beat = ("--sse-keepalive", f"{shape.lease_ttl_s / 3:g}")
+        commands.append((name, _python("conductor", name, *at, *beat, *common)))
     size = ("--memory-mib", str(shape.store_mib), "--no-keep-memory", "--dtype", shape.dtype)
     # Two clusters of one machine must not share its files in shared memory.
     memory = ("--memory-name", f"chaos-{store_port}")
