@@ -1,7 +1,8 @@
 """The models of the simulator: what a token costs in operations and bytes. No weights, no torch.
 
 Shapes are those of the models' published config.json (Hugging Face: meta-llama/Llama-2-70b-hf,
-meta-llama/Meta-Llama-3-70B, meta-llama/Meta-Llama-3-8B, Qwen/Qwen3-8B, Qwen/Qwen3-0.6B).
+meta-llama/Meta-Llama-3-70B, meta-llama/Meta-Llama-3-8B, Qwen/Qwen3-8B, Qwen/Qwen3-0.6B); `small` is
+that of `baton bench engine --shape small`.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ MODELS: dict[str, ModelSpec] = {
         ModelSpec("llama3-8b", 32, 4096, 32, 8, 128, 14_336, 128_256),
         ModelSpec("qwen3-8b", 36, 4096, 32, 8, 128, 12_288, 151_936),
         ModelSpec("qwen3-0.6b", 28, 1024, 16, 8, 128, 3072, 151_936, tied_embeddings=True),
+        ModelSpec("small", 8, 512, 8, 2, 64, 1536, 8192),
     )
 }
 

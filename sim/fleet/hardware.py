@@ -38,7 +38,10 @@ class Hardware:
         if spec.node.startswith(PREFIX):
             if not (spec.kv_blocks and spec.network_gbps):
                 raise ConfigError(f"{spec.node} needs --kv-blocks and --network-gbps")
-            self.cost = calibrated(spec.node).cost
+            found = calibrated(spec.node)
+            if found.kv_bytes_per_token != self._model.kv_bytes_per_token:
+                raise ConfigError(f"{spec.node} is of {found.model}, not of {spec.model}")
+            self.cost = found.cost
             self.kv_blocks = spec.kv_blocks  # of a worker's pool
             self._nic_bytes_per_s = self._host_bytes_per_s = spec.network_gbps * _GBPS
         else:

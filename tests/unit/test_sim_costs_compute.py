@@ -34,6 +34,7 @@ def test_parameters_are_those_that_the_models_are_named_for() -> None:
         "llama3-8b": pytest.approx(8.03, abs=0.01),
         "qwen3-8b": pytest.approx(8.19, abs=0.01),
         "qwen3-0.6b": pytest.approx(0.596, abs=0.001),
+        "small": pytest.approx(0.032, abs=0.001),
     }
 
 
