@@ -55,8 +55,8 @@ class WorkerSample:
 
 @dataclass(frozen=True, slots=True)
 class LinkSample:
-    """Bytes that went over a link since the sample before. The first two words of a link's name say
-    what it is, such as `nic out`."""
+    """Bytes that went over a link since the sample before. Its name is its node's,
+    a space, and what it is, such as `NIC out`."""
 
     at_s: float
     link: str

@@ -158,8 +158,8 @@ def transfers(views: Sequence[View]) -> Figure:
     ]
     figure = _over_time(
         "Transfers over links",
-        "Bytes per second over all links of a kind: the network (nic) in and out of the nodes, and "
-        "between CPU memory and GPUs (host).",
+        "Bytes per second over all links of a kind: the network (NIC) out of the nodes and into "
+        "them, and between CPU memory and GPUs.",
         series,
         "bytes per second",
     )

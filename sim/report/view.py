@@ -20,7 +20,6 @@ Bools = npt.NDArray[np.bool_]
 
 _MOST_BINS = 60  # of requests, in time
 _MOST_TIMES = 120  # of samples
-_WIDTHS_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
 
 
 @dataclass(frozen=True)
@@ -83,23 +82,28 @@ class View:
         return float(wanted.mean()) if len(wanted) else 0.0
 
     @cached_property
+    def _count(self) -> int:
+        """Of bins of time: with twenty requests each, where there are so many."""
+        return min(_MOST_BINS, max(1, len(self.result.records) // 20))
+
+    @cached_property
     def width_s(self) -> float:
-        """Of a bin of time, by arrival."""
-        arrivals = self.result.records.column("at_s")
-        span = float(arrivals.max(initial=0.0))
-        return next((float(w) for w in _WIDTHS_S if span / w <= _MOST_BINS), span / _MOST_BINS)
+        """Of a bin: they end with the last arrival, so that none is cut short."""
+        last = float(self.result.records.column("at_s").max(initial=0.0))
+        return last / self._count or 1.0
 
     @cached_property
     def _bins(self) -> npt.NDArray[np.int64]:
-        return (self.result.records.column("at_s") // self.width_s).astype(np.int64)
+        numbers = (self.result.records.column("at_s") / self.width_s).astype(np.int64)
+        return np.minimum(numbers, self._count - 1)
 
     @property
     def bin_middles_s(self) -> Floats:
-        return (np.arange(self._bins.max(initial=-1) + 1) + 0.5) * self.width_s
+        return (np.arange(self._count, dtype=np.float64) + 0.5) * self.width_s
 
     def binned(self, weights: npt.NDArray[Any]) -> Floats:
         """Sums over the requests that arrived in each bin."""
-        return np.bincount(self._bins, weights=weights).astype(np.float64)
+        return np.bincount(self._bins, weights=weights, minlength=self._count).astype(np.float64)
 
     @cached_property
     def worker_samples(self) -> WorkerSamples:
@@ -179,7 +183,7 @@ def link_rates(result: Result) -> tuple[Floats, dict[str, Floats]]:
     moments = np.unique(np.concatenate((table.column("at_s"), result.workers.column("at_s"))))
     moment = np.searchsorted(moments, table.column("at_s"))
     lengths = np.diff(moments, prepend=0.0)
-    kinds = [" ".join(name.split()[:2]) for name in table.texts("link")]
+    kinds = [name.partition(" ")[2] for name in table.texts("link")]
     kind = np.array([sorted(set(kinds)).index(one) for one in kinds], dtype=np.int64)
     of_row = kind[table.column("link")] if kinds else np.zeros(0, dtype=np.int64)
     rates = {}

@@ -65,10 +65,10 @@ def result(slow: float = 1.0, refused: int = 5) -> Result:
         workers.append(WorkerSample(float(at_s), "p0", "prefill", 4, 2, 0.5, 5.0, 0.0))
         workers.append(WorkerSample(float(at_s), "d10", "decode", 1, 9, 0.75, 0.0, 10.0))
         workers.append(WorkerSample(float(at_s), "d2", "decode", 0, 3, 0.25, 0.0, 2.5))
-    links.append(LinkSample(10.0, "nic out p0", 1000))
-    links.append(LinkSample(30.0, "nic out p0", 3000))
-    links.append(LinkSample(30.0, "nic out p1", 1000))
-    links.append(LinkSample(30.0, "nic in <d2>", 4000))
+    links.append(LinkSample(10.0, "p0 NIC out", 1000))
+    links.append(LinkSample(30.0, "p0 NIC out", 3000))
+    links.append(LinkSample(30.0, "p1 NIC out", 1000))
+    links.append(LinkSample(30.0, "<d2> NIC in", 4000))
     events = table_of(Event, [Event(50.0, "d2 now computes prompts")])
     spec = {
         "cluster": "1P+2D",
@@ -177,9 +177,9 @@ def test_outcomes_add_up() -> None:
 
 
 def test_requests_are_put_into_bins_of_time() -> None:
-    assert VIEW.width_s == 2.0
-    assert VIEW.binned(VIEW.answered).tolist() == [0, 0, 1, *[2] * 47]
-    assert VIEW.bin_middles_s[:2].tolist() == [1, 3]
+    assert VIEW.width_s == 99 / 5
+    assert VIEW.binned(VIEW.answered).tolist() == [15, 20, 20, 20, 20]
+    assert VIEW.bin_middles_s.tolist() == pytest.approx([9.9, 29.7, 49.5, 69.3, 89.1])
 
 
 def test_workers_are_ordered_and_busy() -> None:
@@ -206,12 +206,12 @@ def test_a_worker_that_came_later_has_no_load_before() -> None:
 def test_links_are_summed_by_kind() -> None:
     times, rates = link_rates(VIEW.result)
     assert times[:3].tolist() == [10, 20, 30]
-    assert rates["nic out"][:3].tolist() == [100, 0, 400]
-    assert rates["nic in"][:3].tolist() == [0, 0, 400]
+    assert rates["NIC out"][:3].tolist() == [100, 0, 400]
+    assert rates["NIC in"][:3].tolist() == [0, 0, 400]
     assert link_bytes(VIEW.result) == [
-        ("nic in <d2>", 4000),
-        ("nic out p0", 4000),
-        ("nic out p1", 1000),
+        ("<d2> NIC in", 4000),
+        ("p0 NIC out", 4000),
+        ("p1 NIC out", 1000),
     ]
 
 
