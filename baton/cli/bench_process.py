@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import typer
 
@@ -13,15 +14,16 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 def bench_store(context: typer.Context) -> None:
     """Put and get blocks in each tier of a store, next to a memory copy and the raw disk."""
-    _run("kvstore.bench", context)
+    run_module("kvstore.bench", context.args)
 
 
 def bench_router(context: typer.Context) -> None:
     """Route for a thousand workers and ten million blocks; relay tokens."""
-    _run("conductor.bench_router", context)
+    run_module("conductor.bench_router", context.args)
 
 
-def _run(module: str, context: typer.Context) -> None:
-    done = subprocess.run([sys.executable, "-m", module, *context.args], check=False)
+def run_module(module: str, arguments: Sequence[str]) -> None:
+    """Its exit code is ours."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
     if done.returncode:
         raise typer.Exit(done.returncode)

@@ -17,6 +17,7 @@ from baton.cli.generate import generate
 from baton.cli.options import command
 from baton.cli.serve import serve
 from baton.cli.serve_options import ServeOptions
+from baton.cli.sim import sim
 from baton.cli.status import status
 from baton.cli.top import top
 from baton.cli.trace import trace
@@ -60,6 +61,7 @@ bench.command("handoff")(command(BenchHandoffOptions, bench_handoff))
 bench.command("store", context_settings=PASS_ON)(bench_store)
 bench.command("router", context_settings=PASS_ON)(bench_router)
 app.add_typer(bench, name="bench")
+app.command("sim", context_settings=PASS_ON)(sim)
 
 
 def main() -> None:

@@ -17,9 +17,11 @@ from conductor.policies import RoutePolicy
 from kvstore.eviction import POLICIES
 from sim.costs.machines import MACHINES
 from sim.costs.models import MODELS
-from sim.fleet.result import Result, write_result
+from sim.fleet.result import Result, encode, write_result
 from sim.fleet.run import SAMPLE_S, simulate
 from sim.fleet.spec import FleetSpec
+from sim.report.page import report
+from sim.report.view import View
 from sim.workload.trace import LoadCurve, Request, read_trace, scaled
 
 _PROG = "python -m sim.fleet"
@@ -51,6 +53,7 @@ PROGRESS_S = 0.5  # of real time, between looks at the line
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
+        _check_places(options)
         spec = _spec(options)
         requests = _requests(options)
         began, line = time.monotonic(), _Line(len(requests))
@@ -58,12 +61,29 @@ def main(arguments: list[str] | None = None) -> int:
             spec, iter(requests), _workload(options, requests), line.update, options.sample_s
         )
         line.end(time.monotonic() - began)
-        if options.json:
-            write_result(result, options.json)
+        _deliver(result, options)
     except ConfigError as error:
         sys.exit(f"{_PROG}: {error.message}")
-    sys.stdout.write(_summary(result))
     return 0
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """Before the work, not after it."""
+    for place in (options.json, options.report):
+        if place and not Path(place).parent.is_dir():
+            raise ConfigError(f"there is no directory for {place}")
+
+
+def _deliver(result: Result, options: argparse.Namespace) -> None:
+    if options.report:
+        label = options.report.name.removesuffix(".html")
+        options.report.write_text(report(View(result, label)), encoding="utf-8")
+    if options.json == "-":
+        sys.stdout.buffer.write(encode(result))
+        return
+    if options.json:
+        write_result(result, Path(options.json))
+    sys.stdout.write(_summary(result))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--load", metavar="S:X,S:X", help="from second S on, X times as fast")
     add("--first", type=int, help="only so many requests")
     add("--sample-s", type=float, default=SAMPLE_S, help="between samples of workers and links")
-    add("--json", type=Path, help="where the result goes; packed if it ends in .gz")
+    add("--json", metavar="FILE", help="the result; packed if it ends in .gz; - = stdout")
+    add("--report", type=Path, metavar="FILE", help="the result as an HTML page")
     for field in dataclasses.fields(FleetSpec):
         flag, default = "--" + field.name.replace("_", "-"), field.default
         if default is dataclasses.MISSING:

@@ -60,7 +60,7 @@ def text_of(renderable: Any, width: int = 200) -> str:
 def test_help_lists_every_command() -> None:
     result = runner.invoke(main.app, ["--help"])
     assert result.exit_code == 0
-    commands = ("serve", "generate", "chat", "status", "top", "trace", "doctor", "bench")
+    commands = ("serve", "generate", "chat", "status", "top", "trace", "doctor", "bench", "sim")
     assert all(command in result.output for command in commands)
 
 
@@ -71,6 +71,34 @@ def test_every_command_explains_itself(command: str) -> None:
     result = runner.invoke(main.app, [command, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    ("given", "started"),
+    [
+        (
+            ["--trace", "f", "--cluster", "1P+1D"],
+            ["sim.fleet", "--trace", "f", "--cluster", "1P+1D"],
+        ),
+        (["compare", "a", "b", "--json"], ["sim.report", "compare", "a", "b", "--json"]),
+        (["report", "a", "-o", "b"], ["sim.report", "a", "-o", "b"]),
+        (["workload", "stats", "f"], ["sim.workload", "stats", "f"]),
+        ([], ["sim.fleet", "--help"]),
+        (["--help"], ["sim.fleet", "--help"]),
+    ],
+)
+def test_sim_starts_the_simulator(
+    given: list[str], started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        seen.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert runner.invoke(main.app, ["sim", *given]).exit_code == 3
+    assert seen == [[sys.executable, "-m", *started]]
 
 
 def test_version() -> None:
