@@ -108,7 +108,7 @@ class Cluster:
         self._rng = Random(seed ^ 0x1D)
         self._lives: dict[str, int] = {}
         self._areas: dict[str, _Areas] = {}
-        self._starting: set[str] = set()
+        self._starting: dict[str, Process] = {}  # workers; a store with a disk takes its time
         self._layout = modelled_layout(BLOCK_SIZE, shape.num_layers)
         self._roles = {machine.name: Role.PREFILL for machine in shape.prefill}
         self._roles |= {machine.name: Role.DECODE for machine in shape.decode}
@@ -125,7 +125,8 @@ class Cluster:
     def processes(self) -> list[Process]:
         """Living ones."""
         workers = [hosted.process for hosted in self.workers.values()]
-        return [*workers, *(hosted.process for hosted in self.conductors.values())]
+        conductors = [hosted.process for hosted in self.conductors.values()]
+        return [*workers, *self._starting.values(), *conductors]
 
     def process(self, name: str) -> Process | None:
         return next((one for one in self.processes() if one.name == name), None)
@@ -136,7 +137,7 @@ class Cluster:
 
     async def start(self, name: str) -> None:
         """A new life of it."""
-        if self.process(name) is not None or name in self._starting:
+        if self.process(name) is not None:
             return
         number = self._lives[name] = self._lives.get(name, 0) + 1
         machine = self._machines.get(name) or self._conductors[name]
@@ -146,9 +147,12 @@ class Cluster:
         if name in self._conductors:
             self.conductors[name] = process.do(partial(self._start_conductor, process))
         else:
-            self._starting.add(name)  # a store with a disk takes its time
-            self.workers[name] = await process.spawn(self._start_host(process, machine), "start")
-            self._starting.discard(name)
+            self._starting[name] = process
+            starting = process.spawn(self._start_host(process, machine), "start")
+            await asyncio.wait({starting, process.gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not process.gone.done():
+                del self._starting[name]
+                self.workers[name] = starting.result()
 
     def kill(self, name: str) -> None:
         """SIGKILL: nobody hears a word, and what the process held is gone."""
@@ -160,14 +164,14 @@ class Cluster:
         self.dead.append(process)
         if name in self._conductors:
             del self.conductors[name]
-        else:
+        elif self._starting.pop(name, None) is None:
             hosted = self.workers.pop(name)
             hosted.transport.vanish()
             if name in self._areas:
                 self._areas[name].payload = bytes(hosted.memory.buffer)  # type: ignore[call-overload]
             hosted.memory.buffer[:] = 0xEE  # type: ignore[index]
-            if name in self.disks and self.disks[name].crash():
-                del self._areas[name]
+        if name in self.disks and self.disks[name].crash():
+            del self._areas[name]  # the machine went with it
         self.network.services.kill(name)
 
     # -- assembling ----------------------------------------------------------------------------

@@ -77,6 +77,7 @@ def draw_disk(rng: Random) -> DiskPlan:
 class _File:
     data: bytearray
     damaged: set[int] = field(default_factory=set)  # pages that are not what was written
+    torn: set[int] = field(default_factory=set)  # by writes that failed; the next life cannot know
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,8 @@ class ModelledDisk:
         """The process was killed. Whether the machine went with it."""
         self._open.clear()
         self._locked_by = None
+        for file in self._files.values():
+            file.damaged |= file.torn
         power = self._rng.random() < self.plan.power_rate
         since = self._now() - WRITEBACK_S
         for change in reversed(self._changes):
@@ -246,6 +249,7 @@ class ModelledDisk:
         failing = self._fails("write")
         whole = len(data)
         if failing is not None:
+            file.torn.update(range(offset // ALIGN, -(-(offset + whole) // ALIGN)))
             data = data[: self._rng.randrange(whole + 1)]
         for at in range(0, len(data), ALIGN):
             self._write_page(file, offset + at, data[at : at + ALIGN])

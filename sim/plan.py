@@ -174,7 +174,7 @@ def make_plan(seed: int, disks: bool = True) -> Plan:
 
 
 def _with_disk(plan: Plan, rng: Random) -> Plan:
-    """One store in four has an NVMe tier. It is killed once more than others; and pools are small,
+    """One store in four has an NVMe tier. It is killed more often than others; and pools are small,
     prefill is slow, and earlier prompts come again when most workers have started anew, so that
     blocks are read from it."""
     if rng.random() >= 0.25:
@@ -197,7 +197,11 @@ def _with_disk(plan: Plan, rng: Random) -> Plan:
         )
         for n in range(rng.randint(4, 10))
     )
-    kills = [kill(one.name) for one in shape.machines if one is store or rng.random() < 0.7]
+    first = kill(store.name)
+    kills = [first, *(kill(one.name) for one in shape.machines if rng.random() < 0.7)]
+    if rng.random() < 0.5:  # and again while it recovers
+        at = first.until + rng.uniform(0.0, 8 * disk.call_s)
+        kills.append(replace(first, at=at, until=at + 0.3, after_steps=rng.randint(0, 8)))
     return replace(
         plan,
         shape=replace(
