@@ -207,7 +207,7 @@ def _check_map(cluster: Cluster, conductor: HostedConductor) -> list[str]:
         if not cluster.network.knows_of_loss(name, conductor.process.name):
             all_told = False
             continue
-        for tier, keys in _holdings(hosted):
+        for tier, keys in holdings(hosted):
             total += len(keys)
             missing = [key for key in keys if (name, tier) not in known.holders(key)]
             if missing:
@@ -218,7 +218,7 @@ def _check_map(cluster: Cluster, conductor: HostedConductor) -> list[str]:
     return wrong
 
 
-def _holdings(hosted: Hosted) -> list[tuple[object, list[bytes]]]:
+def holdings(hosted: Hosted) -> list[tuple[object, list[bytes]]]:
     service = hosted.service
     news = service.links._news if isinstance(service, StoreService) else service.sharing.news
     if news is None:

@@ -23,6 +23,7 @@ from sim.checks import (
     check_leases,
     check_released,
     check_story,
+    holdings,
     is_idle,
 )
 from sim.checks_conductors import OrphanWatch, check_registry_empty, check_story_of_several
@@ -250,7 +251,8 @@ class _Run:
             at_rest = self._all_idle() and self._blocks() == before
 
     def _blocks(self) -> list[object]:
-        return [hosted.service.load().blocks for hosted in self._cluster.workers.values()]
+        hosts = self._cluster.workers.values()
+        return [(hosted.service.load().blocks, holdings(hosted)) for hosted in hosts]
 
     def _all_idle(self) -> bool:
         return all(is_idle(hosted) for hosted in self._cluster.workers.values())
