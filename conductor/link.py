@@ -200,6 +200,9 @@ class Link:
                 self._watcher.on_report(message)
         except PeerGone as error:
             return error.message
+        except Exception:  # of one worker, and no reason to end for all the others
+            log.exception("what worker %s said could not be dealt with", self._worker)
+            return "the conductor could not deal with what the worker said"
 
     def _deliver(self, output: AttemptOutput) -> None:
         held = self._assignments.get(output.attempt)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+import pytest
+
 from baton.rpc.memory import MemoryDuplex, duplex_pair
 from baton.types.fleet import Role, WorkerLoad
 from baton.types.kv_events import KvEvents, KvSnapshot, Tier
@@ -152,3 +154,20 @@ async def test_a_lost_link_has_no_work() -> None:
     await far.aclose()
     await running
     assert (link.attempts, link.backlog()) == (0, EMPTY)
+
+
+class Confused(Watcher):
+    def on_kv(self, message: KvEvents | KvSnapshot) -> None:
+        raise ValueError("nonsense")
+
+
+async def test_what_cannot_be_dealt_with_ends_this_link_and_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    near, far = duplex_pair("conductor", "worker")
+    link = Link("worker", near, Confused())
+    running = asyncio.create_task(link.run())
+    await far.send(KvEvents(5, Tier.CPU, added=bytes(16)))
+    assert "could not deal with" in await asyncio.wait_for(running, 5)
+    assert link.ended
+    assert "what worker worker said" in caplog.text
