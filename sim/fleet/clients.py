@@ -12,6 +12,7 @@ from baton.errors import BatonError
 from conductor.dispatch import Usage
 from conductor.request import Ask, Options
 from conductor.service import Conductor
+from conductor.trace import Timeline
 from sim.fleet.device import TICK_S
 from sim.fleet.prompts import Prompts
 from sim.fleet.records import OK, Record
@@ -50,6 +51,7 @@ class Clients:
             max_tokens=prompts.answer_units(request.output_tokens),
             ignore_eos=True,
         )
+        timeline: Timeline | None = None  # kept: a conductor forgets old ones
         prompt = prompts.prompt(request.input_tokens, request.blocks)
         try:
             model, priority = self._conductor.model.name, request.priority
@@ -57,6 +59,7 @@ class Clients:
             prepared = await self._conductor.prepare(ask, "sim")
             async with aclosing(self._conductor.generate(prepared)) as answer:
                 async for part in answer:
+                    timeline = timeline or self._conductor.traces.get(name)
                     if isinstance(part, Usage):
                         cached = part.cached_tokens
                         continue
@@ -64,7 +67,7 @@ class Clients:
                     came += [(now, token.token_id) for delta in part for token in delta.tokens]
         except BatonError as error:
             code = error.code
-        prefill, decode, predicted_s = self._placed(name)
+        prefill, decode, predicted_s = _placed(timeline or self._conductor.traces.get(name))
         return Record(
             index=index,
             at_s=asked_at - self._began,
@@ -80,15 +83,15 @@ class Clients:
             **_gaps(came, prompts.grain),
         )
 
-    def _placed(self, name: str) -> tuple[str, str, float | None]:
-        """Where the last attempt went."""
-        timeline = self._conductor.traces.get(name)
-        attempts = list(timeline.attempts.values()) if timeline is not None else []
-        decision = attempts[-1].decision if attempts else None
-        if decision is None:
-            return "", "", None
-        prefill = decision.prefill.info.name if decision.prefill is not None else ""
-        return prefill, decision.decode.info.name, decision.ttft_s
+
+def _placed(timeline: Timeline | None) -> tuple[str, str, float | None]:
+    """Where the last attempt went, and the predicted TTFT."""
+    attempts = list(timeline.attempts.values()) if timeline is not None else []
+    decision = attempts[-1].decision if attempts else None
+    if decision is None:
+        return "", "", None
+    prefill = decision.prefill.info.name if decision.prefill is not None else ""
+    return prefill, decision.decode.info.name, decision.ttft_s
 
 
 def _gaps(came: list[tuple[float, int]], grain: int) -> dict[str, float | None]:
