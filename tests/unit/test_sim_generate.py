@@ -95,6 +95,10 @@ def test_turns_repeat_what_was_said() -> None:
     assert len(made) / len(first) == pytest.approx(3, rel=0.1)
     talk = [r for r in made if r.blocks[2] == first[0].blocks[2]]
     assert [r.input_tokens for r in talk] == [2024 + 1100 * turn for turn in range(len(talk))]
+    two = next(r for r in made if r.input_tokens == 3124)
+    one = next(r for r in first if r.blocks[2] == two.blocks[2])
+    assert one.blocks[:3] == two.blocks[:3]
+    assert one.blocks[3] != two.blocks[3]  # it was not full, and now begins otherwise
     assert all(later.at_s - earlier.at_s > 10 for earlier, later in pairwise(talk))  # the answer
 
 
