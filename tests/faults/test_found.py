@@ -4,7 +4,7 @@ In baton (BUGS; each has a unit test as well, which is named with it) and in the
 (RULES: it called something wrong that is not). The seed is the one that found it, where that still
 shows it. Seeds mean something else when plans change (`sim/plan.py`): then a test here fails, and
 `python -m tests.faults.test_found` finds the next seed that shows the mistake. Stores got their
-disks later, so most of these runs have none.
+disks later, so these runs have none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import pytest
 import baton.kv.blocks.offer
 import sim.checks
 from baton.types.fleet import Peer, Role
-from conductor.dispatch import Serving
 from conductor.link import Stage
 from conductor.retries import Tries
 from sim.checks import NEWS_S, Ending
@@ -67,12 +66,6 @@ def deaths_in_different_duties_added_up(patch: Patch) -> None:
     patch.setattr(Tries, "on_loss", as_before)
 
 
-def a_complete_answer_ended_twice(patch: Patch) -> None:
-    """It was complete when its deadline came, and was read later: its end came, and then an error.
-    test_conductor_dispatch.py"""
-    patch.setattr(Serving, "_all_told", False)
-
-
 def a_conductor_knew_its_workers_at_once(patch: Patch) -> None:
     """It had started anew, and incidents kept its workers away for longer than NEWS_S."""
 
@@ -102,19 +95,9 @@ def a_worker_became_slow_when_the_request_had_ended(patch: Patch) -> None:
     patch.setattr(sim.checks, "_during", as_before)
 
 
-def blocks_were_only_counted(patch: Patch) -> None:
-    """As many came to the store as went, and it was taken to be at rest."""
-
-    def as_before(run: _Run) -> list[object]:
-        return [hosted.service.load().blocks for hosted in run._cluster.workers.values()]
-
-    patch.setattr(_Run, "_blocks", as_before)
-
-
 BUGS: dict[Callable[[Patch], None], int] = {
     offers_ignored_their_cancellation: 25,
     one_death_was_counted_twice: 440,
-    a_complete_answer_ended_twice: 1466,
 }
 RULES: dict[Callable[[Patch], None], int] = {
     a_conductor_knew_its_workers_at_once: 1635,
@@ -122,26 +105,22 @@ RULES: dict[Callable[[Patch], None], int] = {
     a_worker_became_slow_when_the_request_had_ended: 5562,
 }
 FOUND = BUGS | RULES
-FOUND_WITH_DISKS: dict[Callable[[Patch], None], int] = {
-    blocks_were_only_counted: 680,
-}
-MORE_SEEDS = (76, 132, 350, 1050, 3561, 3790, 3998, 4656)
-"""Found bugs, too, of poisonous requests and of news that came late, which they do not show now."""
+MORE_SEEDS = (76, 132, 350, 1050, 1466, 3561, 3790, 3998, 4656)
+"""Found bugs, too, which they need not show any more."""
 
 
-def goes_wrong(seed: int, disks: bool = False) -> bool:
-    return bool(run_plan(make_plan(seed, disks)).violations)
+def goes_wrong(seed: int) -> bool:
+    return bool(run_plan(make_plan(seed, disks=False)).violations)
 
 
-@pytest.mark.parametrize("mistake", FOUND | FOUND_WITH_DISKS, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize("mistake", FOUND, ids=lambda mistake: mistake.__name__)
 def test_what_was_found_once_stays_mended(
     mistake: Callable[[Patch], None], monkeypatch: Patch
 ) -> None:
-    disks = mistake in FOUND_WITH_DISKS
-    seed = (FOUND | FOUND_WITH_DISKS)[mistake]
-    assert not goes_wrong(seed, disks)
+    seed = FOUND[mistake]
+    assert not goes_wrong(seed)
     mistake(monkeypatch)
-    assert goes_wrong(seed, disks), "this seed does not show it any more: find another one"
+    assert goes_wrong(seed), "this seed does not show it any more: find another one"
 
 
 @pytest.mark.parametrize("seed", MORE_SEEDS)
@@ -150,11 +129,10 @@ def test_seeds_that_found_something_are_clean(seed: int) -> None:
 
 
 def main() -> None:
-    for mistake in FOUND | FOUND_WITH_DISKS:
+    for mistake in FOUND:
         with Patch.context() as patch:
             mistake(patch)
-            disks = mistake in FOUND_WITH_DISKS
-            seed = next((n for n in range(6_000) if goes_wrong(n, disks)), None)
+            seed = next(filter(goes_wrong, range(6_000)), None)
         sys.stdout.write(f"{mistake.__name__}: {seed}\n")
 
 
