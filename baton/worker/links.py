@@ -64,7 +64,7 @@ class Duty(Protocol):
 @dataclass(slots=True, eq=False)
 class _Link:
     stream: Duplex[WorkerMessage, ConductorMessage]
-    attempts: set[AttemptId] = field(default_factory=set)
+    attempts: dict[AttemptId, None] = field(default_factory=dict)  # in the order of their starts
     pending: list[AttemptOutput] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -101,7 +101,7 @@ class LinkServer:
         self._load = load
         self._news = news
         self._orphan_timeout_s = orphan_timeout_s
-        self._links: set[_Link] = set()
+        self._links: list[_Link] = []
         self._held: dict[AttemptId, _Held] = {}
         self._current: dict[str, AttemptId] = {}  # request id -> its live attempt
         self._ended = EndedTails()
@@ -195,7 +195,7 @@ class LinkServer:
     async def link(self, stream: Duplex[WorkerMessage, ConductorMessage]) -> None:
         link = _Link(stream)
         link.news = self._news.subscribe() if self._news is not None else None
-        self._links.add(link)
+        self._links.append(link)
         link.wake.set()  # the first report tells the load
         writer = asyncio.create_task(self._write(link), name="link-writer")
         try:
@@ -204,7 +204,7 @@ class LinkServer:
         except PeerGone as error:
             log.info("a conductor's link ended: %s", error.message)
         finally:
-            self._links.discard(link)
+            self._links.remove(link)
             if link.news is not None:
                 link.news.close()
             for attempt in tuple(link.attempts):
@@ -246,7 +246,7 @@ class LinkServer:
         tail = Tail(message.task) if isinstance(message, StartDecode) else None
         self._held[attempt] = _Held(attempt, link, tail)
         self._current[attempt.request_id] = attempt
-        link.attempts.add(attempt)
+        link.attempts[attempt] = None
         self._idle.clear()
         try:
             self._duty.start(message)
@@ -292,7 +292,7 @@ class LinkServer:
             error = TakenOver(f"{held.attempt} was adopted by another conductor")
             held.link.tell(_failed(held.attempt, error))
         held.link = link
-        link.attempts.add(held.attempt)
+        link.attempts[held.attempt] = None
 
     def _cancel(self, link: _Link, attempt: AttemptId, reason: str) -> None:
         """Unless another conductor has it. Whoever knows of an orphan may end it."""
@@ -338,7 +338,7 @@ class LinkServer:
     def _unlink(self, held: _Held) -> None:
         """It belongs to no link, and no timer runs for it."""
         if held.link is not None:
-            held.link.attempts.discard(held.attempt)
+            held.link.attempts.pop(held.attempt, None)
         if held.timer is not None:
             held.timer.cancel()
             held.timer = None
