@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from baton.errors import BatonError, StaleAttempt, WorkerLost
+from baton.errors import BatonError, StaleAttempt, TakenOver, WorkerLost
 from baton.rpc.errors import from_wire
 from baton.tokenizer import Tokenizer
 from baton.types.fleet import Role
@@ -239,9 +239,8 @@ class AnswerRun:
     def _on_finish(self, duty: Role, finish: Finish) -> None:
         if finish.reason is FinishReason.ERROR:
             error = finish.error
-            if error and error.code == StaleAttempt.code and self._resumable and not self._ids:
-                self._next_number += NUMBER_GAP  # somebody has begun attempts that we know not of
-                self.fail(WorkerLost(error.message))
+            if error and error.code == StaleAttempt.code:
+                self.fail(self._on_stale(error.message))
                 return
             self.fail(from_wire(error) if error else WorkerLost("a worker failed without a word"))
         elif finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -255,6 +254,14 @@ class AnswerRun:
             self._awaiting = self._awaiting or "the decode worker gave the request up"
         else:
             self.fail(WorkerLost(f"the {duty} worker gave the request up ({finish.reason})"))
+
+    def _on_stale(self, message: str) -> BatonError:
+        """Somebody has begun attempts with higher numbers, and this answer is ours only if it has
+        just come back to us; an older owner does not take it back."""
+        if not self._resumable or self._resumed_at:
+            return TakenOver(message)
+        self._next_number += NUMBER_GAP
+        return WorkerLost(message)
 
     def _replay(self, ready: Sequence[SampledToken]) -> Sequence[SampledToken]:
         """Bring the text to where the client's is; return the tokens behind that."""

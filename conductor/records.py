@@ -56,12 +56,13 @@ class Records:
         self._wake.set()
 
     async def find(self, key: str) -> RequestRecord | None:
-        """None also when the registry cannot be asked."""
-        if self._registry is None:
-            return None
-        with contextlib.suppress(RegistryUnavailable):  # it logs that it is away
-            return await self._registry.find_request(key)
-        return None
+        """Also what was noted here, when the registry does not know it or cannot be asked."""
+        found: RequestRecord | None = None
+        if self._registry is not None:
+            with contextlib.suppress(RegistryUnavailable):  # it logs that it is away
+                found = await self._registry.find_request(key)
+        own, until = self._noted.get(key, (None, 0.0))
+        return found or (own if until > _now() else None)
 
     async def run(self) -> None:
         """Tell the registry what is noted, until cancelled."""

@@ -12,7 +12,9 @@ from baton.errors import BatonError, InvalidRequest, NoWorker, TakenOver, Worker
 from baton.rpc.registry_memory import MemoryRegistry, RegistryServer
 from baton.types.fleet import Peer
 from baton.types.registry import AnswerPlace
-from baton.types.request import AttemptId
+from baton.types.request import (
+    AttemptId,
+)
 from conductor.answer_run import NUMBER_GAP, Delta
 from conductor.dispatch import Usage
 from conductor.records import FEW, RETRY_S, Records
@@ -308,6 +310,25 @@ async def test_a_registry_that_was_away_has_all_records_again(noticed: str) -> N
         await client.read(place.conductors[1])
         assert (client.tokens(), client.ends()) == (list(ANSWER), ["stop"])
         assert len(place.all_tasks()) == 1  # adopted
+
+
+@virtual_time
+@pytest.mark.parametrize("lost", ["away", "wiped"])
+async def test_a_conductor_needs_no_registry_for_what_it_began_itself(lost: str) -> None:
+    """Found by the fault harness: the answer was begun again under a number that was in use."""
+    async with site(ANSWER) as place:
+        client = Client(question())
+        other = Client(client.ask)
+        reading = asyncio.create_task(client.read(place.conductors[0]))
+        await has(client, 4)
+        place.registry.down = lost == "away"
+        place.registry.wipe()
+        other.token, other.deltas = client.token, list(client.deltas)
+        await other.read(place.conductors[0])
+        assert (other.tokens(), other.ends()) == (list(ANSWER), ["stop"])
+        with pytest.raises(TakenOver):
+            await reading
+        assert len(place.all_tasks()) == 1
 
 
 @virtual_time
