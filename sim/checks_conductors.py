@@ -23,6 +23,7 @@ from sim.network import Incident
 from sim.plan import Shape
 
 ORPHAN_SLACK_S = 0.3
+LONG_S = 8.0  # without a token: nobody waits for his turn so long
 UNTOLD = ("cancelled", CONDUCTOR_LOST, SILENT, NO_END)  # ends without a word of the cluster
 
 
@@ -33,6 +34,10 @@ def check_story_of_several(story: Story, incidents: Sequence[Incident], shape: S
     if story.code not in ("", "ok", "cancelled") and not _is_excused(story, incidents, shape):
         why = "; ".join(f"{one.code} at {one.conductor}" for one in story.failures)
         wrong.append(f"{name} failed for no good reason: {story.code} {story.message} ({why})")
+    for silence in story.silences:
+        long = silence.ended - silence.began > LONG_S
+        if long and not _may_fail(silence, incidents, shape):
+            wrong.append(f"{name} heard nothing from {silence.conductor} for no good reason")
     if story.ends > 1 or (story.ends == 0 and story.code not in UNTOLD):
         wrong.append(f"{name} had {story.ends} terminal events and ended with {story.code!r}")
     if story.ended - story.began > story.client.deadline_s + GRACE_S:
@@ -92,6 +97,14 @@ class OrphanWatch:
                     wrong.append(f"{process.incarnation} keeps the orphan {attempt}")
         self._since = seen
         return wrong
+
+
+def check_withdrawn(cluster: Cluster) -> list[str]:
+    """After an orderly end of all conductors."""
+    registry = cluster.registry
+    known = registry.leases.live() if registry is not None else {}
+    lives = [conductor.process.incarnation for conductor in cluster.conductors.values()]
+    return [f"{life} has ended and is announced" for life in lives if life in known]
 
 
 def check_registry_empty(cluster: Cluster) -> list[str]:

@@ -48,6 +48,7 @@ class Story:
     ended: float = 0.0
     conductor: str = CONDUCTOR  # that was asked
     failures: list[Failure] = field(default_factory=list)  # in a row, since the last token
+    silences: list[Failure] = field(default_factory=list)  # all of them
     tired: asyncio.Event = field(default_factory=asyncio.Event)  # the client goes away now
 
     def note_progress(self) -> None:

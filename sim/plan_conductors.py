@@ -49,7 +49,7 @@ def _shape(rng: Random, shape: Shape) -> Shape:
     first = shape.conductors[0]
     more = (
         Machine(f"c{number}", 1, first.pace, rng.uniform(0, 1000), rng.uniform(0.99, 1.01))
-        for number in range(1, rng.choice((1, 2, 2, 2, 3)))
+        for number in range(1, rng.choice((1, 2, 2, 2, 2, 2, 3, 3)))
     )
     return replace(shape, conductors=(first, *more), registry=True, told=rng.random() < 0.3)
 
@@ -65,7 +65,7 @@ def _client(rng: Random, client: Client, shape: Shape) -> Client:
         unnoticed_s=rng.choice((0.0, 0.0, 0.3, 2.0)),
         twice=rng.choice((None, None, 0.0, rng.uniform(0.0, 0.3))),
     )
-    longer = rng.choice((0, 24, 40))
+    longer = rng.choice((0, 0, 24, 40))
     length = min(ROOM - len(client.prompt), longer)
     if client.hurry or client.cancel_after is not None or length <= client.sampling.max_tokens:
         return replace(client, habits=habits)

@@ -116,6 +116,8 @@ class Caller:
                 code = CONDUCTOR_LOST if isinstance(error, PeerGone) else error.code
                 code = SILENT if silent else code
                 story.failures.append(Failure(story.client, name, code, began, self._loop.now))
+                if silent:
+                    story.silences.append(story.failures[-1])
                 self._log.note(self._name, "lost", f"{name}: {code} {error.message}")
                 count = len(self._conductors)
                 if not may_go_on(error, silent, self._token is not None, failures, count):

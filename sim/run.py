@@ -26,8 +26,13 @@ from sim.checks import (
     holdings,
     is_idle,
 )
-from sim.checks_conductors import OrphanWatch, check_registry_empty, check_story_of_several
-from sim.clients import CONDUCTOR_LOST, Story, ask
+from sim.checks_conductors import (
+    OrphanWatch,
+    check_registry_empty,
+    check_story_of_several,
+    check_withdrawn,
+)
+from sim.clients import CONDUCTOR_LOST, NO_END, Story, ask
 from sim.cluster import Cluster
 from sim.log import ErrorsAreViolations, EventLog
 from sim.loop import SimLoop, StandStill
@@ -285,6 +290,8 @@ class _Run:
         for hosted in cluster.workers.values():
             if hosted.main.done() and (why := _why(hosted.main)):
                 self._log.violation(f"{hosted.process.incarnation} ended badly: {why}")
+        for wrong in check_withdrawn(cluster):
+            self._log.violation(wrong)
         for process in cluster.processes():
             for wrong in check_gone(process):
                 self._log.violation(wrong)
@@ -295,7 +302,7 @@ class _Run:
 
 def _kind(story: Story) -> str:
     """How it ended. Who had no time to wait is not counted as failed."""
-    late = story.client.hurry and story.code == DeadlineExceeded.code
+    late = story.client.hurry and story.code in (DeadlineExceeded.code, NO_END)
     return "hurried" if late else story.code
 
 

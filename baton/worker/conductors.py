@@ -110,7 +110,7 @@ class ConductorSet:
             if known.lives and lives - known.lives:
                 known.membership.renew_now()
             known.lives = lives
-        for address in self._known.keys() - announced.keys() - self._told:
+        for address in sorted(self._known.keys() - announced.keys() - self._told):
             if not self._known[address].membership.registered.is_set():
                 await self._forget(address)
 
