@@ -8,24 +8,29 @@ computes prompts in the order of their priority (lower first), and within that a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from baton.types.request import AttemptId
 
 _OVERDUE_SHARE = 0.25  # of its time, that a prompt which should be done is thought to need still
+_AGAIN_SHARE = 0.05  # of its time, after which that is said anew
+_AGAIN_S = 0.01  # and no sooner
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
     """`free_at` is the loop time by which all prompts should be done; 0 when there are none.
 
-    `levels` has the seconds of work of each priority, most urgent first.
+    `levels` has the seconds of work of each priority, most urgent first. From `good_until` on, the
+    first prompt is overdue, and the backlog is to be asked for again.
     """
 
     tokens: int = 0
     free_at: float = 0.0
     levels: tuple[tuple[int, float], ...] = ()
+    good_until: float = math.inf
 
     def ahead_s(self, now: float, priority: int) -> float:
         """Seconds until a prompt of `priority` that arrives now would begin."""
@@ -93,7 +98,9 @@ class PromptQueue:
         if not self._pending:
             return EMPTY
         first = next(iter(self._pending.values()))
-        left = max(first.seconds - (now - self._since), _OVERDUE_SHARE * first.seconds)
+        left, least = first.seconds - (now - self._since), _OVERDUE_SHARE * first.seconds
+        again_s = left - least if left > least else _AGAIN_SHARE * first.seconds
+        left = max(left, least)
         free_at = now + left + max(self._seconds - first.seconds, 0.0)
         levels = tuple((level, max(s, 0.0)) for level, s in sorted(self._levels.items()))
-        return Backlog(self.tokens, free_at, levels)
+        return Backlog(self.tokens, free_at, levels, now + max(again_s, _AGAIN_S))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -59,6 +60,7 @@ class _Member:
     leaving: bool = False
     dead_at: float | None = None
     task: asyncio.Task[None] | None = None
+    again: asyncio.TimerHandle | None = None  # to look at it anew
 
     @property
     def open_link(self) -> Link | None:
@@ -195,6 +197,7 @@ class Fleet:
             cost=member.meter.cost(),
             seen_at=now,
         )
+        self._look_again(member, view.backlog.good_until)
         live = view.state is WorkerState.LIVE
         if live is not member.was_live:
             member.was_live = live
@@ -203,6 +206,20 @@ class Fleet:
             due = member.seen_at + SUSPECT_SHARE * self._ttl_s
             self._view_until = min(self._view_until, max(due, now + self._ttl_s / 100))
         return view
+
+    def _look_again(self, member: _Member, when: float) -> None:
+        """A worker that computes a long prompt says nothing, and becomes overdue all the same."""
+        if member.again is not None:
+            if member.again.when() <= when:
+                return
+            member.again.cancel()
+            member.again = None
+        if when < math.inf:
+            member.again = asyncio.get_running_loop().call_at(when, self._due_again, member)
+
+    def _due_again(self, member: _Member) -> None:
+        member.again = None
+        self._touch(member)
 
     def _members_changed(self) -> None:
         """Somebody has come, died or gone."""
@@ -321,6 +338,8 @@ class Fleet:
             member.link.say_why(reason)
         if member.task is not None:
             member.task.cancel()
+        if member.again is not None:
+            member.again.cancel()
         self._kv.drop(member.info.name)
 
     def _forget(self, member: _Member) -> None:

@@ -324,3 +324,21 @@ async def test_what_a_broken_link_left_decoding_is_cancelled_over_the_next_one()
         await asyncio.sleep(1)
         assert worker.cancelled.count(AttemptId("r", 0)) == 1
         assert worker.cancelled.count(AttemptId("r", 2)) == 1
+
+
+@virtual_time
+async def test_a_worker_that_computes_for_longer_than_predicted_does_not_look_idle() -> None:
+    """It says nothing meanwhile: the view changes with time alone."""
+    async with fleet_and_network() as (fleet, network):
+        await join(fleet, network, hang_at=0)
+        task = task_for()
+        work = Assignment(Role.DECODE, Heard(), len(task.prompt), work_s=0.4)
+        fleet.start(fleet.view().workers[0].peer, task.attempt, work, StartDecode(task))
+        await settle()
+        now = asyncio.get_running_loop().time
+        seen = []
+        for _ in range(9):
+            seen.append(fleet.view().workers[0].queue_s(now()))
+            await asyncio.sleep(0.1)
+        assert seen[:3] == pytest.approx([0.4, 0.3, 0.2])
+        assert all(0.07 < seconds <= 0.1 + 1e-9 for seconds in seen[3:])
