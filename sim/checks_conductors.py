@@ -18,7 +18,7 @@ from baton.rpc.registry_memory import ADDRESS as REGISTRY
 from baton.types.request import AttemptId
 from sim.checks import GRACE_S, LAG_S, check_answer, is_legitimate
 from sim.clients import CONDUCTOR_LOST, NO_END, SILENT, Failure, Story
-from sim.cluster import ORPHAN_S, Cluster
+from sim.cluster import Cluster
 from sim.network import Incident
 from sim.plan import Shape
 
@@ -88,12 +88,13 @@ class OrphanWatch:
         """To be called often."""
         seen = {}
         wrong = []
+        limit_s = self._cluster.shape.orphan_s + ORPHAN_SLACK_S
         for hosted in self._cluster.workers.values():
             process = hosted.process
             for attempt in hosted.service.links.orphans:
                 key = (process.incarnation, attempt)
                 since = seen[key] = max(self._since.get(key, now), process.went_on_at)
-                if not process.halted and now - since > ORPHAN_S + ORPHAN_SLACK_S:
+                if not process.halted and now - since > limit_s:
                     wrong.append(f"{process.incarnation} keeps the orphan {attempt}")
         self._since = seen
         return wrong

@@ -57,7 +57,6 @@ from sim.steps import ModelledSteps, ModelledThreads
 MODEL = "modelled"
 LINGER_S = 2.0
 DRAIN_S = 5.0
-ORPHAN_S = 3.0
 HASH_S = 0.002  # of a store, for what it hashes at a time
 
 
@@ -286,7 +285,7 @@ class Cluster:
             node="node",
             shared=SharedTransport(transport),
             store=self.shape.stores[0].name if self.shape.stores else "",
-            orphan_timeout_s=ORPHAN_S,
+            orphan_timeout_s=self.shape.orphan_s,
             wall_clock=asyncio.get_running_loop().time,
             make_steps=lambda _, wake: ModelledSteps(runner, machine.pace, slowness, wake),
         )

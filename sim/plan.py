@@ -111,6 +111,7 @@ class Shape:
     fleet_ttl_s: float
     lease_ttl_s: float
     registry: bool = False  # the conductors share one, and clients reconnect
+    orphan_s: float = 3.0  # that an attempt without a conductor decodes on
     told: bool = True  # workers are told by flags where conductors are; else the registry does
     disk: DiskPlan | None = None  # of the store
     max_model_len: int = 128
