@@ -249,7 +249,7 @@ async def test_leaving_before_the_link_is_up_forgets_the_worker() -> None:
 @virtual_time
 async def test_layouts_must_match_and_the_error_names_both() -> None:
     async with fleet_and_network() as (fleet, network):
-        with pytest.raises(LayoutMismatch, match=r"model=eeee.*fingerprint ffff"):
+        with pytest.raises(LayoutMismatch, match=r"fingerprint eeee.*have ffff"):
             await fleet.register(replace(D0, layout=layout(model="e" * 32)))
         await join(fleet, network)
         other = worker_info("p0", Role.PREFILL, layout=layout(block_size=32))
