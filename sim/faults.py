@@ -1,6 +1,7 @@
 """`python -m sim.faults`: run many seeds of the fault harness, or replay one.
 
 One seed is one exactly repeatable run. Exit status 1 when anything was wrong in any of them.
+A long run is best made in parts: `python -m sim.faults sum FILE...` adds up what `--json` wrote.
 """
 
 from __future__ import annotations
@@ -11,19 +12,26 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from sim.run import GOOD_ENDS, Outcome, run_seed, run_seed_of_several
 
 CHUNK = 10  # seeds that a process gets at a time
 Run = Callable[[int], Outcome]
+_EMPTY = {"seeds": 0, "failed_seeds": [], "requests_by_code": {}, "faults": {}, "virtual_s": 0.0}
 SHOWN = 5  # failing seeds whose logs are printed
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["sum"]:
+        parts = [json.loads(Path(file).read_text()) for file in arguments[1:]]
+        sys.stdout.write(json.dumps(add_up(parts), indent=2) + "\n")
+        return 0
     options = _parse(arguments)
     run = run_seed_of_several if options.conductors else run_seed
     if options.seed is not None:
@@ -71,28 +79,46 @@ def _run_chunk(run: Run, seeds: list[int]) -> list[Outcome]:
     return [run(seed) for seed in seeds]
 
 
-def summarize(outcomes: list[Outcome], wall_s: float) -> dict[str, object]:
+def summarize(outcomes: Sequence[Outcome], wall_s: float) -> dict[str, object]:
+    """What a run came to; plain, for JSON."""
+    parts = [
+        {
+            "seeds": 1,
+            "failed_seeds": [one.seed] if one.violations else [],
+            "requests_by_code": dict(one.codes),
+            "faults": Counter(one.faults),
+            "virtual_s": one.virtual_s,
+            "wall_s": 0.0,
+        }
+        for one in outcomes
+    ]
+    return add_up([*parts, {**_EMPTY, "wall_s": wall_s}])
+
+
+def add_up(parts: Sequence[Mapping[str, Any]]) -> dict[str, object]:
+    """The summary of several runs together."""
     codes: Counter[str] = Counter()
     faults: Counter[str] = Counter()
-    for outcome in outcomes:
-        codes.update(dict(outcome.codes))
-        faults.update(outcome.faults)
-    requests = sum(codes.values())
+    for part in parts:
+        codes.update(part["requests_by_code"])
+        faults.update(part["faults"])
+    seeds, requests = sum(part["seeds"] for part in parts), sum(codes.values())
     failed = sum(n for code, n in codes.items() if code not in GOOD_ENDS)
+    wall_s = sum(part["wall_s"] for part in parts)
     return {
-        "seeds": len(outcomes),
-        "failed_seeds": [outcome.seed for outcome in outcomes if outcome.violations],
+        "seeds": seeds,
+        "failed_seeds": [seed for part in parts for seed in part["failed_seeds"]],
         "requests": requests,
         "requests_by_code": dict(sorted(codes.items())),
         "error_share": failed / requests if requests else 0.0,
         "faults": dict(sorted(faults.items())),
-        "virtual_s": round(sum(outcome.virtual_s for outcome in outcomes), 1),
+        "virtual_s": round(sum(part["virtual_s"] for part in parts), 1),
         "wall_s": round(wall_s, 2),
-        "seconds_per_seed": round(wall_s / len(outcomes), 4) if outcomes else 0.0,
+        "seconds_per_seed": round(wall_s / seeds, 4) if seeds else 0.0,
     }
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sim.faults", description=__doc__)
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the first one")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,18 @@ def test_processes_share_the_seeds_and_keep_their_order() -> None:
     outcomes = list(run_many(range(4), jobs=2))
     assert [one.seed for one in outcomes] == [0, 1, 2, 3]
     assert outcomes == list(run_many(range(4), jobs=1))
+
+
+def test_the_parts_of_a_long_run_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(tmp_path / f"{first}.json") for first in (0, 3)]
+    for first, file in zip(("0", "3"), files, strict=True):
+        assert main(["--first", first, "--seeds", "3", "--jobs", "1", "--json", file]) == 0
+    capsys.readouterr()
+    assert main(["sum", *files]) == 0
+    total = json.loads(capsys.readouterr().out)
+    whole = summarize(list(run_many(range(6), jobs=1)), total["wall_s"])
+    assert total == whole
+    assert total["seeds"] == 6
 
 
 def test_the_command_replays_a_seed(capsys: pytest.CaptureFixture[str]) -> None:
