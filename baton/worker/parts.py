@@ -15,7 +15,7 @@ from baton.engine.events import EngineListener
 from baton.engine.loop import Engine
 from baton.engine.step import MakeSteps, StepThreads
 from baton.kv.handoff.options import HandoffOptions
-from baton.kv.identity import Identity, new_incarnation
+from baton.kv.identity import Identity
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.kv.transport.shared import SharedTransport
 from baton.types.fleet import Role, WorkerInfo
@@ -48,10 +48,10 @@ class WorkerParts:
         pool = BlockPool(self.engine.num_blocks)
         return Engine(self.runner, pool, self.engine, listener, self.wall_clock, self.make_steps)
 
-    def reborn(self) -> WorkerParts:
+    def reborn(self, incarnation: str) -> WorkerParts:
         """For another life of the worker in the same process, after the one before has ended: the
         weights and the memory stay, and nothing is in them that anybody could still ask for."""
-        identity = replace(self.identity, incarnation=new_incarnation())
+        identity = replace(self.identity, incarnation=incarnation)
         return replace(self, identity=identity, shared=SharedTransport(self.transport))
 
     def info(self, role: Role, address: str, roles: tuple[Role, ...] = ()) -> WorkerInfo:

@@ -2,8 +2,7 @@
 
     load -> a life as prefill worker -> ... SetRole ... -> a life as decode worker -> ... -> close
 
-A worker that can do several duties keeps weights and memory from one life to the next. Everything
-else is new, the incarnation too: for the others it is a worker that was restarted very quickly.
+What stays from one life to the next is said in `lives.py`.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
-from functools import partial
 from typing import Any
 
-from baton.types.fleet import Role
+from baton.types.fleet import Role, WorkerInfo
 from baton.worker.build import build, worker_name
 from baton.worker.config import WorkerConfig
 from baton.worker.lifecycle import StopSignals, exit_now
+from baton.worker.lives import Make, live_on
 from baton.worker.parts import WorkerParts
 from baton.worker.serving import (
     CLOSE_TIMEOUT_S,
@@ -30,9 +29,6 @@ from baton.worker.serving import (
 )
 
 log = logging.getLogger(__name__)
-
-
-Make = Callable[[WorkerParts], Service]
 
 
 def main(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> None:
@@ -48,13 +44,12 @@ async def _run(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> 
     signals.install()
     parts = await _unless_stopped(build(config, role), signals)
     place = Place(config.conductor, registry, config.listen, config.advertise, config.drain_timeout)
-    roles = tuple(makes) if len(makes) > 1 else ()
-    life: Role | None = role
+
+    async def one_life(info: Callable[[str], WorkerInfo], service: Service) -> Role | None:
+        return await serve(place, info, service, signals)
+
     try:
-        while life is not None:
-            info = partial(parts.info, life, roles=roles)
-            life = await serve(place, info, makes[life](parts), signals)
-            parts = parts.reborn()
+        await live_on(parts, role, makes, one_life)
     finally:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await place.aclose()

@@ -3,7 +3,7 @@
     listen -> register -> serve      SIGTERM -> stop accepting -> drain -> cancel -> close
 
 Every phase after the signal has a deadline; a second signal skips the draining. A worker that is
-asked to take another role ends in the same way, and `process.py` begins its next life.
+asked to take another role ends in the same way, and `lives.py` begins its next life.
 """
 
 from __future__ import annotations
@@ -132,7 +132,6 @@ async def _serve(
     server = RpcServer(place.listen, token)
     service.serve_on(server)
     registration = info(reachable_address(place.advertise, await server.start()))
-    service.links.other_roles = frozenset(registration.roles) - {registration.role}
     conductors = ConductorSet(
         place.conductors,
         place.registry,
@@ -144,11 +143,11 @@ async def _serve(
         "listening address=%s role=%s pid=%d", registration.address, registration.role, os.getpid()
     )
     try:
-        await live(service, conductors, server.set_ready, place.drain_timeout_s, signals)
+        ready, drain_s = server.set_ready, place.drain_timeout_s
+        return await live(service, conductors, ready, drain_s, signals)
     finally:
         await server.stop(SERVER_GRACE_S)
         await conductors.aclose()
-    return None if signals.stop.is_set() else service.links.wanted_role
 
 
 async def live(
@@ -157,9 +156,9 @@ async def live(
     set_ready: Callable[[bool], Awaitable[None]],
     drain_timeout_s: float,
     signals: StopSignals,
-) -> None:
+) -> Role | None:
     """From the start of the service to its end after the stop signal, or when it is to be another
-    one."""
+    one, whose role is returned."""
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(service.run(), name="service")
         member = group.create_task(membership.run(), name="membership")
@@ -178,6 +177,7 @@ async def live(
         await service.aclose()
         await asyncio.wait([serving], timeout=CLOSE_TIMEOUT_S)
         serving.cancel()
+    return None if signals.stop.is_set() else service.links.wanted_role
 
 
 async def _wait_for_end(links: LinkServer, signals: StopSignals) -> None:
