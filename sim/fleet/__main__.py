@@ -35,6 +35,7 @@ _HELP = {
     "node": f"{', '.join(MACHINES)}, or calibrated:FILE of baton bench engine",
     "network_gbps": "of the NICs of a node together; 0: what the node has",
     "tensor_parallel": "GPUs of a worker; 0: all of its node",
+    "elastic": "the planner of the conductor changes workers' roles with the load",
     "grain": "tokens that one simulated unit stands for",
     "cache": "KV of earlier prompts: none, each node its own, or read from every node",
     "kv_blocks": "of 512 tokens in a worker's pool; 0: what the node has room for",
@@ -104,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         flag, default = "--" + field.name.replace("_", "-"), field.default
         if default is dataclasses.MISSING:
             add(flag, required=True, help=_HELP[field.name])
+        elif isinstance(default, bool):
+            add(flag, action="store_true", help=_HELP[field.name])
         elif isinstance(default, StrEnum):
             names = [choice.value for choice in type(default)]
             add(flag, choices=names, default=default.value, help=_HELP[field.name])

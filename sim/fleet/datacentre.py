@@ -7,9 +7,7 @@ production is counted in units here; bytes, seconds and blocks are real.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -23,14 +21,14 @@ from baton.kv.identity import Identity, life
 from baton.kv.transport.shared import SharedTransport
 from baton.rpc.memory import MemoryNetwork
 from baton.tokenizer import Tokenizer, TokenizerConfig
-from baton.types.fleet import Role, WorkerInfo, WorkerState
-from baton.worker.conductors import ConductorSet
-from baton.worker.lifecycle import StopSignals
+from baton.types.fleet import Role, WorkerState
+from baton.worker.lives import live_on
 from baton.worker.parts import WorkerParts
-from baton.worker.serving import Service, live
+from baton.worker.serving import Service
 from conductor.admission import Slos, TpotBy
 from conductor.cost_model import UNKNOWN_WORKER, WorkerCost
 from conductor.estimate import Fetch
+from conductor.planner import PlannerOptions
 from conductor.policies import RoutePolicy
 from conductor.retries import RetryOptions
 from conductor.router import RouteOptions
@@ -39,14 +37,13 @@ from decode_worker.service import DecodeService
 from prefill_worker.service import PrefillService
 from sim.fleet.device import ModelledDevice
 from sim.fleet.hardware import Hardware
+from sim.fleet.host import CONDUCTOR, Host
 from sim.fleet.prompts import VOCABULARY
 from sim.fleet.spec import Admission, Cache, FleetSpec
 from sim.fleet.store import make_store, store_info
 from sim.fleet.transport import Fabric, ModelledTransport, Place
 from sim.steps import ModelledSteps
 
-CONDUCTOR = "conductor"
-DRAIN_S = 60.0
 START_S = 10.0
 POLL_S = 0.01
 LEASE_TTL_S = 60.0  # of everything: nobody dies here, so nobody has to notice it soon
@@ -59,19 +56,6 @@ _TPOT_BY = {
 _FETCH = {Cache.NONE: Fetch.NOBODY, Cache.LOCAL: Fetch.NODE, Cache.GLOBAL: Fetch.CLUSTER}
 
 
-@dataclass(frozen=True, slots=True)
-class Hosted:
-    """A running worker or store; a store has no device."""
-
-    name: str
-    role: Role
-    service: Service
-    check_integrity: Callable[[], None]
-    device: ModelledDevice | None
-    signals: StopSignals
-    main: asyncio.Task[None]
-
-
 class Datacentre:
     """Use it as an async context manager, in the loop in which it was made; leaving it checks the
     books of every process, and stops it as SIGTERM does. A node is called as its worker."""
@@ -79,7 +63,8 @@ class Datacentre:
     def __init__(self, spec: FleetSpec) -> None:
         self.spec = spec
         self.hardware = Hardware(spec)
-        self.hosts: list[Hosted] = []
+        self.hosts: list[Host] = []
+        self.roles: list[tuple[float, str]] = []  # what became of them, and when (loop time)
         self._layout = self.hardware.layout
         self._network = MemoryNetwork()
         self._fabric = Fabric(self.hardware)
@@ -98,10 +83,10 @@ class Datacentre:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for hosted in self.hosts:
-            hosted.check_integrity()
-            hosted.signals.stop.set()
-        await asyncio.gather(*(hosted.main for hosted in self.hosts))
+        for host in self.hosts:
+            host.check_integrity()
+            host.signals.stop.set()
+        await asyncio.gather(*(host.main for host in self.hosts if host.main is not None))
         if self._serving is not None:
             self._serving.cancel()
             await asyncio.wait([self._serving])
@@ -125,6 +110,7 @@ class Datacentre:
             slos=self._slos(),
             retries=RetryOptions(seed=draw.getrandbits(32)),
             prior=_in_units(UNKNOWN_WORKER, spec.grain),
+            planner=PlannerOptions() if spec.elastic else None,
         )
         limit = spec.max_model_len // spec.grain
         model = ServedModel(spec.model, _wordless(), VOCABULARY, limit, ())
@@ -147,7 +133,8 @@ class Datacentre:
         """A store stands where prompts are computed: what decode workers add is of this answer."""
         spec = self.spec
         self.hardware.add_node(name)
-        has_store = spec.store_blocks > 0 and (spec.coupled or role is Role.PREFILL)
+        computes = spec.coupled or spec.elastic or role is Role.PREFILL
+        has_store = spec.store_blocks > 0 and computes
         if has_store:
             await self._start_store(f"store-{name}", name)
         await self._start_worker(name, role, f"store-{name}" if has_store else "")
@@ -160,47 +147,63 @@ class Datacentre:
         self._network.add_worker(name, service.links)
         self._network.add_blocks(name, service.blocks)
         info = store_info(identity, spec.model, node, slots)
-        stack = AsyncExitStack()
-        stack.push_async_callback(transport.close)
-        stack.push_async_callback(store.close)
-        self._host(info, service, store.check_integrity, None, stack)
+        host = self._host(name, None)
+        host.begin(Role.STORE, service, store.check_integrity)
+
+        async def live() -> None:
+            await host.serve(lambda _: info, service)
+            await store.close()
+            await transport.close()
+
+        host.main = asyncio.create_task(live(), name=f"main {name}")
 
     async def _start_worker(self, name: str, role: Role, store: str) -> None:
         identity = Identity(name, "1", self._layout)
         transport = await self._transport(name, Place(name))
         device = self._device()
         parts = self._parts(identity, role, transport, device, store)
-        blocks = self._network.blocks_dialer(name)
+        host = self._host(name, device)
+        roles = (Role.PREFILL, Role.DECODE) if self.spec.elastic else (role,)
+        makes = {each: partial(self._make_service, host, each) for each in roles}
+
+        async def live() -> None:
+            await live_on(parts, role, makes, host.serve, host.name_life)
+            await transport.close()
+
+        host.main = asyncio.create_task(live(), name=f"main {name}")
+
+    def _make_service(self, host: Host, role: Role, parts: WorkerParts) -> Service:
+        """For a life of the worker, on the network."""
+        name, network = host.name, self._network
+        parts = replace(parts, engine=self._engine(role))
+        blocks = network.blocks_dialer(name)
         service: PrefillService | DecodeService
         if role is Role.PREFILL:
             service = prefill = PrefillService(parts, blocks)
-            self._network.add_handoff(name, prefill)
+            network.add_handoff(name, prefill)
         else:
-            service = DecodeService(parts, self._network.handoff_dialer(name), blocks)
-        self._network.add_worker(name, service.links)
-        self._network.add_blocks(name, service.sharing.server)
-        stack = AsyncExitStack()
-        stack.push_async_callback(transport.close)
-        self._host(parts.info(role, name), service, service.check_integrity, device, stack)
+            service = DecodeService(parts, network.handoff_dialer(name), blocks)
+        network.add_worker(name, service.links)
+        network.add_blocks(name, service.sharing.server)
+        host.begin(role, service, service.check_integrity)
+        return service
 
     async def _transport(self, name: str, place: Place) -> ModelledTransport:
         transport = ModelledTransport(life(name, "1"), place, self._fabric)
         await transport.start()
         return transport
 
-    def _host(
-        self,
-        info: WorkerInfo,
-        service: Service,
-        check: Callable[[], None],
-        device: ModelledDevice | None,
-        close: AsyncExitStack,
-    ) -> None:
-        name, signals = info.name, StopSignals()
-        connect = partial(self._network.fleet_client, name)
-        membership = ConductorSet((CONDUCTOR,), None, connect, info, service.load)
-        main = asyncio.create_task(_live(service, membership, signals, close), name=f"main {name}")
-        self.hosts.append(Hosted(name, info.role, service, check, device, signals, main))
+    def _host(self, name: str, device: ModelledDevice | None) -> Host:
+        host = Host(name, self._network, device, self._note_role)
+        self.hosts.append(host)
+        return host
+
+    def _note_role(self, worker: str, role: Role, taken: bool) -> None:
+        elastic = self.conductor.elastic
+        text = f"{worker} is a {role} worker now"
+        if not taken and elastic is not None and elastic.last is not None:
+            text = f"{worker} is to {role}: {elastic.last.move.reason}"
+        self.roles.append((asyncio.get_running_loop().time(), text))
 
     def _device(self) -> ModelledDevice:
         spec = self.spec
@@ -216,19 +219,7 @@ class Datacentre:
         store: str,
     ) -> WorkerParts:
         spec, layout = self.spec, self._layout
-        num_blocks = self.hardware.kv_blocks
-        memory = transport.allocate(num_blocks * layout.block_bytes)
-        # A step that decodes stands for `grain` of them, so it has room for as many chunks.
-        units = spec.mixed_tokens if role is Role.DECODE else spec.chunk_tokens // spec.grain
-        engine = EngineConfig(
-            layout,
-            num_blocks,
-            spec.max_model_len // spec.grain,
-            max_num_seqs=spec.max_seqs,
-            max_batch_tokens=max(units, spec.max_seqs),
-            max_waiting=1 << 20,
-            prefix_caching=spec.cache is not Cache.NONE,
-        )
+        memory = transport.allocate(self.hardware.kv_blocks * layout.block_bytes)
         handoff = HandoffOptions(
             lease_ttl_s=LEASE_TTL_S, attach_timeout_s=LEASE_TTL_S, verify=Verify.OFF
         )
@@ -240,13 +231,27 @@ class Datacentre:
             transport=transport,
             memory=memory,
             runner=device,
-            engine=engine,
+            engine=self._engine(role),
             handoff=handoff,
             node=transport.place.node,
             shared=SharedTransport(transport),
             store=store,
             wall_clock=asyncio.get_running_loop().time,
             make_steps=lambda _, wake: ModelledSteps(device, device, _full_speed, wake),
+        )
+
+    def _engine(self, role: Role) -> EngineConfig:
+        spec = self.spec
+        # A step that decodes stands for `grain` of them, so it has room for as many chunks.
+        units = spec.mixed_tokens if role is Role.DECODE else spec.chunk_tokens // spec.grain
+        return EngineConfig(
+            self._layout,
+            self.hardware.kv_blocks,
+            spec.max_model_len // spec.grain,
+            max_num_seqs=spec.max_seqs,
+            max_batch_tokens=max(units, spec.max_seqs),
+            max_waiting=1 << 20,
+            prefix_caching=spec.cache is not Cache.NONE,
         )
 
 
@@ -264,20 +269,6 @@ def _wordless() -> Tokenizer:
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({}, unk_token=""))
     backend.decoder = tokenizers.decoders.ByteLevel()
     return Tokenizer(backend, TokenizerConfig({}))
-
-
-async def _live(
-    service: Service,
-    membership: ConductorSet,
-    signals: StopSignals,
-    close: AsyncExitStack,
-) -> None:
-    async with close:
-        await live(service, membership, _ready, DRAIN_S, signals)
-
-
-async def _ready(ready: bool) -> None:
-    """Nobody asks."""
 
 
 def _full_speed() -> float:

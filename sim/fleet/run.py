@@ -12,7 +12,7 @@ from typing import Any
 from sim.fleet.clients import Clients
 from sim.fleet.datacentre import Datacentre
 from sim.fleet.prompts import Prompts
-from sim.fleet.records import Record, Table
+from sim.fleet.records import Event, Record, Table, table_of
 from sim.fleet.result import Result
 from sim.fleet.sampler import Sampler
 from sim.fleet.spec import FleetSpec
@@ -37,9 +37,10 @@ def simulate(
     loop = SimLoop()
     try:
         with _rarely_collected(), _quiet():
-            sampler, records = loop.run_until_complete(_run(spec, requests, progress, sample_s))
+            ran = loop.run_until_complete(_run(spec, requests, progress, sample_s))
     finally:
         loop.close()
+    sampler, records, events = ran
     return Result(
         spec.as_json(),
         workload,
@@ -47,12 +48,13 @@ def simulate(
         records,
         sampler.workers,
         sampler.links,
+        events,
     )
 
 
 async def _run(
     spec: FleetSpec, requests: Iterator[Request], progress: Progress, sample_s: float
-) -> tuple[Sampler, Table[Record]]:
+) -> tuple[Sampler, Table[Record], Table[Event]]:
     loop = asyncio.get_running_loop()
     records = Table(Record)
 
@@ -68,7 +70,8 @@ async def _run(
         await Clients(datacentre.conductor, Prompts(spec.grain), note).run(requests)
         sampling.cancel()
         sampler.sample()
-    return sampler, records
+        events = table_of(Event, [Event(at - began, text) for at, text in datacentre.roles])
+    return sampler, records, events
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Mapping
 
 from baton.types.fleet import BlockState
-from sim.fleet.datacentre import Datacentre, Hosted
+from sim.fleet.datacentre import Datacentre
 from sim.fleet.device import ModelledDevice
+from sim.fleet.host import Host
 from sim.fleet.records import LinkSample, Table, WorkerSample
 
 _IN_USE = (BlockState.ACTIVE, BlockState.LEASED, BlockState.QUARANTINED)
@@ -32,23 +33,23 @@ class Sampler:
 
     def sample(self) -> None:
         now = asyncio.get_running_loop().time() - self._began
-        for hosted in self._datacentre.hosts:
-            if hosted.device is not None:
-                self.workers.append(self._look_at(hosted, hosted.device, now))
+        for host in self._datacentre.hosts:
+            if host.device is not None:
+                self.workers.append(self._look_at(host, host.device, now))
         moved = self._datacentre.hardware.moved()
         for link, total in moved.items():
             if nbytes := round(total) - round(self._moved.get(link, 0.0)):
                 self.links.append(LinkSample(now, link, nbytes))
         self._moved = moved
 
-    def _look_at(self, hosted: Hosted, device: ModelledDevice, now: float) -> WorkerSample:
-        load = hosted.service.load()
-        prefill_s, decode_s = self._busy.get(hosted.name, (0.0, 0.0))
-        self._busy[hosted.name] = (device.prefill_s, device.decode_s)
+    def _look_at(self, host: Host, device: ModelledDevice, now: float) -> WorkerSample:
+        load = host.service.load()
+        prefill_s, decode_s = self._busy.get(host.name, (0.0, 0.0))
+        self._busy[host.name] = (device.prefill_s, device.decode_s)
         return WorkerSample(
             at_s=now,
-            worker=hosted.name,
-            role=hosted.role.value,
+            worker=host.name,
+            role=host.role.value,
             queue=load.waiting,
             running=load.running,
             kv_share=load.blocks_in(*_IN_USE) / sum(count for _, count in load.blocks),

@@ -39,6 +39,7 @@ class FleetSpec:
     node: str = "8xA800"
     network_gbps: float = 0.0  # of a node's NICs together; 0: what the node has
     tensor_parallel: int = 0  # GPUs of a worker; 0: all of its node
+    elastic: bool = False  # workers change between prefill and decode with the load
     grain: int = 16  # tokens of a unit
     policy: str = "cache-aware"
     cache: Cache = Cache.GLOBAL
@@ -62,6 +63,8 @@ class FleetSpec:
             raise ConfigError(f"a cluster is nP+mD or nM, as 8P+8D or 16M, not {self.cluster!r}")
         if self.grain < 1 or BLOCK_TOKENS % self.grain or self.grain > BLOCK_TOKENS // 2:
             raise ConfigError(f"the grain must divide {BLOCK_TOKENS // 2}, not be {self.grain}")
+        if self.elastic and not (self.prefill and self.prefill + self.decode > 2):
+            raise ConfigError(f"{self.cluster} cannot be elastic: it takes nP+mD, three or more")
 
     @property
     def prefill(self) -> int:
