@@ -17,7 +17,7 @@ from baton.cli.generate import generate
 from baton.cli.options import command
 from baton.cli.serve import serve
 from baton.cli.serve_options import ServeOptions
-from baton.cli.sim import sim
+from baton.cli.sim import plan, sim
 from baton.cli.status import status
 from baton.cli.top import top
 from baton.cli.trace import trace
@@ -62,6 +62,7 @@ bench.command("store", context_settings=PASS_ON)(bench_store)
 bench.command("router", context_settings=PASS_ON)(bench_router)
 app.add_typer(bench, name="bench")
 app.command("sim", context_settings=PASS_ON)(sim)
+app.command("plan", context_settings=PASS_ON)(plan)
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-"""`baton sim`: a datacentre in virtual time. The simulator is a program of its own, which the
-command line starts like the processes. Every flag, `--help` too, is its own."""
+"""`baton sim` and `baton plan`: a datacentre in virtual time. The simulator is a program of its
+own, which the command line starts like the processes. Every flag, `--help` too, is its own."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def sim(context: typer.Context) -> None:
     else:
         keep = first == "compare"  # a command of sim.report's own
         run_module(_MODULES[first], context.args if keep else context.args[1:])
+
+
+def plan(context: typer.Context) -> None:
+    """The cheapest fleet that keeps SLOs for a trace, by simulation: see docs/sim.md."""
+    run_module("sim.sizing", context.args or ["--help"])

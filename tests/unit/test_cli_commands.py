@@ -101,6 +101,18 @@ def test_sim_starts_the_simulator(
     assert seen == [[sys.executable, "-m", *started]]
 
 
+def test_plan_starts_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        seen.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert runner.invoke(main.app, ["plan", "--trace", "f"]).exit_code == 0
+    assert seen == [[sys.executable, "-m", "sim.sizing", "--trace", "f"]]
+
+
 def test_version() -> None:
     assert runner.invoke(main.app, ["--version"]).output == f"baton {baton.__version__}\n"
 

@@ -1,0 +1,1 @@
+"""The cheapest fleet for a trace: an estimate, then simulations around it."""
