@@ -59,6 +59,9 @@ class Peer:
                 pass
         except grpc.aio.AioRpcError:
             pass
+        except asyncio.CancelledError:
+            call.cancel()  # grpc does so only while it waits for the server
+            raise
         code = await call.code()
         assert code is not grpc.StatusCode.DEADLINE_EXCEEDED, "the call hung"
         return code
