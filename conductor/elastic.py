@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from baton.errors import RegistryUnavailable
@@ -21,6 +21,7 @@ from conductor.planner import Look, Move, Planner
 from conductor.views import FleetView, WorkerView
 
 _OTHER = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}
+_SWITCH_S = 120.0  # a worker that has not taken its role by then is not thought to come
 _SLOWER = 2.0  # a step may take so many times that of one sequence, where no SLO says otherwise
 
 log = logging.getLogger(__name__)
@@ -87,9 +88,9 @@ class Elastic:
         if not prefill or not decode:
             return  # nothing is known of what the other pool would do
         look = Look(
-            prefill=len(prefill),
-            decode=len(decode),
-            prefill_demand=conductors * work_s / (now - since),
+            prefill=len(prefill) + self._comes(Role.PREFILL, view, now),
+            decode=len(decode) + self._comes(Role.DECODE, view, now),
+            prefill_demand=conductors * work_s / (now - since) + self._late(prefill, now),
             decode_demand=sum(self._decode_demand(worker) for worker in decode),
         )
         move = self.planner.look(look, now)
@@ -107,17 +108,33 @@ class Elastic:
         self._on_move(move.role)
         self.last = Moved(now, chosen.info.name, move)
 
+    def _comes(self, role: Role, view: FleetView, now: float) -> bool:
+        """Whether the worker that was moved last is still on its way to that pool."""
+        last = self.last
+        if last is None or last.move.role is not role or now - last.at > _SWITCH_S:
+            return False
+        worker = view.find(last.worker)
+        return worker is None or worker.info.role is not role
+
+    def _late(self, workers: Sequence[WorkerView], now: float) -> float:
+        """Workers that compute what waits, by the time at which the next move can be judged."""
+        waiting_s = sum(max(worker.free_at - now, 0.0) for worker in workers)
+        return waiting_s / self.planner.options.settle_s
+
     def _decode_demand(self, worker: WorkerView) -> float:
-        """Workers that this one's sequences keep busy: by the batch that keeps the SLO, or by the
-        blocks that they hold, those that still wait for blocks included."""
+        """Workers that this one's sequences keep busy: by the batch that keeps the SLO, in which no
+        prompt is that is yet to be computed, or by the blocks that they hold, and where some wait,
+        by what they would hold."""
         if not worker.sequences:
             return 0.0
         cost = worker.cost.decode
-        step_s = self._tpot_s or _SLOWER * cost.seconds(1)
+        step_s = self.planner.options.tpot_s or self._tpot_s or _SLOWER * cost.seconds(1)
         most = (step_s - cost.base_s) / max(cost.sequence_s, 1e-9)
-        used = 1 - worker.free_blocks / max(worker.info.num_blocks, 1)
-        waiting = worker.sequences / max(worker.load.running, 1)
-        return max(worker.sequences / max(most, 1.0), used * waiting)
+        full = 1 - worker.free_blocks / max(worker.info.num_blocks, 1)
+        if worker.load.waiting:  # for blocks, or because the batch has no place
+            full = worker.sequences / max(worker.load.running, 1)
+        decoding = worker.sequences - (worker.own_attempts - worker.own_decoding)
+        return max(decoding / max(most, 1.0), full)
 
 
 def _busy(worker: WorkerView) -> tuple[int, int, str]:

@@ -29,6 +29,7 @@ class PlannerOptions:
     margin: float = 0.15  # share by which a move must lower the higher pressure
     at_ease: float = 0.5  # pressure below which nothing is moved
     least: int = 1  # workers that each pool keeps
+    tpot_s: float | None = None  # that batches should keep; None: the SLO, if there is one
 
     @classmethod
     def settling(cls, settle_s: float) -> PlannerOptions:

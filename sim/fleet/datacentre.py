@@ -110,7 +110,7 @@ class Datacentre:
             slos=self._slos(),
             retries=RetryOptions(seed=draw.getrandbits(32)),
             prior=_in_units(UNKNOWN_WORKER, spec.grain),
-            planner=PlannerOptions() if spec.elastic else None,
+            planner=self._planner(),
         )
         limit = spec.max_model_len // spec.grain
         model = ServedModel(spec.model, _wordless(), VOCABULARY, limit, ())
@@ -124,6 +124,12 @@ class Datacentre:
         if spec.admission is Admission.OFF:
             return Slos()
         return Slos(spec.slo_ttft_s, spec.slo_tbt_s * spec.grain, _TPOT_BY[spec.admission])
+
+    def _planner(self) -> PlannerOptions | None:
+        """It aims at the SLO of TBT, also where nobody is refused because of it."""
+        if not self.spec.elastic:
+            return None
+        return PlannerOptions(tpot_s=self.spec.slo_tbt_s * self.spec.grain)
 
     def _local_units(self) -> int | None:
         local = self.spec.local_tokens

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
 from baton.rpc.registry_memory import MemoryRegistry, RegistryServer
-from baton.types.fleet import Role
+from baton.types.fleet import BlockState, Peer, Role, WorkerLoad, WorkerState
 from baton.types.registry import ConductorInfo
+from conductor.backlog import Backlog
+from conductor.cost_model import UNKNOWN_WORKER, DecodeCost
 from conductor.elastic import Elastic
+from conductor.fleet import Fleet
 from conductor.planner import Planner, PlannerOptions
 from conductor.request import Ask, Options
 from conductor.service import Policy
-from tests.fake_worker import FakeCluster, fake_cluster, say, wait_for
+from conductor.views import FleetView, WorkerView
+from tests.fake_worker import FakeCluster, fake_cluster, say, wait_for, worker_info
 from tests.virtual_time import virtual_time
 
 BOTH = (Role.PREFILL, Role.DECODE)
@@ -118,3 +124,75 @@ async def test_a_conductor_without_the_option_has_no_planner() -> None:
     policy = Policy(lease_ttl_s=1e6, planner=OPTIONS)
     async with fake_cluster(prefill=0, decode=0, policy=policy) as cluster:
         assert cluster.conductor.elastic is not None
+
+
+class Seen:
+    """A fleet that is as the test says."""
+
+    def __init__(self, *workers: WorkerView) -> None:
+        self.prompts_s = 0.0
+        self.workers = workers
+        self.asked: list[tuple[str, Role]] = []
+
+    def view(self) -> FleetView:
+        return FleetView(self.workers)
+
+    def set_role(self, worker: Peer, role: Role) -> None:
+        self.asked.append((worker.name, role))
+
+
+def worker(name: str, role: Role, load: WorkerLoad, **more: Any) -> WorkerView:
+    return WorkerView(worker_info(name, role, roles=BOTH), WorkerState.LIVE, load, **more)
+
+
+async def demands(*workers: WorkerView) -> tuple[float, float]:
+    """Measured once, of prefill and decode."""
+    watched = Elastic(cast(Fleet, Seen(*workers)), Planner(OPTIONS), 0.1, None, "m")
+    watched.look()
+    await asyncio.sleep(OPTIONS.look_s)
+    watched.look()
+    return watched.planner.demands
+
+
+IDLE = WorkerLoad(blocks=((BlockState.FREE, 8),))
+COST = replace(UNKNOWN_WORKER, decode=DecodeCost(base_s=0.02, sequence_s=0.001))
+
+
+@virtual_time
+async def test_prompts_that_wait_ask_for_prefill_and_not_for_decode() -> None:
+    now = asyncio.get_running_loop().time()
+    late = worker("p0", Role.PREFILL, IDLE, backlog=Backlog(100, now + OPTIONS.look_s + 60.0))
+    load = WorkerLoad(running=40, blocks=((BlockState.FREE, 8),))
+    decodes = worker("d0", Role.DECODE, load, own_attempts=40, own_decoding=8, cost=COST)
+    prefill, decode = await demands(late, decodes)
+    assert prefill == pytest.approx(60.0 / OPTIONS.settle_s)
+    assert decode == pytest.approx(8 / 80)  # 80 take 0.1 s
+
+
+@virtual_time
+async def test_a_worker_whose_batch_has_no_place_is_full_whatever_its_blocks_say() -> None:
+    load = WorkerLoad(running=8, waiting=4, blocks=((BlockState.FREE, 8),))
+    full = worker("d0", Role.DECODE, load, own_attempts=12, own_decoding=8, cost=COST)
+    _, decode = await demands(worker("p0", Role.PREFILL, IDLE), full)
+    assert decode == pytest.approx(1.5)
+
+
+@virtual_time
+async def test_a_worker_on_its_way_counts_where_it_goes() -> None:
+    fleet = Seen(
+        *(worker(f"p{n}", Role.PREFILL, IDLE) for n in range(3)),
+        worker("d0", Role.DECODE, WorkerLoad(8, 12, blocks=((BlockState.FREE, 8),))),
+    )
+    watched = Elastic(cast(Fleet, fleet), Planner(OPTIONS), 0.1, None, "m")
+    for _ in range(100):
+        await asyncio.sleep(OPTIONS.look_s)
+        watched.look()
+        if fleet.asked:
+            break
+    assert fleet.asked == [("p0", Role.DECODE)]
+    fleet.workers = fleet.workers[1:]  # it drains, and one more would be too many
+    for _ in range(20):
+        await asyncio.sleep(OPTIONS.look_s)
+        watched.look()
+    assert watched.last is not None
+    assert watched.last.move.reason.startswith("2P2D is asked")
