@@ -33,6 +33,7 @@ class Record:
     tbt_p50_s: float | None
     tbt_p90_s: float | None
     tbt_p99_s: float | None
+    tbt_worst_s: float | None  # mean of the longest tenth
     tbt_max_s: float | None
     prefill: str
     decode: str

@@ -59,6 +59,7 @@ def totals(
         "tbt_mean_s": distribution(records.column("tbt_mean_s")[answered]),
         "tbt_p90_s": distribution(records.column("tbt_p90_s")[answered]),
         "tbt_p99_s": distribution(records.column("tbt_p99_s")[answered]),
+        "tbt_worst_s": distribution(records.column("tbt_worst_s")[answered]),
         "prefill_busy_s": round(float(workers.column("prefill_s").sum()), 6),
         "decode_busy_s": round(float(workers.column("decode_s").sum()), 6),
     }

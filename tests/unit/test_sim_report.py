@@ -36,6 +36,7 @@ ONE = Record(
     tbt_p50_s=0.05,
     tbt_p90_s=0.08,
     tbt_p99_s=0.2,
+    tbt_worst_s=0.15,
     tbt_max_s=0.3,
     prefill="p0",
     decode="d10",

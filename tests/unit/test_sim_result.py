@@ -27,12 +27,13 @@ FAST = Record(
     tbt_p50_s=0.1,
     tbt_p90_s=0.15,
     tbt_p99_s=0.9,
+    tbt_worst_s=0.25,
     tbt_max_s=1 / 3,
     prefill="p0",
     decode="d1",
     predicted_ttft_s=0.4,
 )
-GAPS = ("tbt_mean_s", "tbt_p50_s", "tbt_p90_s", "tbt_p99_s", "tbt_max_s")
+GAPS = ("tbt_mean_s", "tbt_p50_s", "tbt_p90_s", "tbt_p99_s", "tbt_worst_s", "tbt_max_s")
 SINGLE = replace(FAST, index=1, at_s=2.0, **dict.fromkeys(GAPS))  # type: ignore[arg-type]
 REFUSED = replace(SINGLE, index=2, code="overloaded", ttft_s=None, prefill="", end_s=2.0)
 SLOW = replace(FAST, index=3, at_s=4.0, ttft_s=5.0, end_s=11.0)
