@@ -15,6 +15,7 @@ CHAOS_FLAGS ?=
 ROLLING_FLAGS ?=
 MINUTES     ?= 10
 SOAK_FLAGS  ?=
+RESULTS_FLAGS ?=
 FUZZ        ?= tests/fuzz
 PYTEST_FLAGS ?=
 
@@ -23,7 +24,7 @@ NATIVE := setup.py $(wildcard baton/native/src/*)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test faults chaos rolling soak fuzz lint format proto bench bench-gpu demo-model clean
+.PHONY: help venv serve test faults chaos rolling soak fuzz lint format proto bench bench-gpu results demo-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -93,6 +94,10 @@ bench: $(VENV)/.dev ## baton next to vLLM and transformers: same model, cores an
 
 bench-gpu: ## everything about a GPU in ten minutes, by the system's Python: nothing is installed
 	PYTHONPATH=. $(PYTHON) -m baton.bench.gpu $(BENCH_FLAGS)
+
+results: $(VENV)/.dev ## docs/results/mooncake.md from simulations of TRACE, Mooncake's conversation trace
+	@$(if $(TRACE),,$(error TRACE=FILE says where Mooncake's conversation trace is))
+	$(BIN)/python -m sim.results --trace '$(TRACE)' $(RESULTS_FLAGS)
 
 demo-model: $(VENV)/.dev ## train the built-in model again (an hour or two on two cores)
 	$(BIN)/python -m tools.train_demo

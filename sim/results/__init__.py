@@ -1,0 +1,1 @@
+"""The published figures of the Mooncake papers, simulated: docs/results/mooncake.md."""

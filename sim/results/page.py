@@ -1,0 +1,128 @@
+"""The page: a section per experiment, with what was run, and nothing that was not."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sim.results.experiments import Column, Experiment
+from sim.results.runs import Outcome, Replay, Run, Runs
+
+BY_HAND = "<!-- What follows is written by hand; what precedes is not. -->"
+NOT_RUN = "not run yet"
+
+_HEAD = """# Mooncake's published figures, simulated
+
+Made by `make results TRACE=FILE` (with `RESULTS_FLAGS=--quick`: a piece of the trace for each run),
+where FILE is the conversation trace of Mooncake (FAST'25 artifact). What is simulated, and what it
+leaves out, is in [../sim.md](../sim.md). Every row is one run with one seed. What is not in its
+command has the default of `python -m sim.fleet`. CPU and wall times are those of the simulations,
+next to whatever else the machine did.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Of one experiment: its runs, in the order of its rows; None was not run."""
+
+    experiment: Experiment
+    runs: tuple[Run, ...]
+    outcomes: tuple[Outcome | None, ...]
+
+
+def findings(experiment: Experiment, runs: Runs) -> Findings:
+    """Of the full size if any of it was run, or else of the quick one."""
+    sizes = (experiment.full, experiment.quick)
+    tried = [_of_size(experiment, replay, runs) for replay in sizes]
+    return next((found for found in tried if any(found.outcomes)), tried[-1])
+
+
+def _of_size(experiment: Experiment, replay: Replay, runs: Runs) -> Findings:
+    wanted = tuple(Run(row.spec, replay) for row in experiment.rows)
+    return Findings(experiment, wanted, tuple(runs.outcome(run) for run in wanted))
+
+
+def page(found: Sequence[Findings], sources: str, before: str) -> str:
+    """`before`: the page so far, of which the part by hand is kept."""
+    by_hand = before.partition(BY_HAND)[2].strip()
+    sections = [_HEAD, *(_section(one) for one in found)]
+    sections.append(f"Sources that ran these simulations: `{sources}` (`sim/results/runs.py`).\n")
+    if by_hand:
+        sections.append(f"{BY_HAND}\n\n{by_hand}\n")
+    return "\n".join(sections)
+
+
+def _section(found: Findings) -> str:
+    experiment = found.experiment
+    parts = [f"## {experiment.title}\n", _wrapped(experiment.lead)]
+    if not any(found.outcomes):
+        return "\n".join([*parts, f"{NOT_RUN.capitalize()}.\n"])
+    parts += [_table(found), f"{_size(found)}\n"]
+    if experiment.why:
+        parts.append(_wrapped(experiment.why))
+    return "\n".join([*parts, _commands(found)])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_on_hyphens=False) + "\n"
+
+
+def _table(found: Findings) -> str:
+    columns = found.experiment.columns
+    heads = ["", *(head for column in columns for head in _heads(found, column))]
+    lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
+    for number, row in enumerate(found.experiment.rows):
+        cells = [text for column in columns for text in _cells(found, column, number)]
+        lines.append(_line([row.label, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _heads(found: Findings, column: Column) -> Iterator[str]:
+    for told in ("", ", published") if _is_published(found, column) else ("",):
+        yield column.heading + told
+        if column.over_first:
+            yield "× first row" + told
+
+
+def _cells(found: Findings, column: Column, number: int) -> Iterator[str]:
+    simulated = [outcome and column.of(outcome) for outcome in found.outcomes]
+    yield from _shown(column, simulated, number, NOT_RUN)
+    if _is_published(found, column):
+        rows = found.experiment.rows
+        published = [row.published.get(column.heading) for row in rows]
+        yield from _shown(column, published, number, "")
+
+
+def _shown(
+    column: Column, figures: Sequence[float | None], number: int, nothing: str
+) -> Iterator[str]:
+    figure, first = figures[number], figures[0]
+    yield nothing if figure is None else column.form.format(figure)
+    if column.over_first:
+        yield "" if figure is None or not first else f"{figure / first:.2f}"
+
+
+def _is_published(found: Findings, column: Column) -> bool:
+    return any(column.heading in row.published for row in found.experiment.rows)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _size(found: Findings) -> str:
+    replay = found.runs[0].replay
+    whole = replay.first is None
+    share = "The whole trace" if whole else f"The first {replay.first:,} requests of the trace"
+    kept = [outcome for outcome in found.outcomes if outcome is not None]
+    cpu_s, wall_s = (sum(getattr(o, name) for o in kept) for name in ("cpu_s", "wall_s"))
+    return (
+        f"{share}; {len(kept)} of {len(found.runs)} runs, {cpu_s:,.0f} s of CPU time "
+        f"({wall_s:,.0f} s of wall time)."
+    )
+
+
+def _commands(found: Findings) -> str:
+    lines = [run.command() for run in found.runs]
+    return "```\n" + "\n".join(lines) + "\n```\n"

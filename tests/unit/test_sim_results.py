@@ -1,0 +1,168 @@
+"""The runner of published experiments: what it keeps, and what it writes on the page."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sim.fleet.spec import FleetSpec
+from sim.results import runs as runs_module
+from sim.results.__main__ import main
+from sim.results.experiments import EXPERIMENTS, Column, Experiment, Row, effective
+from sim.results.page import BY_HAND, NOT_RUN, Findings, findings, page
+from sim.results.runs import ONE_TOKEN, Outcome, Replay, Run, Runs, sources_digest
+from sim.workload.trace import Request, trace_line
+
+SMALL = FleetSpec("1P+1D", kv_blocks=64)
+RUN = Run(SMALL, Replay(first=3))
+TOY = Experiment(
+    "toy",
+    "A toy",
+    "Leads.",
+    (Column("TTFT", lambda o: o.result.totals["ttft_s"]["mean"], "{:.3f} s", over_first=True),),
+    (Row("small", SMALL, {"TTFT": 2.0}), Row("reuse none", replace(SMALL, seed=1), {"TTFT": 3.0})),
+    quick=Replay(first=3),
+    full=Replay(),
+    why="Because.",
+)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.jsonl"
+    requests = [Request(float(n), 1000, 40, (n, n + 100)) for n in range(5)]
+    path.write_bytes(b"".join(trace_line(request) for request in requests))
+    return path
+
+
+def counted(monkeypatch):
+    """The runs that are simulated from now on."""
+    simulated = []
+    simulate = runs_module.simulate
+
+    def count(spec, requests, workload):
+        simulated.append(spec)
+        return simulate(spec, requests, workload)
+
+    monkeypatch.setattr(runs_module, "simulate", count)
+    return simulated
+
+
+def test_what_was_simulated_is_not_simulated_again(trace, tmp_path, monkeypatch):
+    simulated = counted(monkeypatch)
+    first = Runs(trace, tmp_path / "kept").outcome(RUN)
+    again = Runs(trace, tmp_path / "kept").outcome(RUN)
+    assert len(simulated) == 1
+    assert first is not None
+    assert again is not None
+    assert again.result.totals == first.result.totals
+    assert again.result.totals["requests"] == 3
+    assert again.cpu_s == first.cpu_s
+
+
+def test_another_size_seed_trace_or_source_is_another_run(trace, tmp_path, monkeypatch):
+    simulated = counted(monkeypatch)
+    kept = tmp_path / "kept"
+    runs = Runs(trace, kept)
+    runs.outcome(RUN)
+    runs.outcome(replace(RUN, replay=Replay(first=2)))
+    runs.outcome(replace(RUN, spec=replace(SMALL, seed=1)))
+    monkeypatch.setattr(runs_module, "sources_digest", lambda: "another")
+    Runs(trace, kept).outcome(RUN)
+    monkeypatch.undo()
+    simulated_before = len(simulated)
+    trace.write_bytes(trace.read_bytes() + trace_line(Request(9.0, 1000, 40, (7,))))
+    assert Runs(trace, kept, only_kept=True).outcome(RUN) is None
+    assert simulated_before == 4
+
+
+def test_a_run_that_was_stopped_while_it_was_written_is_done_again(trace, tmp_path, monkeypatch):
+    def stopped(result, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    runs = Runs(trace, tmp_path / "kept")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs_module, "write_result", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            runs.outcome(RUN)
+    assert runs.outcome(RUN) is not None
+
+
+def test_sources_are_those_that_simulate(tmp_path):
+    (tmp_path / "conductor").mkdir()
+    (tmp_path / "sim" / "results").mkdir(parents=True)
+    (tmp_path / "conductor" / "router.py").write_text("a")
+    before = sources_digest(tmp_path)
+    (tmp_path / "sim" / "results" / "page.py").write_text("only reads")
+    assert sources_digest(tmp_path) == before
+    (tmp_path / "conductor" / "router.py").write_text("b")
+    assert sources_digest(tmp_path) != before
+
+
+def test_a_command_says_what_differs_from_the_defaults():
+    run = Run(SMALL, Replay(first=7, output_scale=ONE_TOKEN))
+    assert run.command() == (
+        "python -m sim.fleet --trace FILE --cluster 1P+1D --kv-blocks 64 "
+        "--first 7 --output-scale 1e-06"
+    )
+
+
+def outcome(runs: Runs, run: Run) -> Outcome:
+    found = runs.outcome(run)
+    assert found is not None
+    return found
+
+
+def test_the_page_has_simulated_and_published_figures_and_their_ratios(trace, tmp_path):
+    runs = Runs(trace, tmp_path / "kept")
+    found = outcome(runs, RUN)
+    text = page([Findings(TOY, (RUN, RUN), (found, None))], "abc", "")
+    mean = found.result.totals["ttft_s"]["mean"]
+    assert f"| small | {mean:.3f} s | 1.00 | 2.000 s | 1.00 |" in text
+    assert f"| reuse none | {NOT_RUN} |  | 3.000 s | 1.50 |" in text
+    assert "The first 3 requests of the trace; 1 of 2 runs" in text
+    assert RUN.command() in text
+    assert "Because." in text
+
+
+def test_the_full_size_is_shown_where_it_was_run(trace, tmp_path):
+    runs, kept = Runs(trace, tmp_path / "kept"), Runs(trace, tmp_path / "kept", only_kept=True)
+    assert findings(TOY, kept).outcomes == (None, None)
+    assert f"{NOT_RUN.capitalize()}." in page([findings(TOY, kept)], "abc", "")
+    runs.outcome(RUN)
+    assert findings(TOY, kept).runs[0].replay == TOY.quick
+    runs.outcome(Run(SMALL, TOY.full))
+    assert findings(TOY, kept).runs[0].replay == TOY.full
+
+
+def test_what_is_written_by_hand_stays(trace, tmp_path):
+    place = tmp_path / "page.md"
+    place.write_text(f"# Old figures\n\n{BY_HAND}\n\n## By hand\n")
+    arguments = ["--trace", str(trace), "--keep", str(tmp_path / "kept"), "--page", str(place)]
+    assert main([*arguments, "--only", "none"]) == 0
+    text = place.read_text()
+    assert "Old figures" not in text
+    assert text.endswith(f"{BY_HAND}\n\n## By hand\n")
+    assert text.count(NOT_RUN.capitalize()) == len(EXPERIMENTS)
+    assert main([*arguments, "--only", "none"]) == 0
+    assert place.read_text() == text
+
+
+def test_an_unknown_experiment_is_named(trace, tmp_path):
+    with pytest.raises(SystemExit, match="no experiment 'nothing'"):
+        main(["--trace", str(trace), "--keep", str(tmp_path / "k"), "--only", "nothing"])
+
+
+def test_every_experiment_has_different_rows_and_published_figures_of_its_columns():
+    for experiment in EXPERIMENTS:
+        specs = [row.spec for row in experiment.rows]
+        assert len(set(specs)) == len(specs)
+        headings = {column.heading for column in experiment.columns}
+        assert {name for row in experiment.rows for name in row.published} <= headings
+
+
+def test_effective_requests_meet_both_limits(trace, tmp_path):
+    found = outcome(Runs(trace, tmp_path / "kept"), RUN)
+    assert effective(found, 10.0) == 100
+    assert effective(found, 0.0) == 0
