@@ -86,7 +86,7 @@ def _heads(found: Findings, column: Column) -> Iterator[str]:
 
 
 def _cells(found: Findings, column: Column, number: int) -> Iterator[str]:
-    simulated = [outcome and column.of(outcome) for outcome in found.outcomes]
+    simulated = [None if outcome is None else column.of(outcome) for outcome in found.outcomes]
     yield from _shown(column, simulated, number, NOT_RUN)
     if _is_published(found, column):
         rows = found.experiment.rows
