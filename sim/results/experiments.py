@@ -146,8 +146,9 @@ POLICIES = Experiment(
     Replay(first=300, speed=1.33),
     Replay(speed=1.33),
     "Times hang on the load, which is not published; here it is 1.33 times the recorded one, so "
-    "only the order can be compared. In the first 300 requests there is little to read from others, "
-    "and local comes out before global; in the first 1,000 (below) the order is the published one.",
+    "only the order can be compared. In the first 300 requests there is little to read from "
+    "others, and local comes out before global; in the first 1,000 (below), with 6P+6D, the order "
+    "is the published one.",
 )
 
 
