@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -13,14 +14,14 @@ from baton.errors import ConfigError
 from sim.costs.compute import Prefill
 from sim.sizing.__main__ import main
 from sim.sizing.demand import Machine, demand
-from sim.sizing.search import MOST_LOAD, Fleet, Outcome, Search, least
+from sim.sizing.search import MOST_LOAD, Fleet, Outcome, Search, Simulate, least
 from sim.workload.trace import Request, trace_line
 
 
 class Straight:
     """Seconds: 0.001 for each prompt token, 0.01 for a step and 0.001 for each decode in it."""
 
-    def seconds(self, prefill: list[Prefill], decode: list[int]) -> float:
+    def seconds(self, prefill: Sequence[Prefill], decode: Sequence[int]) -> float:
         return 0.001 * sum(part.new for part in prefill) + (0.01 + 0.001 * len(decode))
 
 
@@ -47,7 +48,7 @@ def test_what_is_shared_is_computed_once_and_memory_bounds_the_batch() -> None:
     assert (found.batch, found.kv_bound) == (10, True)  # of 3 blocks each
 
 
-def needs(prefill: int, decode: int, coupled: int):
+def needs(prefill: int, decode: int, coupled: int) -> Simulate:
     """What becomes of fleets when a load needs so many workers: nine in ten, or fewer."""
 
     def simulate(fleet: Fleet, load: float) -> Outcome:
