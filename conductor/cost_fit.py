@@ -175,22 +175,25 @@ class _WorkerFit:
 
     def add_prefills(self, computed: _Prefills) -> None:
         features = (float(computed.prompts), float(computed.tokens), computed.pairs)
-        self.prefill.add(features, computed.seconds)
+        self.prefill.add(features, computed.end_s - computed.start_s)
         self.mean_context += 0.1 * (computed.pairs / computed.tokens - self.mean_context)
 
 
 @dataclass(slots=True)
 class _Prefills:
-    """The prompts that ended with one step, and what the worker took for them: the time since those
-    before them ended. Some of it went to the next ones; what went to these before is not in it."""
+    """The prompts that ended with one step, and what the worker took for them: the time since the
+    first of them began, or those before them ended. Some of it went to the next ones; what went to
+    these before is not in it."""
 
-    end_s: float = 0.0  # Unix, the worker's clock
-    seconds: float = 0.0
+    after_s: float = 0.0  # when those before them ended; Unix, the worker's clock
+    start_s: float = math.inf
+    end_s: float = 0.0
     prompts: int = 0
     tokens: int = 0
     pairs: float = 0.0
 
-    def add(self, tokens: int, context: int) -> None:
+    def add(self, tokens: int, context: int, start_s: float) -> None:
+        self.start_s = max(min(self.start_s, start_s), self.after_s)
         self.prompts += 1
         self.tokens += tokens
         self.pairs += pairs(tokens, context)
@@ -229,10 +232,9 @@ class WorkerSamples:
         late_s = span.end_s - self._latest.end_s
         if late_s > _SAME_STEP_S:
             self._learn()
-            seconds = span.end_s - max(span.start_s, self._latest.end_s)
-            self._latest = _Prefills(span.end_s, seconds)
+            self._latest = _Prefills(after_s=self._latest.end_s, end_s=span.end_s)
         if late_s >= -_SAME_STEP_S and tokens > 0:
-            self._latest.add(tokens, context)
+            self._latest.add(tokens, context, span.start_s)
 
     def _learn(self) -> None:
         computed = self._latest

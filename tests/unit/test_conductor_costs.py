@@ -95,6 +95,20 @@ def test_prompts_that_share_steps_share_their_time() -> None:
     assert cost.samples >= 3 * MIN_SAMPLES
 
 
+@pytest.mark.parametrize("told_first", ["short", "long"])
+def test_a_short_prompt_in_a_long_ones_last_step_does_not_make_it_quick(told_first: str) -> None:
+    samples, truth, now = begin(), PrefillCost(2e-2, 8e-5, 1.6e-9), 0.0
+    prompts = {"long": (60_000, 0.0), "short": (500, 0.9)}  # and when they come, of the time
+    for _ in range(2 * MIN_SAMPLES):
+        seconds = truth.seconds(60_000) + truth.seconds(500)
+        for name in sorted(prompts, reverse=told_first == "short"):
+            tokens, began = prompts[name]
+            samples.add_prefill(tokens, 0, Span("prefill", now + began * seconds, now + seconds))
+        now += seconds + 1.0
+    cost = samples.cost().prefill
+    assert cost.seconds(60_000) == pytest.approx(truth.seconds(60_000), rel=0.05)
+
+
 def test_batches_that_are_alike_do_not_make_others_forgotten() -> None:
     samples, truth = begin(), DecodeCost(0.04, 0.004)
     for running in range(1, 20):
