@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.types.fleet import WorkerInfo
 from baton.types.kv_events import Tier
@@ -33,6 +33,8 @@ _LARGEST = 1e15  # of a feature: bytes, pairs of tokens
 _SCALES = 1e6  # how far from the prior a cost may be
 _MEMORY = 0.95  # what a sample weighs after one more: about twenty samples count
 _PRIOR_WEIGHT = 0.02  # of the prior, against one sample
+_TIE_WEIGHT = 0.15  # of the prior's proportion between two coefficients
+_TIED_LEAST = 0.4  # of the first: what the second counts as when it is less
 _OUTLIER = 8.0  # a sample counts as no more than so many times what was expected
 _SCALE_MEMORY = 0.8
 _FIRST_SWEEPS = 40  # of coordinate descent, from the prior
@@ -50,11 +52,14 @@ class NonNegativeFit:
     """Least squares of relative errors over `seconds ≈ Σ coefficient·feature`, none negative.
 
     Ridge regression towards the prior, which is scaled by the ratio of measured to predicted times,
-    so that features that were never seen stay in proportion; old samples fade.
+    so that features that were never seen stay in proportion; old samples fade. `tied`: two
+    whose proportion the prior knows, so that noise and what the model leaves out do not take all of
+    the second one while samples tell of the first only.
     """
 
-    def __init__(self, prior: tuple[float, ...]) -> None:
+    def __init__(self, prior: tuple[float, ...], tied: tuple[int, int] | None = None) -> None:
         self._prior = prior
+        self._tied = tied
         size = len(prior)
         self._products = [[0.0] * size for _ in prior]  # in units of the prior
         self._targets = [0.0] * size
@@ -129,9 +134,10 @@ class NonNegativeFit:
         ridge = _PRIOR_WEIGHT / scale**2
         settled = self.samples > _SETTLED
         factors = self._factors = self._factors if settled else [scale] * len(self._prior)
+        rows = self._with_tie(scale)
         for _ in range(_SWEEPS if settled else _FIRST_SWEEPS):
             moved = 0.0
-            for i, products in enumerate(self._products):
+            for i, products in enumerate(rows):
                 before = factors[i]
                 others = _dot(products, factors) - products[i] * before
                 target = self._targets[i] + ridge * scale - others
@@ -139,6 +145,21 @@ class NonNegativeFit:
                 moved = max(moved, abs(factors[i] - before))
             if moved <= _STILL * scale:
                 return
+
+    def _with_tie(self, scale: float) -> list[list[float]]:
+        """The products, and the square of the difference of the tied factors, relative to both: so
+        five times the prior's proportion is held against a sample as little as a fifth of it."""
+        if self._tied is None:
+            return self._products
+        rows = [row.copy() for row in self._products]
+        i, j = self._tied
+        one, other = self._factors[i], max(self._factors[j], _TIED_LEAST * self._factors[i])
+        weight = _TIE_WEIGHT / max(one * other, _STILL * scale**2)
+        rows[i][i] += weight
+        rows[j][j] += weight
+        rows[i][j] -= weight
+        rows[j][i] -= weight
+        return rows
 
 
 def _dot(one: Sequence[float], other: Sequence[float]) -> float:
@@ -161,7 +182,7 @@ class _WorkerFit:
     def of(cls, prior: WorkerCost) -> _WorkerFit:
         prefill, decode = prior.prefill, prior.decode
         return cls(
-            NonNegativeFit((prefill.base_s, prefill.token_s, prefill.pair_s)),
+            NonNegativeFit((prefill.base_s, prefill.token_s, prefill.pair_s), tied=(1, 2)),
             NonNegativeFit((decode.base_s, decode.sequence_s)),
         )
 
@@ -278,9 +299,9 @@ class CostModel:
 
     def begin(self, info: WorkerInfo) -> WorkerSamples:
         """For a life of a worker."""
-        kind = (info.device, info.threads)
-        alike = self._alike.setdefault(kind, _WorkerFit.of(self._prior))
-        return WorkerSamples(alike, self._prior)
+        kind, prior = (info.device, info.threads), _prior_of(self._prior, info)
+        alike = self._alike.setdefault(kind, _WorkerFit.of(prior))
+        return WorkerSamples(alike, prior)
 
     def transfers(self) -> TransferCosts:
         """Cached until the next sample."""
@@ -296,6 +317,15 @@ class CostModel:
     def add_handoff(self, num_bytes: int, seconds: float) -> None:
         self._handoff.add((1.0, float(num_bytes)), seconds)
         self._transfers = None
+
+
+def _prior_of(prior: WorkerCost, info: WorkerInfo) -> WorkerCost:
+    """The prior with the proportion of attention to products that the worker's model has. Both are
+    products of matrices, and kernels of either reach about the same share of a device's peak."""
+    if not 0.0 < info.pair_to_token < 1.0:
+        return prior
+    pair_s = prior.prefill.token_s * info.pair_to_token
+    return replace(prior, prefill=replace(prior.prefill, pair_s=pair_s))
 
 
 def _transfer_fit(prior: TransferCost) -> NonNegativeFit:

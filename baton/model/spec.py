@@ -20,7 +20,15 @@ from baton.model.hf_config import RopeSpec
 from baton.model.hub import resolve_model
 from baton.types.fleet import KvLayout
 
-__all__ = ["ModelSpec", "RopeSpec", "choose_dtype", "kv_layout", "load_spec", "resolve_model"]
+__all__ = [
+    "ModelSpec",
+    "RopeSpec",
+    "choose_dtype",
+    "kv_layout",
+    "load_spec",
+    "pair_to_token",
+    "resolve_model",
+]
 
 DTYPES = ("float32", "bfloat16")
 
@@ -106,6 +114,17 @@ def load_spec(path: Path) -> ModelSpec:
         fingerprint="",
     )
     return replace(spec, fingerprint=_fingerprint(spec, checkpoint.identity))
+
+
+def pair_to_token(spec: ModelSpec) -> float:
+    """Operations of attention for a pair of tokens, relative to those of products for a token.
+
+    Layers with a window count with their products only: their pairs do not grow with the prompt.
+    """
+    attention = 4 * spec.heads * spec.head_dim * spec.windows.count(0)  # QK^T and PV
+    projections = 2 * spec.hidden_size * spec.head_dim * (spec.heads + spec.kv_heads)
+    mlp = 3 * spec.hidden_size * spec.intermediate_size
+    return attention / (2 * spec.num_layers * (projections + mlp))
 
 
 def kv_layout(spec: ModelSpec, dtype: str, block_size: int) -> KvLayout:

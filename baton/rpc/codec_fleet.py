@@ -109,6 +109,7 @@ def info_to_pb(value: WorkerInfo) -> pb.WorkerInfo:
         protocol=value.protocol,
         version=value.version,
         roles=[role_to_pb(role) for role in value.roles],
+        pair_to_token=value.pair_to_token,
     )
 
 
@@ -131,6 +132,7 @@ def info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
         protocol=message.protocol,
         version=message.version,
         roles=tuple(role_from_pb(role) for role in message.roles),
+        pair_to_token=message.pair_to_token,
     )
 
 

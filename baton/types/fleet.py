@@ -112,6 +112,8 @@ class WorkerInfo:
     protocol: int = PROTOCOL
     version: str = __version__  # for people: what counts is `protocol`
     roles: tuple[Role, ...] = ()  # that SetRole may give it; empty: only its own
+    # Operations of attention for a pair of tokens, relative to those of products for a token.
+    pair_to_token: float = 0.0  # 0: not known
 
 
 @dataclass(frozen=True, slots=True)

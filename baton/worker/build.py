@@ -19,7 +19,7 @@ from baton.kv.identity import Identity, life, new_incarnation
 from baton.kv.transport.registry import make_transport
 from baton.kv.transport.shared import SharedTransport
 from baton.model.hub import resolve_model
-from baton.model.spec import ModelSpec, choose_dtype, kv_layout, load_spec
+from baton.model.spec import ModelSpec, choose_dtype, kv_layout, load_spec, pair_to_token
 from baton.types.fleet import KvLayout, Role
 from baton.worker.address import reachable_address
 from baton.worker.config import WorkerConfig
@@ -89,6 +89,7 @@ async def build(config: WorkerConfig, role: Role) -> WorkerParts:
         node=config.node or socket.gethostname(),
         shared=SharedTransport(transport),
         store=config.store,
+        pair_to_token=pair_to_token(spec),
         early_prefill=_early_prefill(config.early_prefill, device, placement),
         # Without Redis no conductor can know of another one's attempts.
         orphan_timeout_s=config.orphan_timeout if config.redis else 0.0,

@@ -38,6 +38,7 @@ class WorkerParts:
     node: str
     shared: SharedTransport  # of `transport`
     store: str = ""  # host:port of the node's store
+    pair_to_token: float = 0.0  # as in the registration
     early_prefill: bool = False  # begin when the first layers of a fetched prefix have come
     orphan_timeout_s: float = ORPHAN_S
     wall_clock: Callable[[], float] = time.time
@@ -72,6 +73,7 @@ class WorkerParts:
             threads=self.placement.threads,
             node=self.node,
             roles=roles,
+            pair_to_token=self.pair_to_token,
         )
 
     async def close(self) -> None:

@@ -242,6 +242,7 @@ class Datacentre:
             node=transport.place.node,
             shared=SharedTransport(transport),
             store=store,
+            pair_to_token=self.hardware.pair_to_token,
             wall_clock=asyncio.get_running_loop().time,
             make_steps=lambda _, wake: ModelledSteps(device, device, _full_speed, wake),
         )

@@ -10,7 +10,7 @@ from baton.errors import ConfigError
 from baton.types.fleet import KvLayout
 from sim.costs.calibrate import PREFIX, calibrated
 from sim.costs.capacity import kv_capacity_blocks
-from sim.costs.compute import Roofline, StepCost
+from sim.costs.compute import Roofline, StepCost, attention_flops, product_flops
 from sim.costs.links import SharedLinks
 from sim.costs.machines import machine_named, with_network
 from sim.costs.models import model_named
@@ -78,6 +78,13 @@ class Hardware:
             model.head_dim * self._grain,
             BLOCK_TOKENS // self._grain,
         )
+
+    @property
+    def pair_to_token(self) -> float:
+        """Of units."""
+        model = self._model
+        pair = attention_flops(model, 1)  # of the token with itself
+        return self._grain * pair / product_flops(model, 1, 0)
 
     async def carry(self, source: Place, reader: Place, nbytes: int) -> None:
         path = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -54,6 +56,66 @@ def test_what_was_never_seen_stays_in_proportion() -> None:
         samples.add_prefill(64, 0, Span("prefill", 20.0 * second, 20.0 * second + seconds))
     long = samples.cost().prefill.seconds(8000, 8000) / PrefillCost().seconds(8000, 8000)
     assert 50 < long < 200
+
+
+LONG = 113_000
+# Of a small model on a fast GPU, one of 70B, and one on a CPU, with attention as efficient as
+# products, less so, and more so.
+SHAPES = [
+    (PrefillCost(5e-3, 4e-6, 2.4e-10), 6e-5),
+    (PrefillCost(2e-2, 8e-5, 2.4e-9), 2e-5),
+    (PrefillCost(1e-2, 2e-3, 8e-9), 5e-6),
+]
+
+
+def of_length(samples: WorkerSamples, truth: PrefillCost, tokens: Iterable[int], seed: int) -> None:
+    draw, now = Random(seed), 1000.0 * seed
+    for length in tokens:
+        seconds = truth.seconds(length) * draw.uniform(0.95, 1.05)
+        samples.add_prefill(length, 0, Span("prefill", now, now + seconds))
+        now += seconds + 1.0
+
+
+def shape(pair_to_token: float) -> WorkerSamples:
+    info = worker_info("p0", Role.PREFILL, pair_to_token=pair_to_token)
+    return CostModel().begin(info)
+
+
+def short_prompts(seed: int, count: int = 80) -> list[int]:
+    draw = Random(seed)
+    return [round(64 * (4000 / 64) ** draw.random()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize(("truth", "pair_to_token"), SHAPES)
+def test_short_prompts_tell_of_long_ones(
+    truth: PrefillCost, pair_to_token: float, seed: int
+) -> None:
+    samples = shape(pair_to_token)
+    of_length(samples, truth, short_prompts(seed), seed)
+    assert samples.cost().prefill.seconds(LONG) == pytest.approx(truth.seconds(LONG), rel=0.3)
+
+
+def test_attention_is_not_lost_in_what_short_prompts_take_more_than_the_model_says() -> None:
+    """Small batches keep a device less busy, and so do products of few rows."""
+    samples, draw, now = shape(2e-5), Random(1), 0.0
+    for tokens in short_prompts(1):
+        idle = 0.5 * math.exp(-tokens / 1000)
+        seconds = 2e-2 + 8e-5 * tokens * (1 + idle) * draw.uniform(0.9, 1.1)
+        samples.add_prefill(tokens, 0, Span("prefill", now, now + seconds))
+        now += 9.0
+    truth = PrefillCost(2e-2, 8e-5, 1.6e-9)
+    assert samples.cost().prefill.seconds(LONG) == pytest.approx(truth.seconds(LONG), rel=0.3)
+
+
+@pytest.mark.parametrize("times", [0.2, 5.0])
+def test_long_prompts_correct_what_was_assumed_of_attention(times: float) -> None:
+    samples, truth = shape(2e-5), PrefillCost(2e-2, 8e-5, 1.6e-9 * times)
+    of_length(samples, truth, short_prompts(1), seed=1)
+    of_length(samples, truth, [LONG // 4, LONG // 2, LONG] * 4, seed=2)
+    cost = samples.cost().prefill
+    for tokens in (500, 4000, LONG):
+        assert cost.seconds(tokens) == pytest.approx(truth.seconds(tokens), rel=0.2)
 
 
 def test_one_slow_prefill_does_not_change_the_picture() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig
 
 from baton.errors import ConfigError, ModelLoadError
 from baton.model import hf_config, spec
-from baton.model.spec import choose_dtype, kv_layout, load_spec
+from baton.model.spec import choose_dtype, kv_layout, load_spec, pair_to_token
 from tests.models import EOS_TOKEN_ID, FAMILIES, VOCAB_SIZE, make_tiny_model
 
 
@@ -216,6 +217,15 @@ def test_layout_of_a_model(tmp_path: Path) -> None:
     assert layout.block_bytes == 4 * 2 * 2 * 32 * 32 * 2
     with pytest.raises(ConfigError, match="block size"):
         kv_layout(model, "float32", 24)
+
+
+def test_attention_next_to_products(tmp_path: Path) -> None:
+    """Of LLaMA-70B: 64 heads of 128, and 856 million parameters per layer."""
+    tiny = load_spec(make_tiny_model("qwen3", tmp_path))
+    wide = replace(tiny, heads=64, kv_heads=8, head_dim=128, hidden_size=8192)
+    large = replace(wide, intermediate_size=28_672)
+    assert pair_to_token(large) == pytest.approx(4 * 64 * 128 / (2 * 855_638_016))
+    assert pair_to_token(replace(large, windows=(0, 0, 0, 64))) == 0.75 * pair_to_token(large)
 
 
 def test_choice_of_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,7 @@ infos = st.builds(
     cpus=text,
     threads=u32,
     node=text,
+    pair_to_token=real,
 )
 hellos = st.builds(
     Hello,
