@@ -330,7 +330,7 @@ class LinkServer:
         self._unlink(held)
         del self._held[held.attempt]
         del self._current[held.attempt.request_id]
-        if held.tail is not None and finish and finish.reason is not FinishReason.CANCELLED:
+        if held.tail is not None and finish is not None and not _was_given_up(finish):
             self._ended.keep(held.attempt, held.tail, finish)
         if not self._held:
             self._idle.set()
@@ -373,6 +373,14 @@ class LinkServer:
         except (PeerGone, TimeoutError) as error:
             log.info("a link was closed before everything was said: %s", error)
         await link.stream.aclose()
+
+
+def _was_given_up(finish: Finish) -> bool:
+    """Cancelled, or replaced by another attempt, whose records may be older than those of this one:
+    who comes for this one is to begin anew, and not to hear that somebody else has the answer."""
+    replaced = (StaleAttempt.code, TakenOver.code)
+    error = finish.error
+    return finish.reason is FinishReason.CANCELLED or (error is not None and error.code in replaced)
 
 
 def _failed(attempt: AttemptId, error: BaseException) -> AttemptOutput:

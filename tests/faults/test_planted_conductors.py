@@ -16,7 +16,7 @@ import pytest
 import baton.worker.links
 from baton.errors import StaleAttempt
 from baton.rpc.registry_memory import MemoryRegistry
-from baton.types.request import AttemptId
+from baton.types.request import AttemptId, Finish, FinishReason
 from baton.worker.links import LinkServer
 from baton.worker.tails import Tail
 from conductor.answer_run import AnswerRun
@@ -91,6 +91,16 @@ def own_records_are_not_looked_at(patch: Patch) -> None:
     patch.setattr(AnswerRun, "_on_stale", lambda run, message: StaleAttempt(message))
 
 
+def a_replaced_attempt_can_be_adopted(patch: Patch) -> None:
+    """Found by the harness: its end was that somebody else has the answer, and when nobody had it
+    any more, every conductor that the client tried said so, too."""
+
+    def was_cancelled(finish: Finish) -> bool:
+        return finish.reason is FinishReason.CANCELLED
+
+    patch.setattr(baton.worker.links, "_was_given_up", was_cancelled)
+
+
 PLANTED: dict[Callable[[Patch], None], int] = {
     an_adopted_answer_is_sent_from_one_token_before: 0,
     what_the_client_has_is_sent_again: 0,
@@ -101,6 +111,7 @@ PLANTED: dict[Callable[[Patch], None], int] = {
     who_had_the_answer_before_takes_it_back: 2,
     other_conductors_hear_nothing_of_a_workers_blocks: 0,
     own_records_are_not_looked_at: 12,
+    a_replaced_attempt_can_be_adopted: 10188,
 }
 
 

@@ -280,6 +280,23 @@ async def test_a_newer_attempt_ends_an_orphan() -> None:
         assert [attempt for attempt, _ in r.duty.cancelled] == [A]
 
 
+@pytest.mark.parametrize("by_another", [True, False])
+@virtual_time
+async def test_an_attempt_that_was_replaced_is_forgotten(by_another: bool) -> None:
+    """Its record may be the one that is found when its successor has gone, too."""
+    async with rig() as r:
+        one, two = await r.connect(), await r.connect()
+        await decoding(r, one)
+        newer, owner = AttemptId("a", 2), two if by_another else one
+        await r.begin(owner, newer)
+        assert await error_of(one, A) == ("taken_over" if by_another else "stale_attempt")
+        gone = AttemptOutput(newer, finish=Finish(FinishReason.CANCELLED))
+        r.links.report((gone,))
+        assert (await receive(owner)).outputs == (gone,)
+        await two.send(Adopt(A))
+        assert await error_of(two, A) == "unknown_attempt"
+
+
 @virtual_time
 async def test_a_worker_that_drains_waits_for_orphans_and_lets_them_be_adopted() -> None:
     async with rig() as r:
