@@ -27,12 +27,12 @@ from prefill_worker.service import PrefillService
 from sim.clients import CONDUCTOR_LOST, Story, right_text
 from sim.cluster import Cluster, Hosted, HostedConductor
 from sim.network import KEEPALIVE_S, Incident
-from sim.plan import Client, FaultKind
+from sim.plan import Client, FaultKind, Shape
 from sim.process import Process
 
 TROUBLE_S = 0.7  # which the pauses between RetryOptions.failures attempts take at least
 NEWS_S = 2.5  # until a conductor that came back knows its workers
-RELEASE_S = 0.5  # in which a cluster without faults lets go of a request that has ended
+RELEASE_S = 0.5  # in which a cluster without faults lets go of a request that has ended, at least
 LEASE_SLACK_S = 0.3  # after its time to live, for a lease to end
 GRACE_S = 0.5  # that an end may come after its deadline
 NEEDED_S = 10.0  # of a cluster without faults, which is ample for any request
@@ -145,13 +145,22 @@ def _union(incidents: Iterable[Incident], story: Ending) -> float:
     return total
 
 
+def release_s(shape: Shape) -> float:
+    """RELEASE_S, or more where two steps are longer: the running one, and the one behind it that a
+    device with a queue does not give back."""
+    tokens = shape.max_batch_tokens
+    step_s = max(one.pace.step_s + one.pace.token_s * tokens for one in shape.machines)
+    return max(RELEASE_S, 2 * step_s + 0.1)
+
+
 def check_released(cluster: Cluster, story: Story) -> list[str]:
-    """RELEASE_S after a request has ended nobody works on it, unless some fault is to blame."""
-    if _during(story, cluster.network.incidents, RELEASE_S):
+    """After `release_s` nobody works on a request that has ended, unless some fault is to blame."""
+    waited_s = release_s(cluster.shape)
+    if _during(story, cluster.network.incidents, waited_s):
         return []
     name = story.client.name
     return [
-        f"{worker} still works on {attempt}, which ended {RELEASE_S} s ago"
+        f"{worker} still works on {attempt}, which ended {waited_s:.1f} s ago"
         for worker, hosted in cluster.workers.items()
         for attempt in hosted.service.links.attempts
         if attempt.request_id.startswith(f"{name}~")

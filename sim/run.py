@@ -17,7 +17,6 @@ from baton.errors import DeadlineExceeded
 from baton.types.fleet import WorkerState
 from conductor.records import LINGER_S
 from sim.checks import (
-    RELEASE_S,
     check_books,
     check_gone,
     check_leases,
@@ -25,6 +24,7 @@ from sim.checks import (
     check_story,
     holdings,
     is_idle,
+    release_s,
 )
 from sim.checks_conductors import (
     OrphanWatch,
@@ -176,7 +176,7 @@ class _Run:
             await caller.forgotten()
         elif not await self._ask_once(story):
             return
-        await asyncio.sleep(RELEASE_S)
+        await asyncio.sleep(release_s(self._plan.shape))
         for wrong in check_released(self._cluster, story):
             self._log.violation(wrong)
         if is_probe and story.code != "ok":
