@@ -121,7 +121,8 @@ PREFILL = Experiment(
     Replay(first=300),
     Replay(),
     "The published figures are of the whole trace. A piece from its beginning has fewer prefixes "
-    "to reuse, so that ratios come out smaller.",
+    "to reuse, so that ratios come out smaller. What chunks add hangs on no reuse: published, 1.22 "
+    "times the prefill without.",
 )
 
 POLICIES = Experiment(
@@ -224,7 +225,8 @@ CACHES = Experiment(
     ),
     Replay(first=300, output_scale=ONE_TOKEN),
     Replay(output_scale=ONE_TOKEN),
-    "",
+    "A piece of the trace refers to few blocks, which is why small capacities are among the rows: "
+    "with 3M tokens per node nothing of it is ever evicted.",
 )
 
 _MISSED = "refused or late"
@@ -247,7 +249,8 @@ OVERLOAD = Experiment(
     ),
     Replay(first=300, speed=2.0),
     Replay(speed=2.0),
-    "",
+    "Refusing early saves the GPU time of prompts that would have been late. By load and by "
+    "prediction differ only where the TBT limit binds; here the TTFT limit does.",
 )
 
 EXPERIMENTS = (PREFILL, POLICIES, CAPACITY, CACHES, OVERLOAD)
