@@ -154,9 +154,10 @@ def release_s(shape: Shape) -> float:
 
 
 def check_released(cluster: Cluster, story: Story) -> list[str]:
-    """After `release_s` nobody works on a request that has ended, unless some fault is to blame."""
+    """After `release_s` nobody works on a request that has ended, unless some fault is to blame:
+    also one that came before its conductor had noticed that the client is gone."""
     waited_s = release_s(cluster.shape)
-    if _during(story, cluster.network.incidents, waited_s):
+    if _during(story, cluster.network.incidents, cluster.network.now() - story.ended):
         return []
     name = story.client.name
     return [

@@ -108,6 +108,16 @@ def steps_were_thought_shorter(patch: Patch) -> None:
     patch.setattr(sim.run, "release_s", as_before)
 
 
+def conductors_noticed_at_once_that_a_client_had_gone(patch: Patch) -> None:
+    """One was killed before it did, and so the answer was an orphan when it should be let go."""
+    during = sim.checks._during
+
+    def as_before(story: Ending, incidents: Any, and_s: float = 0.0) -> list[Incident]:
+        return during(story, incidents, min(and_s, RELEASE_S))
+
+    patch.setattr(sim.checks, "_during", as_before)
+
+
 def a_slow_machine_made_its_disk_hang_longer(patch: Patch) -> None:
     """A call of 6 s took two minutes, and its block was on its way when all should be at rest."""
     call_s = ModelledDisk.call_s
@@ -130,6 +140,7 @@ RULES: dict[Callable[[Patch], None], tuple[MakePlan, int]] = {
     books_were_read_too_early: (without_disks, 3465),
     a_worker_became_slow_when_the_request_had_ended: (without_disks, 5562),
     steps_were_thought_shorter: (make_plan, 11295),
+    conductors_noticed_at_once_that_a_client_had_gone: (make_plan_of_several, 15620),
     a_slow_machine_made_its_disk_hang_longer: (make_plan_of_several, 10102),
 }
 FOUND = BUGS | RULES
