@@ -57,14 +57,15 @@ def fleet_table(cluster: Mapping[str, Any]) -> Table:
     table = Table(
         box=None, header_style="bold", pad_edge=False, caption=caption, caption_justify="left"
     )
-    for name in ("name", "pid", "address", "state"):
+    columns = ("name", *(("role",) if _roles_differ(cluster) else ()), "pid", "address")
+    for name in (*columns, "state"):
         table.add_column(name, overflow="fold")
     for name in ("run", "wait", "used", "cached", "blocks"):
         table.add_column(name, justify="right", no_wrap=True)
     for member in members(cluster):
         state = str(member.get("state", ""))
         table.add_row(
-            *(str(member.get(name, "")) for name in ("name", "pid", "address")),
+            *(str(member.get(name, "")) for name in columns),
             Text(state, style=_STATE_COLOURS.get(state, "")),
             *(str(member.get(name, "")) for name in ("running", "waiting")),
             *_block_cells(member.get("blocks") or {}),
@@ -99,6 +100,12 @@ def _tier_line(store: str, tier: Mapping[str, Any]) -> Text:
     if tier["state"] == TierState.ON:
         return Text(text)
     return Text(f"{text}; {_tier_name(tier)} {tier['state']}: {tier['why']}", style="red")
+
+
+def _roles_differ(cluster: Mapping[str, Any]) -> bool:
+    """Whether some name does not say the role: those of elastic workers, and chosen ones. Otherwise
+    a terminal of 80 columns needs the room."""
+    return any(not str(m["name"]).startswith(str(m.get("role", ""))) for m in members(cluster))
 
 
 def _tier_name(tier: Mapping[str, Any]) -> str:

@@ -210,10 +210,10 @@ async def test_an_answer_without_an_end_is_an_error(capsys: pytest.CaptureFixtur
 
 def test_status_table_has_every_member() -> None:
     lines = text_of(fleet_table(CLUSTER)).splitlines()
-    assert lines[0].split()[:5] == ["name", "pid", "address", "state", "run"]
-    assert lines[1].split() == ["c0", "1", "127.0.0.1:1", "live"]
+    assert lines[0].split()[:5] == ["name", "role", "pid", "address", "state"]
+    assert lines[1].split() == ["c0", "conductor", "1", "127.0.0.1:1", "live"]
     assert lines[2].split() == [
-        *("decode-0", "2", "127.0.0.1:2", "suspect", "3", "0", "3", "2", "10")
+        *("decode-0", "decode", "2", "127.0.0.1:2", "suspect", "3", "0", "3", "2", "10")
     ]
     assert lines[3].strip() == "CPUs: decode-0 4-7"
 
