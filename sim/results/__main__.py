@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from baton.errors import ConfigError
-from sim.results.experiments import EXPERIMENTS, Experiment
+from sim.results.experiments import EXPERIMENTS
+from sim.results.experiments.experiment import Experiment
 from sim.results.page import findings, page
 from sim.results.runs import Run, Runs
 

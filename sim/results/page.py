@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sim.results.experiments import Column, Experiment
+from sim.results.experiments.experiment import Column, Experiment
 from sim.results.runs import Outcome, Replay, Run, Runs
 
 BY_HAND = "<!-- What follows is written by hand; what precedes is not. -->"

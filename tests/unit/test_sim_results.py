@@ -8,7 +8,9 @@ import pytest
 from sim.fleet.spec import FleetSpec
 from sim.results import runs as runs_module
 from sim.results.__main__ import main
-from sim.results.experiments import EXPERIMENTS, Column, Experiment, Row, effective
+from sim.results.experiments import EXPERIMENTS
+from sim.results.experiments.capacity import effective
+from sim.results.experiments.experiment import Column, Experiment, Row
 from sim.results.page import BY_HAND, NOT_RUN, Findings, findings, page
 from sim.results.runs import ONE_TOKEN, Outcome, Replay, Run, Runs, sources_digest
 from sim.workload.trace import Request, trace_line
