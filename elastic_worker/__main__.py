@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from baton.config import option, parse_config
-from baton.cpus import choose_placement
-from baton.errors import ConfigError
+from baton.config import option
 from baton.types.fleet import Role
 from baton.worker.config import WorkerConfig
-from baton.worker.lifecycle import watch_parent
+from baton.worker.start import start
+
+if TYPE_CHECKING:
+    from baton.worker.lives import Make
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,31 +23,14 @@ class ElasticConfig(WorkerConfig):
 
 
 def main() -> None:
-    try:
-        config = parse_config(ElasticConfig, sys.argv[1:], os.environ, "python -m elastic_worker")
-        placement = choose_placement(config.cpus, config.threads)
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error.message}\n")
-        sys.exit(2)
-    if config.exit_with_parent:
-        watch_parent()
-    placement.apply()
-    # torch takes seconds to import: after the cheap ways to fail, and under the parent's watch.
-    from baton.rpc.grpc_client import GrpcBlocksDialer, GrpcHandoffDialer
-    from baton.worker.parts import WorkerParts
-    from baton.worker.process import main as run
-    from baton.worker.serving import cluster_token
-    from decode_worker.service import DecodeService
-    from prefill_worker.service import PrefillService
+    start(ElasticConfig, "python -m elastic_worker", lambda config: Role(config.role), _makes)
 
-    def prefill(parts: WorkerParts) -> PrefillService:
-        return PrefillService(parts, GrpcBlocksDialer(cluster_token()))
 
-    def decode(parts: WorkerParts) -> DecodeService:
-        token = cluster_token()
-        return DecodeService(parts, GrpcHandoffDialer(token), GrpcBlocksDialer(token))
+def _makes() -> Mapping[Role, Make]:
+    from decode_worker import make as decode
+    from prefill_worker import make as prefill
 
-    run(config, Role(config.role), {Role.PREFILL: prefill, Role.DECODE: decode})
+    return {Role.PREFILL: prefill.over_grpc, Role.DECODE: decode.over_grpc}
 
 
 if __name__ == "__main__":

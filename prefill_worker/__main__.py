@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from baton.config import parse_config
-from baton.cpus import choose_placement
-from baton.errors import ConfigError
 from baton.types.fleet import Role
 from baton.worker.config import WorkerConfig
-from baton.worker.lifecycle import watch_parent
+from baton.worker.start import start
+
+if TYPE_CHECKING:
+    from baton.worker.lives import Make
 
 
 def main() -> None:
-    try:
-        config = parse_config(WorkerConfig, sys.argv[1:], os.environ, "python -m prefill_worker")
-        placement = choose_placement(config.cpus, config.threads)
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error.message}\n")
-        sys.exit(2)
-    if config.exit_with_parent:
-        watch_parent()
-    placement.apply()
-    # torch takes seconds to import: after the cheap ways to fail, and under the parent's watch.
-    from baton.rpc.grpc_client import GrpcBlocksDialer
-    from baton.worker.parts import WorkerParts
-    from baton.worker.process import main as run
-    from baton.worker.serving import cluster_token
-    from prefill_worker.service import PrefillService
+    start(WorkerConfig, "python -m prefill_worker", lambda _: Role.PREFILL, _makes)
 
-    def make(parts: WorkerParts) -> PrefillService:
-        return PrefillService(parts, GrpcBlocksDialer(cluster_token()))
 
-    run(config, Role.PREFILL, {Role.PREFILL: make})
+def _makes() -> Mapping[Role, Make]:
+    from prefill_worker.make import over_grpc
+
+    return {Role.PREFILL: over_grpc}
 
 
 if __name__ == "__main__":
