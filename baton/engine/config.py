@@ -21,6 +21,7 @@ class EngineConfig:
     max_num_seqs: int = 64  # sequences (and reservations) that may hold a place in a step
     max_batch_tokens: int = 2048  # token budget of one step: decodes and prefill chunks
     max_prefill_tokens: int | None = None  # of a step that also decodes; None: the whole budget
+    prompts_first: bool = False  # a step with a prompt decodes nothing: decodes wait for prompts
     max_waiting: int = 1024  # sequences and reservations that wait for blocks
     prefix_caching: bool = True
     layer_groups: int = 1  # 1: the KV of a chunk is published at the chunk's end, not on the way

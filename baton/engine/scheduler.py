@@ -5,6 +5,8 @@ One step, within a budget of tokens:
   1. decodes, one token each; one that finds no block preempts the last sequence of the line
   2. chunks of prompts that are already running, which a step that decodes may hold shorter
   3. waiting sequences and reservations, in order; the first that does not fit stops the line
+With `prompts_first`, 2 and 3 come first, and 1 only where they found nothing to compute: prompts
+are done sooner, and nothing bounds the time between two tokens.
 
 Prompts that arrive together compute a shared prefix once: a sequence starts behind the blocks that
 others fill in the same step, or in the one in flight, and reads them there (runners write a layer's
@@ -25,7 +27,8 @@ Why it always makes progress: the first running sequence (lowest priority number
 nobody's victim, a running prompt has all its blocks from the start, and every running decode and
 the first running prompt get at least one token per step (max_batch_tokens >= max_num_seqs,
 max_prefill_tokens >= 1). So the first one ends, and the next becomes first. Blocks held outside of
-the line (reservations, leases) have deadlines of their own.
+the line (reservations, leases) have deadlines of their own. With `prompts_first` decodes advance
+when no more prompt fits or none is left.
 """
 
 from __future__ import annotations
@@ -101,16 +104,12 @@ class Scheduler(Residents):
         if len(self._flights) == MAX_IN_FLIGHT:
             raise InternalError(f"{MAX_IN_FLIGHT} steps are in flight already.")
         plan = _Plan(self._config.max_batch_tokens)
-        decodes = self._decodes(plan)
-        if decodes is None:
+        if self._config.prompts_first:
+            self._schedule_prompts(plan, now)
+        if not plan.items and not self._schedule_decodes(plan):
             return None
-        for sequence in decodes:
-            self._take_decode(plan, sequence)
-        if decodes and self._config.max_prefill_tokens is not None:
-            plan.budget = min(plan.budget, self._config.max_prefill_tokens)
-        self._schedule_chunks(plan)
-        if not plan.preempted or not plan.items:
-            self._start_waiting(plan, now)
+        if not (self._config.prompts_first and plan.items):
+            self._schedule_prompts(plan, now)
         self.grant_reservations()
         gate = None if plan.items else self._start_early(plan, now)
         if not plan.items:
@@ -196,6 +195,22 @@ class Scheduler(Residents):
             raise InternalError("Other blocks are expected than those that steps in flight fill.")
 
     # -- scheduling -------------------------------------------------------------------------
+
+    def _schedule_decodes(self, plan: _Plan) -> bool:
+        """False when that has to wait for the step in flight."""
+        decodes = self._decodes(plan)
+        if decodes is None:
+            return False
+        for sequence in decodes:
+            self._take_decode(plan, sequence)
+        if decodes and self._config.max_prefill_tokens is not None:
+            plan.budget = min(plan.budget, self._config.max_prefill_tokens)
+        return True
+
+    def _schedule_prompts(self, plan: _Plan, now: float) -> None:
+        self._schedule_chunks(plan)
+        if not plan.preempted or not plan.items:
+            self._start_waiting(plan, now)
 
     def _decodes(self, plan: _Plan) -> list[Sequence] | None:
         """Who decodes, with a block for its token. None when one would have to preempt somebody

@@ -149,6 +149,7 @@ def _engine_config(
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
         max_prefill_tokens=config.max_prefill_tokens or None,
+        prompts_first=config.prompts_first,
         max_waiting=config.max_waiting,
         prefix_caching=config.prefix_caching,
         layer_groups=config.layer_groups,

@@ -43,6 +43,9 @@ class WorkerConfig:
     max_num_seqs: int = option(64, "sequences that run at a time")
     max_batch_tokens: int = option(2048, "tokens of one step")
     max_prefill_tokens: int = option(0, "prompt tokens of a step that also decodes; 0: no bound")
+    prompts_first: bool = option(
+        False, "decode only when no prompt can be computed: sooner first tokens, longer gaps"
+    )
     max_model_len: int = option(0, "tokens of prompt and answer together; 0: the model's")
     max_waiting: int = option(1024, "sequences that may wait; more are refused")
     transport: str = option(

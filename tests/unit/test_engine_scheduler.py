@@ -48,6 +48,40 @@ def test_chunks_are_shorter_while_others_decode() -> None:
     rig.drain()
 
 
+def test_with_prompts_first_decodes_wait_while_there_are_prompts() -> None:
+    rig = make_rig(max_batch_tokens=8, prompts_first=True)
+    rig.submit(make_task(8))
+    assert shape(rig.step()) == [(1, 0, 8)]
+    rig.submit(make_task(12, start=100))
+    assert shape(rig.step()) == [(2, 0, 8)]
+    rig.submit(make_task(6, start=200))
+    assert shape(rig.step()) == [(2, 8, 4), (3, 0, 4)]
+    assert shape(rig.step()) == [(3, 4, 2)]
+    assert shape(rig.step()) == [(1, 8, 1), (2, 12, 1), (3, 6, 1)]
+    rig.drain()
+
+
+def test_with_prompts_first_decodes_go_on_when_no_prompt_fits() -> None:
+    rig = make_rig(num_blocks=6, prompts_first=True)
+    rig.submit(make_task(15, max_tokens=3))
+    rig.step()
+    rig.submit(make_task(8, start=100))  # two blocks are free, and the first needs one to grow
+    assert [shape(rig.step()) for _ in range(2)] == [[(1, 15, 1)], [(1, 16, 1)]]
+    assert shape(rig.step()) == [(2, 0, 8)]
+    rig.drain()
+
+
+def test_with_prompts_first_the_step_behind_a_prompt_decodes_it() -> None:
+    rig = make_rig(prompts_first=True)
+    rig.submit(make_task(4))
+    prompt, decode = rig.schedule(), rig.schedule()
+    assert shape(decode) == [(1, 4, 1)]
+    assert prompt is not None
+    rig.commit(prompt)
+    rig.submit(make_task(5, start=100))
+    assert shape(rig.schedule()) == [(2, 0, 5)]
+
+
 def test_priority_then_arrival() -> None:
     rig = make_rig(max_num_seqs=1)
     for number, priority in enumerate([5, 0, 0, -3]):

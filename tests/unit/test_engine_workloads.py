@@ -64,6 +64,7 @@ class Workload:
             eos_token_ids=EOS,
             prefix_caching=dice.random() < 0.7,
             max_prefill_tokens=dice.choice((None, 1, 5)),
+            prompts_first=dice.random() < 0.3,
         )
         self.plans = [random_plan(dice, index) for index in range(dice.randint(1, 14))]
         self.live: list[tuple[Plan, Sequence]] = []
