@@ -249,8 +249,10 @@ class Datacentre:
 
     def _engine(self, role: Role) -> EngineConfig:
         spec = self.spec
+        tokens = spec.mixed_tokens if role is Role.DECODE else spec.chunk_tokens
         # A step that decodes stands for `grain` of them, so it has room for as many chunks.
-        units = spec.mixed_tokens if role is Role.DECODE else spec.chunk_tokens // spec.grain
+        mixes = role is Role.DECODE and not spec.prompts_first
+        units = tokens if mixes else tokens // spec.grain
         return EngineConfig(
             self._layout,
             self.hardware.kv_blocks,
@@ -259,6 +261,7 @@ class Datacentre:
             max_batch_tokens=max(units, spec.max_seqs),
             max_waiting=1 << 20,
             prefix_caching=spec.cache is not Cache.NONE,
+            prompts_first=spec.prompts_first,
         )
 
 

@@ -14,6 +14,7 @@ from conductor.policies import RoutePolicy
 from kvstore.eviction import POLICIES
 from sim.costs.machines import MACHINES
 from sim.costs.models import MODELS
+from sim.costs.overheads import OVERHEADS
 from sim.fleet.spec import FleetSpec
 from sim.workload.trace import LoadCurve, Request, read_trace, scaled
 
@@ -21,6 +22,7 @@ _CHOICES: Mapping[str, list[str]] = {
     "model": list(MODELS),
     "policy": [policy.value for policy in RoutePolicy],
     "eviction": list(POLICIES),
+    "overheads": list(OVERHEADS),
 }
 _HELP = {
     "cluster": "nP+mD: disaggregated; nM: each worker computes prompts and decodes",
@@ -36,7 +38,9 @@ _HELP = {
     "admission": "early rejection by what a worker was given, what decodes now, or is predicted to",
     "local_tokens": "most that a decode worker prefills itself; -1: where costs say so",
     "chunk_tokens": "prompt tokens of a step of a prefill worker",
-    "mixed_tokens": "prompt tokens of a step that decodes, too",
+    "mixed_tokens": "prompt tokens of a step of a worker that decodes, too",
+    "prompts_first": "workers that do both decode only when no prompt can be computed",
+    "overheads": "that another engine adds to a step",
     "max_seqs": "that decode together on a worker",
     "deadline_s": "of a request",
 }

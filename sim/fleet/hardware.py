@@ -14,6 +14,7 @@ from sim.costs.compute import Roofline, StepCost, attention_flops, product_flops
 from sim.costs.links import SharedLinks
 from sim.costs.machines import machine_named, with_network
 from sim.costs.models import model_named
+from sim.costs.overheads import OVERHEADS, WithOverhead
 from sim.fleet.prompts import BLOCK_TOKENS
 from sim.fleet.spec import FleetSpec
 from sim.fleet.transport import Place
@@ -54,6 +55,9 @@ class Hardware:
             self.kv_blocks = spec.kv_blocks or room
             self._nic_bytes_per_s = node.nic_bytes_per_s
             self._host_bytes_per_s = node.pcie_bytes_per_s
+        overhead = OVERHEADS[spec.overheads]
+        if overhead is not None:
+            self.cost = WithOverhead(self.cost, overhead)
         self._links = SharedLinks()
         self._names: list[str] = []  # of the links
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from baton.errors import ConfigError
+from sim.costs.overheads import NO_OVERHEAD, OVERHEADS
 from sim.fleet.prompts import BLOCK_TOKENS
 
 _CLUSTER = re.compile(r"(?:(?P<prefill>[1-9]\d*)P\+)?(?P<rest>[1-9]\d*)(?P<kind>[DM])")
@@ -51,7 +52,9 @@ class FleetSpec:
     slo_tbt_s: float = 0.2
     local_tokens: int = 0  # most that a decode worker prefills itself; -1: where costs say so
     chunk_tokens: int = 8192  # prompt tokens of a step of a prefill worker
-    mixed_tokens: int = 512  # and of a step that decodes, too
+    mixed_tokens: int = 512  # and of a step of a worker that decodes, too
+    prompts_first: bool = False  # workers that do both decode only when no prompt can be computed
+    overheads: str = NO_OVERHEAD  # of another engine than the machine's preset is of
     max_seqs: int = 256  # that decode together
     max_model_len: int = 1 << 18
     deadline_s: float = 3600.0  # of a request
@@ -65,6 +68,8 @@ class FleetSpec:
             raise ConfigError(f"the grain must divide {BLOCK_TOKENS // 2}, not be {self.grain}")
         if self.elastic and not (self.prefill and self.prefill + self.decode > 2):
             raise ConfigError(f"{self.cluster} cannot be elastic: it takes nP+mD, three or more")
+        if self.overheads not in OVERHEADS:
+            raise ConfigError(f"overheads are {', '.join(OVERHEADS)}, not {self.overheads!r}")
 
     @property
     def prefill(self) -> int:
