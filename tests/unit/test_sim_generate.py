@@ -8,7 +8,7 @@ from itertools import islice, pairwise, takewhile
 import numpy as np
 import pytest
 
-from sim.workload.__main__ import KINDS, main
+from sim.workload.__main__ import main
 from sim.workload.arrivals import bursts, diurnal, poisson
 from sim.workload.generate import (
     Lengths,
@@ -21,6 +21,7 @@ from sim.workload.generate import (
     plain,
     prefixes,
 )
+from sim.workload.make import KINDS
 from sim.workload.trace import Request, blocks_of
 
 FIXED = Shape(Lengths(1000), Lengths(100))
