@@ -12,7 +12,7 @@ from baton.errors import ConfigError
 from sim.results.experiments import EXPERIMENTS
 from sim.results.experiments.experiment import Experiment
 from sim.results.page import findings, page
-from sim.results.runs import Run, Runs
+from sim.results.runs import Runs
 
 _PROG = "python -m sim.results"
 PAGE = Path("docs/results/mooncake.md")
@@ -60,9 +60,10 @@ def _chosen(only: str | None) -> Sequence[Experiment]:
 
 
 def _simulate(experiment: Experiment, runs: Runs, quick: bool) -> None:
-    for row in experiment.rows:
+    wanted = experiment.runs(experiment.quick if quick else experiment.full)
+    for row, run in zip(experiment.rows, wanted, strict=True):
         began = time.monotonic()
-        runs.outcome(Run(row.spec, experiment.quick if quick else experiment.full))
+        runs.outcome(run)
         took_s = time.monotonic() - began
         sys.stderr.write(f"{experiment.key}: {row.label}, {took_s:.0f} s\n")
 

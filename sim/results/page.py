@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sim.results.experiments.experiment import Column, Experiment
 from sim.results.runs import Outcome, Replay, Run, Runs
+from sim.results.sparkline import sparklines
 
 BY_HAND = "<!-- What follows is written by hand; what precedes is not. -->"
 NOT_RUN = "not run yet"
@@ -18,7 +20,8 @@ Made by `make results TRACE=FILE` (with `RESULTS_FLAGS=--quick`: a piece of the 
 where FILE is the conversation trace of Mooncake (FAST'25 artifact). What is simulated, and what it
 leaves out, is in [../sim.md](../sim.md). Every row is one run with one seed. What is not in its
 command has the default of `python -m sim.fleet`. CPU and wall times are those of the simulations,
-next to whatever else the machine did.
+next to whatever else the machine did. Sources are what ran them (`sim/results/runs.py`): sections
+that were not run again stay as they were.
 """
 
 
@@ -39,29 +42,45 @@ def findings(experiment: Experiment, runs: Runs) -> Findings:
 
 
 def _of_size(experiment: Experiment, replay: Replay, runs: Runs) -> Findings:
-    wanted = tuple(Run(row.spec, replay) for row in experiment.rows)
+    wanted = experiment.runs(replay)
     return Findings(experiment, wanted, tuple(runs.outcome(run) for run in wanted))
 
 
 def page(found: Sequence[Findings], sources: str, before: str) -> str:
-    """`before`: the page so far, of which the part by hand is kept."""
-    by_hand = before.partition(BY_HAND)[2].strip()
-    sections = [_HEAD, *(_section(one) for one in found)]
-    sections.append(f"Sources that ran these simulations: `{sources}` (`sim/results/runs.py`).\n")
+    """`before`: the page so far, of which the part by hand is kept, and sections of which these
+    sources have no run."""
+    made, _, by_hand = before.partition(BY_HAND)
+    earlier = _sections(made)
+    sections = [_HEAD, *(_section(one, sources, earlier) for one in found)]
     if by_hand:
-        sections.append(f"{BY_HAND}\n\n{by_hand}\n")
+        sections.append(f"{BY_HAND}\n\n{by_hand.strip()}\n")
     return "\n".join(sections)
 
 
-def _section(found: Findings) -> str:
+def _sections(text: str) -> Mapping[str, str]:
+    """By title."""
+    parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
+
+
+def _section(found: Findings, sources: str, earlier: Mapping[str, str]) -> str:
     experiment = found.experiment
-    parts = [f"## {experiment.title}\n", _wrapped(experiment.lead)]
+    title, lead = f"## {experiment.title}\n", _wrapped(experiment.lead)
     if not any(found.outcomes):
-        return "\n".join([*parts, f"{NOT_RUN.capitalize()}.\n"])
-    parts += [_table(found), f"{_size(found)}\n"]
+        unknown = "\n".join([title, lead, f"{NOT_RUN.capitalize()}.\n"])
+        return earlier.get(experiment.title, unknown)
+    parts = [title, lead, _table(found), *_drawn(found), f"{_size(found, sources)}\n"]
     if experiment.why:
         parts.append(_wrapped(experiment.why))
     return "\n".join([*parts, _commands(found)])
+
+
+def _drawn(found: Findings) -> Iterator[str]:
+    curves = found.experiment.curves
+    if curves is not None:
+        rows = zip(found.experiment.rows, found.outcomes, strict=True)
+        drawn = sparklines({row.label: curves(one) for row, one in rows if one is not None})
+        yield f"```\n{drawn}```\n"
 
 
 def _wrapped(text: str) -> str:
@@ -111,15 +130,17 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _size(found: Findings) -> str:
+def _size(found: Findings, sources: str) -> str:
     replay = found.runs[0].replay
-    whole = replay.first is None
-    share = "The whole trace" if whole else f"The first {replay.first:,} requests of the trace"
+    trace = "each trace" if replay.make else "the trace"
+    share = f"All of {trace}"
+    if replay.first is not None:
+        share = f"The first {replay.first:,} requests of {trace}"
     kept = [outcome for outcome in found.outcomes if outcome is not None]
     cpu_s, wall_s = (sum(getattr(o, name) for o in kept) for name in ("cpu_s", "wall_s"))
     return (
         f"{share}; {len(kept)} of {len(found.runs)} runs, {cpu_s:,.0f} s of CPU time "
-        f"({wall_s:,.0f} s of wall time)."
+        f"({wall_s:,.0f} s of wall time); sources `{sources}`."
     )
 
 

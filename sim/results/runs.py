@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import orjson
 from sim.fleet.result import Result, read_result, write_result
 from sim.fleet.run import simulate
 from sim.fleet.spec import FleetSpec
-from sim.workload.trace import Request, read_trace, scaled
+from sim.workload.make import made_by
+from sim.workload.trace import Request, read_trace, scaled, trace_line
 
 ROOT = Path(__file__).parents[2]
 _PACKAGES = ("baton", "conductor", "prefill_worker", "decode_worker", "kvstore", "sim")
@@ -25,11 +27,17 @@ ONE_TOKEN = 1e-6  # an output scale with which every answer has one token
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """How much of the trace, and how."""
+    """How much of the trace, and how. `make`: the arguments with which `baton sim workload make`
+    writes another one instead."""
 
     first: int | None = None  # requests; None: all
     speed: float = 1.0
     output_scale: float = 1.0
+    make: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """`make` only where there is one."""
+        return {name: value for name, value in asdict(self).items() if name != "make" or value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +49,21 @@ class Run:
 
     def command(self) -> str:
         """That makes the same result, whose trace is called FILE."""
-        words = ["python -m sim.fleet --trace FILE", *_flags(self.spec), *_flags(self.replay)]
-        return " ".join(words)
+        make, replay = self.replay.make, replace(self.replay, make="")
+        trace = f"<(python -m sim.workload make {make})" if make else "FILE"
+        return " ".join(["python -m sim.fleet --trace", trace, *_flags(self.spec), *_flags(replay)])
 
     def as_json(self) -> dict[str, Any]:
-        return {"spec": self.spec.as_json(), "replay": asdict(self.replay)}
+        return {"spec": self.spec.as_json(), "replay": self.replay.as_json()}
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
+    """`requests`: what was asked."""
+
     run: Run
     result: Result
+    requests: Sequence[Request]
     cpu_s: float  # of the simulation, on the machine that ran it
     wall_s: float
 
@@ -66,6 +78,7 @@ class Runs:
         self._trace_digest = hashlib.sha256(trace.read_bytes()).hexdigest()
         self._directory = directory
         self._only_kept = only_kept
+        self._asked: dict[Replay, Sequence[Request]] = {}
         directory.mkdir(parents=True, exist_ok=True)
 
     def outcome(self, run: Run) -> Outcome | None:
@@ -76,7 +89,8 @@ class Runs:
             if self._only_kept:
                 return None
             self._simulate(run, path, told)
-        return Outcome(run, read_result(path), **orjson.loads(told.read_bytes()))
+        cost = orjson.loads(told.read_bytes())
+        return Outcome(run, read_result(path), self._requests(run.replay), **cost)
 
     def _key(self, run: Run) -> str:
         parts = {"run": run.as_json(), "trace": self._trace_digest, "sources": self.sources}
@@ -85,18 +99,28 @@ class Runs:
 
     def _simulate(self, run: Run, path: Path, told: Path) -> None:
         cpu_s, wall_s = time.process_time(), time.monotonic()
-        result = simulate(run.spec, self._requests(run.replay), asdict(run.replay))
+        result = simulate(run.spec, iter(self._requests(run.replay)), run.replay.as_json())
         cost = {"cpu_s": time.process_time() - cpu_s, "wall_s": time.monotonic() - wall_s}
         told.write_bytes(orjson.dumps(cost))
         part = path.with_name(f"part-{path.name}")  # a result has its name when it is whole
         write_result(result, part)
         part.replace(path)
 
-    def _requests(self, replay: Replay) -> Iterator[Request]:
-        whole = read_trace(self._trace)
-        return itertools.islice(
-            scaled(whole, replay.speed, output_scale=replay.output_scale), replay.first
-        )
+    def _requests(self, replay: Replay) -> Sequence[Request]:
+        if replay not in self._asked:
+            whole = _made(replay) if replay.make else read_trace(self._trace)
+            changed = scaled(whole, replay.speed, output_scale=replay.output_scale)
+            self._asked[replay] = list(itertools.islice(changed, replay.first))
+        return self._asked[replay]
+
+
+def _made(replay: Replay) -> list[Request]:
+    """As they come out of a file: times are rounded, and begin with the first request."""
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+        for request in itertools.islice(made_by(replay.make), replay.first):
+            file.write(trace_line(request))
+        file.flush()
+        return read_trace(Path(file.name))
 
 
 def sources_digest(root: Path = ROOT) -> str:

@@ -1,18 +1,21 @@
 """The runner of published experiments: what it keeps, and what it writes on the page."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sim.fleet.spec import FleetSpec
 from sim.results import runs as runs_module
 from sim.results.__main__ import main
 from sim.results.experiments import EXPERIMENTS
-from sim.results.experiments.capacity import effective
+from sim.results.experiments.common import effective
 from sim.results.experiments.experiment import Column, Experiment, Row
 from sim.results.page import BY_HAND, NOT_RUN, Findings, findings, page
 from sim.results.runs import ONE_TOKEN, Outcome, Replay, Run, Runs, sources_digest
+from sim.workload.make import made_by
 from sim.workload.trace import Request, trace_line
 
 SMALL = FleetSpec("1P+1D", kv_blocks=64)
@@ -110,6 +113,30 @@ def test_a_command_says_what_differs_from_the_defaults():
     )
 
 
+def test_a_generated_trace_is_replayed_as_from_its_file(trace, tmp_path):
+    words = "prefixes --levels 1 --fan-out 2 --node-tokens 1024 --input 600 --output 20"
+    run = Run(SMALL, Replay(first=4, speed=2.0, make=words))
+    assert run.command() == (
+        f"python -m sim.fleet --trace <(python -m sim.workload make {words}) "
+        "--cluster 1P+1D --kv-blocks 64 --first 4 --speed 2.0"
+    )
+    found = outcome(Runs(trace, tmp_path / "kept"), run)
+    made = tmp_path / "made.jsonl"
+    made.write_bytes(b"".join(map(trace_line, itertools.islice(made_by(words), 10))))
+    as_file = outcome(Runs(made, tmp_path / "kept"), Run(SMALL, Replay(first=4, speed=2.0)))
+    assert found.result.totals == as_file.result.totals
+    assert found.requests == as_file.requests
+    assert found.requests[0].at_s == 0
+
+
+def test_a_row_with_a_generated_trace_has_a_run_of_its_own():
+    experiment = replace(TOY, rows=(Row("recorded", SMALL), Row("made", SMALL, make="plain")))
+    recorded, made = experiment.runs(TOY.quick)
+    assert recorded.replay == TOY.quick
+    assert made.replay == replace(TOY.quick, make="plain")
+    assert "make" not in recorded.as_json()["replay"]
+
+
 def outcome(runs: Runs, run: Run) -> Outcome:
     found = runs.outcome(run)
     assert found is not None
@@ -138,6 +165,28 @@ def test_the_full_size_is_shown_where_it_was_run(trace, tmp_path):
     assert findings(TOY, kept).runs[0].replay == TOY.full
 
 
+def test_a_section_that_these_sources_did_not_run_stays_as_it_was(trace, tmp_path):
+    found = outcome(Runs(trace, tmp_path / "kept"), RUN)
+    other = replace(TOY, title="Another")
+    ran, did_not = (found, None), (None, None)
+    both = [Findings(TOY, (RUN, RUN), ran), Findings(other, (RUN, RUN), did_not)]
+    before = page(both, "abc", f"{BY_HAND}\n\n## By hand\n")
+    both = [Findings(TOY, (RUN, RUN), did_not), Findings(other, (RUN, RUN), ran)]
+    after = page(both, "def", before)
+    assert after.count("sources `abc`") == after.count("sources `def`") == 1
+    assert after.index("sources `abc`") < after.index("## Another") < after.index("sources `def`")
+    assert NOT_RUN.capitalize() not in after
+    assert after.endswith(f"{BY_HAND}\n\n## By hand\n")
+    assert page(both, "def", after) == after
+
+
+def test_curves_are_drawn_below_the_table(trace, tmp_path):
+    found = outcome(Runs(trace, tmp_path / "kept"), RUN)
+    drawn = replace(TOY, curves=lambda o: {"load": np.array([0.0, 5.0])})
+    text = page([Findings(drawn, (RUN, RUN), (found, None))], "abc", "")
+    assert "```\nsmall  load   █  0 to 5\n```" in text
+
+
 def test_what_is_written_by_hand_stays(trace, tmp_path):
     place = tmp_path / "page.md"
     place.write_text(f"# Old figures\n\n{BY_HAND}\n\n## By hand\n")
@@ -158,8 +207,8 @@ def test_an_unknown_experiment_is_named(trace, tmp_path):
 
 def test_every_experiment_has_different_rows_and_published_figures_of_its_columns():
     for experiment in EXPERIMENTS:
-        specs = [row.spec for row in experiment.rows]
-        assert len(set(specs)) == len(specs)
+        wanted = experiment.runs(experiment.quick)
+        assert len(set(wanted)) == len(wanted)
         headings = {column.heading for column in experiment.columns}
         assert {name for row in experiment.rows for name in row.published} <= headings
 
@@ -168,3 +217,4 @@ def test_effective_requests_meet_both_limits(trace, tmp_path):
     found = outcome(Runs(trace, tmp_path / "kept"), RUN)
     assert effective(found, 10.0) == 100
     assert effective(found, 0.0) == 0
+    assert effective(found, 10.0, ttft_s=0.0) == 0

@@ -9,5 +9,6 @@ from sim.results.experiments.capacity import CAPACITY
 from sim.results.experiments.overload import OVERLOAD
 from sim.results.experiments.policies import POLICIES
 from sim.results.experiments.prefill import PREFILL
+from sim.results.experiments.sweeps import NETWORK, RATIO, REUSE
 
-EXPERIMENTS = (PREFILL, POLICIES, CAPACITY, CACHES, OVERLOAD)
+EXPERIMENTS = (PREFILL, POLICIES, CAPACITY, CACHES, OVERLOAD, RATIO, NETWORK, REUSE)

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
-from sim.fleet.records import OK
 from sim.fleet.spec import Cache, FleetSpec
-from sim.results.experiments.common import BATON, TTFT_S
+from sim.results.experiments.common import BATON, effective
 from sim.results.experiments.experiment import Column, Experiment, Row
-from sim.results.runs import Outcome, Replay
+from sim.results.runs import Replay
 
 WHOLE_PROMPT = 1 << 17  # prompt tokens of a step: no prompt of the trace is longer
 COUPLED = FleetSpec("16M", policy="least-loaded", cache=Cache.NONE, mixed_tokens=WHOLE_PROMPT)
-
-
-def effective(outcome: Outcome, tbt_s: float) -> float:
-    """Percent of all requests whose first token came in time, and whose longest tenth of gaps is
-    short enough on average: FAST'25's effective requests."""
-    records = outcome.result.records
-    slow = records.column("tbt_worst_s") > tbt_s  # NaN, of one token, is not
-    met = records.where("code", OK) & (records.column("ttft_s") <= TTFT_S) & ~slow
-    return 100 * float(np.mean(met))
 
 
 def _effective(tbt_ms: int) -> Column:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
 
 from sim.fleet.spec import FleetSpec
-from sim.results.runs import Outcome, Replay
+from sim.results.runs import Outcome, Replay, Run
+
+Curves = Mapping[str, npt.NDArray[np.float64]]  # by name, over time
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +26,19 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`published`: in the column's unit, by its heading."""
+    """`published`: in the column's unit, by its heading. `make`: a generated trace (`Replay.make`)
+    in place of the recorded one."""
 
     label: str
     spec: FleetSpec
     published: Mapping[str, float] = field(default_factory=dict)
+    make: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """`why`: reasons where simulated and published figures differ."""
+    """`why`: reasons where simulated and published figures differ. `curves`: what is drawn of each
+    row below the table."""
 
     key: str
     title: str
@@ -40,3 +48,8 @@ class Experiment:
     quick: Replay
     full: Replay
     why: str
+    curves: Callable[[Outcome], Curves] | None = None
+
+    def runs(self, replay: Replay) -> tuple[Run, ...]:
+        """One for each row."""
+        return tuple(Run(row.spec, replace(replay, make=row.make)) for row in self.rows)

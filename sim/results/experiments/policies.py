@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sim.fleet.spec import Cache
-from sim.results.experiments.common import BATON, cached, ttft
+from sim.results.experiments.common import BATON, CACHED, cached, ttft
 from sim.results.experiments.experiment import Column, Experiment, Row
 from sim.results.runs import Replay
 
@@ -18,7 +18,7 @@ POLICIES = Experiment(
     (
         Column(_TTFT, ttft("mean"), "{:.2f} s", over_first=True),
         Column("p90 TTFT", ttft("p90"), "{:.2f} s"),
-        Column("prompt tokens from caches", cached, "{:.1f} %"),
+        Column(CACHED, cached, "{:.1f} %"),
     ),
     (
         Row("global", BATON, {_TTFT: 3.07}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sim.fleet.spec import Cache, FleetSpec
-from sim.results.experiments.common import BATON, DRAM_BLOCKS, GPU_S, cached, per_request
+from sim.results.experiments.common import BATON, CACHED, DRAM_BLOCKS, GPU_S, cached, per_request
 from sim.results.experiments.experiment import Column, Experiment, Row
 from sim.results.runs import Replay
 
@@ -21,7 +21,7 @@ PREFILL = Experiment(
     "chunks of 512 tokens. Published: FAST'25, figure 8.",
     (
         Column(GPU_S, per_request("prefill_busy_s"), "{:.3f} s", over_first=True),
-        Column("prompt tokens from caches", cached, "{:.1f} %"),
+        Column(CACHED, cached, "{:.1f} %"),
     ),
     (
         Row("baton, 3M tokens of DRAM per node", POOLED, {GPU_S: 1.062}),
