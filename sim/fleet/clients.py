@@ -69,7 +69,8 @@ class Clients:
                     came += [(now, token.token_id) for delta in part for token in delta.tokens]
         except BatonError as error:
             code = error.code
-        prefill, decode, predicted_s = _placed(timeline or self._conductor.traces.get(name))
+        timeline = timeline or self._conductor.traces.get(name)
+        prefill, decode, predicted_s = _placed(timeline)
         return Record(
             index=index,
             at_s=asked_at - self._began,
@@ -82,6 +83,7 @@ class Clients:
             prefill=prefill,
             decode=decode,
             predicted_ttft_s=predicted_s,
+            **_waits(timeline, prefill or decode),
             **_gaps(came, prompts.grain),
         )
 
@@ -94,6 +96,19 @@ def _placed(timeline: Timeline | None) -> tuple[str, str, float | None]:
         return "", "", None
     prefill = decision.prefill.info.name if decision.prefill is not None else ""
     return prefill, decision.decode.info.name, decision.ttft_s
+
+
+def _waits(timeline: Timeline | None, worker: str) -> dict[str, float | None]:
+    """What the prompt of the last attempt waited for at the worker that computed it."""
+    told: dict[str, float] = {}
+    if timeline is not None and timeline.attempts:
+        last = str(next(reversed(timeline.attempts)))
+        for source, attempt, span in timeline.spans:
+            if source == worker and attempt == last:
+                told[span.name] = span.end_s - span.start_s
+    if "queue" in told:
+        told.setdefault("fetch", 0.0)
+    return {f"{name}_s": told.get(name) for name in ("queue", "fetch", "prefill")}
 
 
 def _gaps(came: list[tuple[float, int]], grain: int) -> dict[str, float | None]:

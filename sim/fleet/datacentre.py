@@ -249,16 +249,21 @@ class Datacentre:
 
     def _engine(self, role: Role) -> EngineConfig:
         spec = self.spec
-        tokens = spec.mixed_tokens if role is Role.DECODE else spec.chunk_tokens
-        # A step that decodes stands for `grain` of them, so it has room for as many chunks.
-        mixes = role is Role.DECODE and not spec.prompts_first
-        units = tokens if mixes else tokens // spec.grain
+        if role is Role.DECODE:
+            # A step that decodes stands for `grain` of them, so it has room for as many chunks,
+            # unless it has none because prompts go first.
+            alone = spec.prompts_first
+            units = spec.mixed_tokens // spec.grain if alone else spec.mixed_tokens
+            sequences, units = spec.max_seqs, max(units, spec.max_seqs)
+        else:
+            units = spec.chunk_tokens // spec.grain
+            sequences = min(spec.max_seqs, units)  # a step must have room for one unit of each
         return EngineConfig(
             self._layout,
             self.hardware.kv_blocks,
             spec.max_model_len // spec.grain,
-            max_num_seqs=spec.max_seqs,
-            max_batch_tokens=max(units, spec.max_seqs),
+            max_num_seqs=sequences,
+            max_batch_tokens=units,
             max_waiting=1 << 20,
             prefix_caching=spec.cache is not Cache.NONE,
             prompts_first=spec.prompts_first,

@@ -19,7 +19,8 @@ _DIGITS = 6  # of seconds in a file: microseconds
 @dataclass(frozen=True, slots=True)
 class Record:
     """One request. Times between tokens are those of its own stream, None when there was no second
-    token; `prefill` and `decode` are the workers of the last attempt, empty when there was none."""
+    token; `prefill` and `decode` are the workers of the last attempt, empty when there was none.
+    What its prompt waited for is None when its worker had not said so before the answer ended."""
 
     index: int
     at_s: float
@@ -38,6 +39,9 @@ class Record:
     prefill: str
     decode: str
     predicted_ttft_s: float | None
+    queue_s: float | None  # that its prompt waited at the worker that computed it
+    fetch_s: float | None  # that KV took to come, before anything could be computed
+    prefill_s: float | None  # that its prompt took, from its first step to the first token
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,8 @@ class FleetSpec:
             raise ConfigError(f"a cluster is nP+mD or nM, as 8P+8D or 16M, not {self.cluster!r}")
         if self.grain < 1 or BLOCK_TOKENS % self.grain or self.grain > BLOCK_TOKENS // 2:
             raise ConfigError(f"the grain must divide {BLOCK_TOKENS // 2}, not be {self.grain}")
+        if self.chunk_tokens < self.grain:
+            raise ConfigError(f"a chunk has {self.grain} tokens (--grain) or more")
         if self.elastic and not (self.prefill and self.prefill + self.decode > 2):
             raise ConfigError(f"{self.cluster} cannot be elastic: it takes nP+mD, three or more")
         if self.overheads not in OVERHEADS:

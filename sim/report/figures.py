@@ -117,6 +117,27 @@ def hits(views: Sequence[View]) -> Figure:
     )
 
 
+def waits(view: View) -> Figure:
+    """What the time to the first token is made of."""
+    records = view.result.records
+    series = []
+    for name, column in (("waited", "queue_s"), ("KV came", "fetch_s"), ("computed", "prefill_s")):
+        of_each = records.column(column)
+        known = ~np.isnan(of_each)
+        counts = view.binned(known)
+        sums = view.binned(np.where(known, of_each, 0.0))
+        mean = np.divide(sums, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+        series.append((name, view.bin_middles_s, mean))
+    return _over_time(
+        "Where the time to the first token went",
+        "For a prompt, on average: how long it waited at its worker, how long KV that is not there "
+        "took to come, and how long it was computed; by the time at which it was asked.",
+        series,
+        "seconds of a prompt",
+        seconds,
+    )
+
+
 def queues(views: Sequence[View]) -> Figure:
     return _over_time(
         "Queues over time",

@@ -24,6 +24,7 @@ def report(view: View) -> str:
         figures.ttft(views),
         figures.tbt(views),
         figures.goodput(views),
+        figures.waits(view),
         figures.queues(views),
         figures.running(views),
         figures.hits(views),

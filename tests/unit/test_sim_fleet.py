@@ -80,6 +80,11 @@ def test_a_cluster_that_cannot_be_is_refused(cluster):
         FleetSpec(cluster)
 
 
+def test_a_chunk_holds_a_unit():
+    with pytest.raises(ConfigError, match="--grain"):
+        FleetSpec("1P+1D", chunk_tokens=8)
+
+
 def test_a_spec_goes_through_json():
     spec = FleetSpec("2P+3D", cache=Cache.LOCAL, admission=Admission.LOAD, seed=4)
     assert FleetSpec.from_json(orjson.loads(orjson.dumps(spec.as_json()))) == spec
@@ -112,6 +117,25 @@ def test_every_request_is_answered_and_the_books_are_right(cluster):
     assert (records.column("tbt_max_s") >= records.column("tbt_mean_s") - 1e-6).all()
     assert set(records.texts("decode")) <= {"d0", "d1", "m0", "m1", "m2"}
     assert result.totals["prefill_busy_s"] > 0 < result.totals["decode_busy_s"]
+
+
+def test_a_record_says_what_the_prompt_waited_for():
+    records = run("2P+2D").records
+    parts = sum(records.column(f"{name}_s") for name in ("queue", "fetch", "prefill"))
+    assert parts == pytest.approx(records.column("ttft_s"), abs=1e-6)
+    assert (records.column("queue_s") >= 0).all()
+    assert (records.column("prefill_s") > 0).all()
+
+
+@pytest.mark.parametrize("grain", [16, 64])
+def test_prompts_are_computed_in_the_chunks_that_were_asked_for(grain):
+    """Small ones cost more; so that they are as small as that is seen."""
+    asked = requests(4)
+    whole, chunked = (
+        run("1P+1D", asked, cache=Cache.NONE, grain=grain, chunk_tokens=tokens)
+        for tokens in (1 << 17, 128)
+    )
+    assert chunked.totals["prefill_busy_s"] > 1.5 * whole.totals["prefill_busy_s"]
 
 
 def test_what_was_computed_is_found_again_unless_there_is_no_cache():

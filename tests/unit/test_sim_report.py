@@ -41,6 +41,9 @@ ONE = Record(
     prefill="p0",
     decode="d10",
     predicted_ttft_s=0.8,
+    queue_s=0.5,
+    fetch_s=0.1,
+    prefill_s=0.3,
 )
 
 
@@ -181,6 +184,15 @@ def test_requests_are_put_into_bins_of_time() -> None:
     assert VIEW.width_s == 99 / 5
     assert VIEW.binned(VIEW.answered).tolist() == [15, 20, 20, 20, 20]
     assert VIEW.bin_middles_s.tolist() == pytest.approx([9.9, 29.7, 49.5, 69.3, 89.1])
+
+
+def test_the_time_to_the_first_token_is_taken_apart() -> None:
+    drawn = figures.waits(VIEW)
+    assert [row[:2] for row in drawn.rows[1:]] == [
+        ("waited", "500 ms"),
+        ("KV came", "100 ms"),
+        ("computed", "300 ms"),
+    ]
 
 
 def test_workers_are_ordered_and_busy() -> None:

@@ -32,6 +32,9 @@ FAST = Record(
     prefill="p0",
     decode="d1",
     predicted_ttft_s=0.4,
+    queue_s=0.5,
+    fetch_s=0.1,
+    prefill_s=0.3,
 )
 GAPS = ("tbt_mean_s", "tbt_p50_s", "tbt_p90_s", "tbt_p99_s", "tbt_worst_s", "tbt_max_s")
 SINGLE = replace(FAST, index=1, at_s=2.0, **dict.fromkeys(GAPS))  # type: ignore[arg-type]

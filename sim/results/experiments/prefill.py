@@ -9,8 +9,7 @@ from sim.results.experiments.common import BATON, CACHED, DRAM_BLOCKS, GPU_S, ca
 from sim.results.experiments.experiment import Column, Experiment, Row
 from sim.results.runs import Replay
 
-# A step has room for a unit of each of `max_seqs`, so that many units are the smallest chunk.
-CHUNKED = replace(BATON, cache=Cache.NONE, chunk_tokens=512, max_seqs=32)
+CHUNKED = replace(BATON, cache=Cache.NONE, chunk_tokens=512)
 POOLED = replace(BATON, store_blocks=DRAM_BLOCKS)
 
 PREFILL = Experiment(
