@@ -145,6 +145,15 @@ def machine_named(name: str) -> Node:
     return MACHINES[name]
 
 
+def machine_of(gpu: str) -> Node:
+    """The node of eight of these. Raises ConfigError that lists those there are."""
+    found = {node.gpu.name.lower(): node for node in MACHINES.values()}
+    if gpu.lower() not in found:
+        names = ", ".join(node.gpu.name for node in MACHINES.values())
+        raise ConfigError(f"no node with {gpu!r} in the simulator; there are {names}")
+    return found[gpu.lower()]
+
+
 def with_network(node: Node, gbps: float) -> Node:
     """The same node with NICs of `gbps` in all, of which 87 % are achieved: for sweeps."""
     return replace(node, nic_bytes_per_s=gbps * 1e9 / 8 * 0.87)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from baton.errors import ConfigError
 from sim.fleet.flags import add_spec_flags, add_trace_flags, requests_of, spec_of, workload_of
+from sim.fleet.progress import ProgressLine
 from sim.fleet.result import Result, encode, write_result
 from sim.fleet.run import SAMPLE_S, simulate
 from sim.report.page import report
 from sim.report.view import View
 
 _PROG = "python -m sim.fleet"
-PROGRESS_S = 0.5  # of real time, between looks at the line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,11 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
         _check_places(options)
         spec = spec_of(options)
         requests = requests_of(options)
-        began, line = time.monotonic(), _Line(len(requests))
+        began, line = time.monotonic(), ProgressLine(len(requests))
         result = simulate(
             spec, iter(requests), workload_of(options, requests), line.update, options.sample_s
         )
-        line.end(time.monotonic() - began)
+        line.clear()
+        sys.stderr.write(f"simulated in {time.monotonic() - began:.1f} s\n")
         _deliver(result, options)
     except ConfigError as error:
         sys.exit(f"{_PROG}: {error.message}")
@@ -65,27 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--report", type=Path, metavar="FILE", help="the result as an HTML page")
     add_spec_flags(parser)
     return parser
-
-
-class _Line:
-    """How far it is, on standard error, if somebody is there to see it."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._next = 0.0
-        self._shown = sys.stderr.isatty()
-
-    def update(self, ended: int, now: float) -> None:
-        if not self._shown or time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + PROGRESS_S
-        done = 30 * ended // max(self._total, 1)
-        bar = "#" * done + "." * (30 - done)
-        sys.stderr.write(f"\r[{bar}] {ended:,} of {self._total:,} requests, {now:,.0f} s simulated")
-        sys.stderr.flush()
-
-    def end(self, seconds: float) -> None:
-        sys.stderr.write(f"{chr(10) if self._shown else ''}simulated in {seconds:.1f} s\n")
 
 
 def _summary(result: Result) -> str:

@@ -10,9 +10,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from baton.errors import ConfigError
 from conductor.policies import RoutePolicy
 from kvstore.eviction import POLICIES
-from sim.costs.machines import MACHINES
+from sim.costs.machines import MACHINES, machine_of
 from sim.costs.models import MODELS
 from sim.costs.overheads import OVERHEADS
 from sim.fleet.spec import FleetSpec
@@ -57,8 +58,17 @@ def add_trace_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_spec_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """One for each field but those."""
+    """One for each field but those, and `--gpu`, which is `--node` in short."""
     add = parser.add_argument
+    gpus = ", ".join(node.gpu.name for node in MACHINES.values())
+    add(
+        "--gpu",
+        dest="node",
+        type=_node_of,
+        default=argparse.SUPPRESS,
+        metavar="GPU",
+        help=f"a node of eight of these, as --node 8xH200: {gpus}",
+    )
     for field in dataclasses.fields(FleetSpec):
         if field.name in without:
             continue
@@ -73,6 +83,13 @@ def add_spec_flags(parser: argparse.ArgumentParser, without: Collection[str] = (
         else:
             told: dict[str, Any] = {"help": _HELP.get(field.name, " ")}
             add(flag, type=type(default), default=default, choices=_CHOICES.get(field.name), **told)
+
+
+def _node_of(gpu: str) -> str:
+    try:
+        return machine_of(gpu).name
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
 
 
 def spec_of(options: argparse.Namespace, **given: object) -> FleetSpec:

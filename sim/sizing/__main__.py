@@ -20,6 +20,7 @@ import orjson
 from baton.errors import ConfigError
 from sim.fleet.flags import add_spec_flags, add_trace_flags, requests_of, spec_of, workload_of
 from sim.fleet.hardware import Hardware
+from sim.fleet.progress import ProgressLine
 from sim.fleet.run import simulate
 from sim.fleet.spec import FleetSpec
 from sim.fleet.totals import good
@@ -114,7 +115,9 @@ class _Simulations:
 
     def run(self, fleet: Fleet, load: float) -> Outcome:
         spec = dataclasses.replace(self._spec, cluster=str(fleet))
-        records = simulate(spec, scaled(self._requests, load), {}).records
+        line = ProgressLine(len(self._requests), f"{fleet} at {load:g} x the load")
+        records = simulate(spec, scaled(self._requests, load), {}, line.update).records
+        line.clear()
         outcome = Outcome(
             *(
                 float(good(records, ttft_s, tbt_s).sum()) / len(records)

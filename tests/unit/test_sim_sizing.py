@@ -125,6 +125,7 @@ def test_the_program_prints_the_fleet_and_its_margin(
     body = orjson.loads(said.out)
     tried = {(one["fleet"], one["load"]): one["good"] for one in body["tried"]}
     assert "estimate: " in said.err
+    assert "\r" not in said.err  # a progress bar is for people
     assert body["fleet"].endswith("P+1D")
     assert body["outcome"]["good"] >= body["share"] == 0.9
     fewer = int(body["fleet"].partition("P")[0]) - 1
