@@ -174,8 +174,8 @@ def _plan(options: Options, model: Model, device: Device) -> Plan:
         decodes += ((1, 8192), (8, 8192), (32, 8192), (1, 32_768), (8, 32_768))
         mixed = ((8, 1024, 64, 0), (8, 1024, 256, 0), (8, 1024, 256, 2048))
     return Plan(
-        prompts,
-        decodes,
+        options.prompts or prompts,
+        options.decodes or decodes,
         options.step_tokens,
         budget_s=0.1 if options.quick else 2.0,
         limit_s=20.0,

@@ -19,5 +19,7 @@ class Options:
     kernels: str = "auto"  # as in a worker's configuration
     block_size: int = 32
     step_tokens: int = 2048
+    prompts: tuple[int, ...] = ()  # tokens of the prompts to measure; none: what suits the device
+    decodes: tuple[tuple[int, int], ...] = ()  # sequences and tokens of each; none: the same
     quick: bool = False  # small sizes and short measurements: whether everything runs
     parts: tuple[str, ...] = PARTS[:-1]

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated
@@ -38,6 +38,13 @@ class BenchEngineOptions:
     kernels: Annotated[str, typer.Option(help="auto, native, reference, triton or flash.")] = "auto"
     block_size: Annotated[int, typer.Option(help="Tokens of a KV block.")] = 32
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step.")] = 2048
+    prompts: Annotated[
+        str, typer.Option(metavar="N,N", help="Lengths of prompts to measure, by commas.")
+    ] = ""
+    decodes: Annotated[
+        str,
+        typer.Option(metavar="NxT,NxT", help="Decodes to measure: N sequences of T tokens each."),
+    ] = ""
     only: Annotated[
         str, typer.Option(help="Some of prefill, decode, loop, kernels, profile, by commas.")
     ] = "prefill,decode,loop,kernels"
@@ -80,9 +87,20 @@ def _options(options: BenchEngineOptions) -> Options:
         kernels=options.kernels,
         block_size=options.block_size,
         step_tokens=options.max_batch_tokens,
+        prompts=tuple(tokens for (tokens,) in _points("--prompts", options.prompts, 1)),
+        decodes=tuple((n, tokens) for n, tokens in _points("--decodes", options.decodes, 2)),
         quick=options.quick,
         parts=(*parts, "profile") if options.profile else tuple(parts),
     )
+
+
+def _points(flag: str, text: str, sizes: int) -> Iterator[tuple[int, ...]]:
+    """Each of so many sizes joined by x, separated by commas. Raises ConfigError."""
+    for point in filter(None, text.split(",")):
+        parts = point.strip().split("x")
+        if len(parts) != sizes or not all(part.isdecimal() and int(part) for part in parts):
+            raise ConfigError(f"{flag} takes {'x'.join('N' * sizes)} by commas, not {point!r}")
+        yield tuple(map(int, parts))
 
 
 def _origin() -> dict[str, object]:

@@ -312,6 +312,17 @@ def test_the_command_writes_json(tmp_path: Path) -> None:
     assert value["command"].startswith("baton")
 
 
+def test_the_points_can_be_chosen(tmp_path: Path) -> None:
+    target = tmp_path / "engine.json"
+    arguments = ["bench", "engine", "--shape", "tiny", "--device", "cpu", "--threads", "1"]
+    arguments += ["--quick", "--only", "prefill,decode", "--json", str(target)]
+    done = CliRunner().invoke(main.app, [*arguments, "--prompts", "48", "--decodes", "2x40,3x20"])
+    assert done.exit_code == 0, done.output
+    value = json.loads(target.read_text())
+    names = [figure["name"] for figure in (*value["prefill"], *value["decode"])]
+    assert names == ["prefill 48", "decode 2 x 40", "decode 3 x 20"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -319,6 +330,9 @@ def test_the_command_writes_json(tmp_path: Path) -> None:
         (["--shape", "huge"], "'huge'"),
         (["--device", "tpu"], "'tpu'"),
         ([".", "--shape", "tiny"], "not both"),
+        (["--prompts", "64,many"], "'many'"),
+        (["--decodes", "8"], "--decodes takes NxN by commas, not '8'"),
+        (["--decodes", "8x0"], "'8x0'"),
     ],
 )
 def test_wrong_options_are_one_clear_error(arguments: list[str], message: str) -> None:
