@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import ParamSpec, Protocol, TypeVar
 
 from baton.engine.batch import Batch, BatchItem, BatchResult
@@ -23,6 +24,9 @@ from baton.errors import InternalError
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+Compute = Callable[[float, Callable[[], None]], object]
+"""Of a device that others share: calls back when it has spent so many seconds."""
 
 
 class StepPace(Protocol):
@@ -78,12 +82,14 @@ class ModelledSteps:
         pace: StepPace,
         slowness: Callable[[], float],
         wake: Callable[[], None],
+        compute: Compute | None = None,
     ) -> None:
         self.recovering = False
         self._runner = runner
         self._pace = pace
         self._slowness = slowness  # what the pace is multiplied by now
         self._wake = wake
+        self._compute = compute  # None: the device is this worker's alone
         self._steps: deque[_Step] = deque()  # those that have ended are in it until they were told
         self._ended = 0  # of these
         self._events: deque[Event] = deque()
@@ -139,7 +145,10 @@ class ModelledSteps:
 
     def _go_on(self, step: _Step, group: int) -> None:
         duration = step.seconds * self._slowness() / len(self._runner.group_ends)
-        asyncio.get_running_loop().call_later(duration, self._group_done, step, group)
+        if self._compute is None:
+            asyncio.get_running_loop().call_later(duration, self._group_done, step, group)
+        else:
+            self._compute(duration, partial(self._group_done, step, group))
 
     def _group_done(self, step: _Step, group: int) -> None:
         ends = self._runner.group_ends

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from baton.errors import ConfigError
 from sim.costs.compute import Prefill
+from sim.costs.serving import Serving, serving_of
 
 PREFIX = "calibrated:"
 
@@ -66,16 +67,18 @@ class Point:
 class Calibration:
     """What a machine's files say. `errors`: of the fit at every point, relative to the figure.
 
-    The figures are of a runner alone. `cost` is that of an engine: with `gap_s` between two of its
-    steps, where the files have it (the part `loop` of the bench), which `errors` leave out.
+    The figures are of a runner alone, and so are `runner` and `errors`. `cost` is that of an
+    engine: with `gap_s` between its steps, where the files have it (part `loop` of the bench).
     """
 
     model: str
     device: str
     kv_bytes_per_token: int
+    runner: Calibrated
     cost: Calibrated
     gap_s: float
     errors: tuple[tuple[str, float], ...]
+    serving: Serving | None = None  # of a whole cluster on the machine, where a file has it
 
     @property
     def worst(self) -> float:
@@ -96,14 +99,16 @@ def calibrated(text: str) -> Calibration:
     [(model, device, kv_bytes)] = kinds
     points = [point for file in files for point in _points(file)]
     try:
-        cost = fit(points)
+        runner = fit(points)
     except ValueError as error:
         raise ConfigError(f"{text}: {error}") from error
-    errors = tuple((point.name, _predicted(cost, point) / point.seconds - 1) for point in points)
+    errors = tuple((point.name, _predicted(runner, point) / point.seconds - 1) for point in points)
     gaps = [float(loop["gap_s"]) for file in files for loop in file.get("loop", ())]
     gap_s = median(gaps) if gaps else 0.0
-    engine = replace(cost, step_s=cost.step_s + gap_s)
-    return Calibration(model, device, kv_bytes, engine, gap_s, errors)
+    cost = replace(runner, step_s=runner.step_s + gap_s)
+    parts = [serving_of(file["serving"]) for file in files if "serving" in file]
+    serving = next(iter(parts), None)
+    return Calibration(model, device, kv_bytes, runner, cost, gap_s, errors, serving)
 
 
 def fit(points: Sequence[Point]) -> Calibrated:
@@ -116,24 +121,30 @@ def fit(points: Sequence[Point]) -> Calibrated:
             "too few figures for a fit: two lengths of prompts are needed, and decodes of two "
             "batch sizes and two contexts"
         )
-    best = min(_solutions(weighted), key=lambda solution: solution[0])
-    return Calibrated(*best[1])
+    return Calibrated(*least_squares(weighted, np.ones(len(weighted))))
 
 
-def _solutions(weighted: Matrix) -> Iterator[tuple[float, tuple[float, ...]]]:
+def least_squares(rows: npt.ArrayLike, wanted: npt.ArrayLike) -> tuple[float, ...]:
+    """Coefficients of `rows`, none of them negative, whose sums are nearest to `wanted`."""
+    solutions = _solutions(np.asarray(rows, np.float64), np.asarray(wanted, np.float64))
+    return min(solutions, key=lambda solution: solution[0])[1]
+
+
+def _solutions(rows: Matrix, wanted: Matrix) -> Iterator[tuple[float, tuple[float, ...]]]:
     """Squared error and coefficients of every set of terms that needs no negative one. The best
     of these is the non-negative optimum: that one uses some set, and is the least squares of it."""
-    terms = weighted.shape[1]
+    terms = rows.shape[1]
+    yield float((wanted**2).sum()), (0.0,) * terms
     for size in range(1, terms + 1):
         for chosen in combinations(range(terms), size):
-            part = weighted[:, chosen]
+            part = rows[:, chosen]
             scale = part.max(axis=0)
-            found = np.linalg.lstsq(part / scale, np.ones(len(part)), rcond=None)[0] / scale
+            found = np.linalg.lstsq(part / scale, wanted, rcond=None)[0] / scale
             if (found < 0).any():
                 continue
             whole = np.zeros(terms)
             whole[list(chosen)] = found
-            error = float(((weighted @ whole - 1) ** 2).sum())
+            error = float(((rows @ whole - wanted) ** 2).sum())
             yield error, tuple(float(value) for value in whole)
 
 

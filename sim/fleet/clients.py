@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from itertools import pairwise
+from typing import Protocol
 
 from baton.bench.stats import percentile
 from baton.errors import BatonError
@@ -21,16 +22,29 @@ from sim.workload.trace import Request
 _GAPS = tuple(f"tbt_{name}_s" for name in ("mean", "p50", "p90", "p99", "worst", "max"))
 
 
+class Front(Protocol):
+    """What a request takes before it is the conductor's, and its tokens after they were."""
+
+    async def ask(self, tokens: int) -> None: ...
+
+    async def tell(self, tokens: int) -> None: ...
+
+
 class Clients:
     """Of one run. `run` asks every request at its time and returns when all have ended."""
 
     def __init__(
-        self, conductor: Conductor, prompts: Prompts, on_record: Callable[[Record], None]
+        self,
+        conductor: Conductor,
+        prompts: Prompts,
+        on_record: Callable[[Record], None],
+        front: Front | None = None,
     ) -> None:
         self._began = 0.0
         self._conductor = conductor
         self._prompts = prompts
         self._on_record = on_record
+        self._front = front  # None: it takes no time
 
     async def run(self, requests: Iterator[Request]) -> None:
         loop = asyncio.get_running_loop()
@@ -57,6 +71,8 @@ class Clients:
         prompt = prompts.prompt(request.input_tokens, request.blocks)
         try:
             model, priority = self._conductor.model.name, request.priority
+            if self._front is not None:
+                await self._front.ask(request.input_tokens)
             ask = Ask(model, (prompt,), options, request_id=name, priority=priority)
             prepared = await self._conductor.prepare(ask, "sim")
             async with aclosing(self._conductor.generate(prepared)) as answer:
@@ -65,6 +81,8 @@ class Clients:
                     if isinstance(part, Usage):
                         cached = part.cached_tokens
                         continue
+                    if self._front is not None:
+                        await self._front.tell(sum(len(delta.tokens) for delta in part))
                     now = loop.time()
                     came += [(now, token.token_id) for delta in part for token in delta.tokens]
         except BatonError as error:

@@ -42,7 +42,7 @@ from sim.fleet.prompts import VOCABULARY
 from sim.fleet.spec import Admission, Cache, FleetSpec
 from sim.fleet.store import make_store, store_info
 from sim.fleet.transport import Fabric, ModelledTransport, Place
-from sim.steps import ModelledSteps
+from sim.steps import Compute, ModelledSteps
 
 START_S = 10.0
 POLL_S = 0.01
@@ -244,8 +244,16 @@ class Datacentre:
             store=store,
             pair_to_token=self.hardware.pair_to_token,
             wall_clock=asyncio.get_running_loop().time,
-            make_steps=lambda _, wake: ModelledSteps(device, device, _full_speed, wake),
+            make_steps=lambda _, wake: ModelledSteps(
+                device, device, _full_speed, wake, self._compute(identity.name, device)
+            ),
         )
+
+    def _compute(self, worker: str, device: ModelledDevice) -> Compute | None:
+        machine = self.hardware.machine
+        if machine is None:
+            return None
+        return lambda seconds, done: machine.step(worker, device.kind, seconds, done)
 
     def _engine(self, role: Role) -> EngineConfig:
         spec = self.spec

@@ -20,6 +20,7 @@ from baton.engine.batch import Batch, BatchItem, BatchResult
 from baton.errors import InternalError
 from baton.types.request import SampledToken
 from sim.costs.compute import Prefill, StepCost
+from sim.costs.cores import Kind
 
 TICK_S = 1e-6  # of what a token says
 
@@ -33,6 +34,7 @@ class ModelledDevice:
         self.group_ends = group_ends
         self.prefill_s = 0.0  # of steps so far, by what they were for
         self.decode_s = 0.0
+        self.kind = Kind.PREFILL  # of the running step
         self._cost = cost
         self._grain = grain
         self._budget = budget  # prompt tokens of a micro-step
@@ -46,6 +48,7 @@ class ModelledDevice:
             for item in batch.items
             if not _decodes(item)
         ]
+        self.kind = Kind.DECODE if decode else Kind.PREFILL
         if not decode:
             seconds = self._worst_s = self._cost.seconds(prompts, ())
             self.prefill_s += seconds

@@ -15,6 +15,8 @@ from sim.costs.links import SharedLinks
 from sim.costs.machines import machine_named, with_network
 from sim.costs.models import model_named
 from sim.costs.overheads import OVERHEADS, WithOverhead
+from sim.costs.serving import ServedCost
+from sim.fleet.one_machine import OneMachine
 from sim.fleet.prompts import BLOCK_TOKENS
 from sim.fleet.spec import FleetSpec
 from sim.fleet.transport import Place
@@ -29,22 +31,27 @@ class Hardware:
     """Nodes that are all alike. Implements `sim.fleet.transport.Carrier`.
 
     Of a preset, everything is known. Of a calibrated machine, only what steps take: the spec says
-    how many blocks a worker has and how fast its links are. Raises ConfigError.
+    how many blocks a worker has and how fast its links are. Without links, all workers are on one
+    machine, when the file says what a cluster takes there. Raises ConfigError.
     """
 
     def __init__(self, spec: FleetSpec) -> None:
         self._model = model_named(spec.model)
         self._grain = spec.grain
         self.cost: StepCost
+        self.machine: OneMachine | None = None  # that all nodes are on, if they are on one
         if spec.node.startswith(PREFIX):
-            if not (spec.kv_blocks and spec.network_gbps):
-                raise ConfigError(f"{spec.node} needs --kv-blocks and --network-gbps")
             found = calibrated(spec.node)
+            if not (spec.kv_blocks and (spec.network_gbps or found.serving)):
+                raise ConfigError(f"{spec.node} needs --kv-blocks and --network-gbps")
             if found.kv_bytes_per_token != self._model.kv_bytes_per_token:
                 raise ConfigError(f"{spec.node} is of {found.model}, not of {spec.model}")
             self.cost = found.cost
             self.kv_blocks = spec.kv_blocks  # of a worker's pool
             self._nic_bytes_per_s = self._host_bytes_per_s = spec.network_gbps * _GBPS
+            if found.serving is not None and not spec.network_gbps:
+                self.cost = ServedCost(found.runner, found.serving.overheads)
+                self.machine = OneMachine(found.serving, spec.prefill, spec.decode)
         else:
             node = machine_named(spec.node)
             if spec.network_gbps:
@@ -62,6 +69,8 @@ class Hardware:
         self._names: list[str] = []  # of the links
 
     def add_node(self, node: str) -> None:
+        if self.machine is not None:
+            return
         for direction in ("out", "in"):
             self._add(_nic(node, direction), self._nic_bytes_per_s)
             self._add(_host(node, direction), self._host_bytes_per_s)
@@ -91,6 +100,9 @@ class Hardware:
         return self._grain * pair / product_flops(model, 1, 0)
 
     async def carry(self, source: Place, reader: Place, nbytes: int) -> None:
+        if self.machine is not None:
+            await self.machine.hand_over(reader.node, nbytes / self._model.kv_bytes_per_token)
+            return
         path = []
         if source.host != reader.host:
             host, direction = (source, "in") if source.host else (reader, "out")

@@ -65,9 +65,11 @@ async def _run(
             records.append(record)
             progress(len(records), loop.time() - began)
 
+        front = datacentre.hardware.machine
+        clients = Clients(datacentre.conductor, Prompts(spec.grain), note, front)
         sampler = Sampler(datacentre, began)
         sampling = loop.create_task(sampler.run(sample_s), name="sampler")
-        await Clients(datacentre.conductor, Prompts(spec.grain), note).run(requests)
+        await clients.run(requests)
         sampling.cancel()
         sampler.sample()
         events = table_of(Event, [Event(at - began, text) for at, text in datacentre.roles])
