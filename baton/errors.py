@@ -91,6 +91,13 @@ class WorkerLost(BatonError):
     retryable = True
 
 
+class WorkerMoved(BatonError):
+    """The worker takes another role: the answer goes on at another one."""
+
+    code = "worker_moved"
+    retryable = True
+
+
 class PoisonRequest(BatonError):
     """Workers died, one after the other, while they computed for the request: it is not tried on
     more of them."""

@@ -24,6 +24,7 @@ from baton.errors import (
     NoWorker,
     Overloaded,
     WorkerLost,
+    WorkerMoved,
 )
 from baton.tokenizer import Tokenizer
 from baton.types.fleet import Role, WorkerState
@@ -372,7 +373,8 @@ class Serving:
         name = run.attempt.request_id
         self.timeline.end_attempt(run.attempt, f"{error.code}: {error.message}")
         self._failed_at[name] = self._attempts.cancel(run.attempt, "the attempt failed")
-        self._attempts.avoid(*self._failed_at[name])
+        if not isinstance(error, WorkerMoved):  # whoever computed the prompt has it still
+            self._attempts.avoid(*self._failed_at[name])
         now = asyncio.get_running_loop().time()
         pause_s = self._tries[name].after(error, run.progressed, now)
         run.phase = Phase.PAUSING

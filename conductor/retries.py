@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from baton.errors import BatonError, Overloaded, PoisonRequest
+from baton.errors import BatonError, Overloaded, PoisonRequest, WorkerMoved
 from baton.types.fleet import Peer, Role
 from conductor.link import Stage
 
@@ -133,6 +133,8 @@ class Tries:
     def after(self, error: BatonError, brought_tokens: bool, now: float) -> float:
         """The pause in seconds before the next attempt. Raises the error that ends the request."""
         retries = self._retries
+        if isinstance(error, WorkerMoved):  # planned, and no failure of anybody
+            return 0.0
         self._failures = 1 if brought_tokens else self._failures + 1
         self._waits_until = None
         if not error.retryable:

@@ -34,6 +34,7 @@ from baton.errors import (
     Unauthenticated,
     UnknownAttempt,
     WorkerLost,
+    WorkerMoved,
 )
 from baton.types.request import WireError
 
@@ -64,6 +65,7 @@ _CLASSES: tuple[type[BatonError], ...] = (
     Unauthenticated,
     UnknownAttempt,
     WorkerLost,
+    WorkerMoved,
 )
 _BY_CODE = {cls.code: cls for cls in _CLASSES}
 
@@ -81,6 +83,7 @@ _STATUS: tuple[tuple[type[BatonError], grpc.StatusCode], ...] = (
     (Cancelled, grpc.StatusCode.CANCELLED),
     (NoWorker, grpc.StatusCode.UNAVAILABLE),
     (WorkerLost, grpc.StatusCode.UNAVAILABLE),
+    (WorkerMoved, grpc.StatusCode.UNAVAILABLE),
     (PeerGone, grpc.StatusCode.UNAVAILABLE),
     (RegistryUnavailable, grpc.StatusCode.UNAVAILABLE),
 )

@@ -176,6 +176,12 @@ class LinkServer:
         """Return when no attempt is left. The caller has the deadline."""
         await self._idle.wait()
 
+    def abandon_decodes(self, error: BatonError) -> None:
+        """End what decodes now with `error`: it can go on behind its last token elsewhere."""
+        for attempt, held in tuple(self._held.items()):
+            if held.link is not None and held.tail is not None and held.tail.decodes:
+                self._end(attempt, error)
+
     def abandon(self, error: BatonError) -> None:
         """End every attempt with `error`, and cancel the work for it."""
         for attempt in tuple(self._held):

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from baton.errors import BatonError, ConfigError, WorkerLost
+from baton.errors import BatonError, ConfigError, WorkerLost, WorkerMoved
 from baton.rpc.grpc_client import GrpcFleetClient
 from baton.rpc.grpc_server import RpcServer
 from baton.rpc.registry import Registry, open_registry
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "BATON_CLUSTER_TOKEN"
 SERVER_GRACE_S = 3.0
+MOVE_S = 2.0  # that answers get to end by themselves before they move with the role of their worker
 CLOSE_TIMEOUT_S = 10.0
 
 
@@ -171,7 +172,8 @@ async def live(
         if not membership.registered.is_set():
             member.cancel()
         await membership.leave()
-        await _drain(service, drain_timeout_s, signals)
+        moving = service.links.wanted_role is not None and not signals.stop.is_set()
+        await _drain(service, drain_timeout_s, signals, moving)
         member.cancel()
         log.info("stopping: closing")
         await service.aclose()
@@ -197,12 +199,20 @@ async def _mark_ready(membership: Member, set_ready: Callable[[bool], Awaitable[
     await set_ready(True)
 
 
-async def _drain(service: Service, timeout_s: float, signals: StopSignals) -> None:
-    """Let running attempts end; then end them with an error that lets conductors retry."""
+async def _drain(service: Service, timeout_s: float, signals: StopSignals, moving: bool) -> None:
+    """Let running attempts end; then end them with an error that lets conductors retry. When the
+    worker is `moving` to another role, only prompts may take their time: answers go on elsewhere.
+    """
     log.info("stopping: draining for at most %g s", timeout_s)
     idle = asyncio.create_task(service.wait_idle(), name="idle")
     hurry = asyncio.create_task(signals.hurry.wait(), name="hurry")
-    await asyncio.wait({idle, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    now = asyncio.get_running_loop().time
+    until = now() + timeout_s
+    while not (idle.done() or hurry.done()) and (left_s := until - now()) > 0:
+        wait_s = min(left_s, MOVE_S) if moving else left_s
+        await asyncio.wait({idle, hurry}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        if moving:  # again and again: what waited for its KV decodes later
+            service.links.abandon_decodes(WorkerMoved("the worker takes another role"))
     if not idle.done():
         log.warning("stopping: cancelling what is still running")
     service.links.abandon(WorkerLost("the worker was shut down before the answer was complete"))

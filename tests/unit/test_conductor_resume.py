@@ -9,7 +9,14 @@ from itertools import pairwise
 
 import pytest
 
-from baton.errors import DeadlineExceeded, NoWorker, Overloaded, PoisonRequest, WorkerLost
+from baton.errors import (
+    DeadlineExceeded,
+    NoWorker,
+    Overloaded,
+    PoisonRequest,
+    WorkerLost,
+    WorkerMoved,
+)
 from baton.rpc.memory import Fault
 from baton.types.fleet import Role
 from baton.types.kv_events import KvSnapshot, Tier
@@ -101,6 +108,19 @@ async def test_a_retryable_error_in_the_middle_is_resumed_too() -> None:
         deltas, _ = await ask(cluster.conductor)
         assert tokens_of(deltas) == [*b"abcdef", EOS]
         assert cluster.conductor.metrics.retries.labels("lease_expired")._value.get() == 1
+        await cluster.check_nothing_left()
+
+
+@virtual_time
+async def test_an_answer_whose_worker_moves_goes_on_where_its_prompt_was_computed() -> None:
+    moved = WireError(WorkerMoved.code, "another role", retryable=True)
+    script = only_first(Script((*b"abcdef", EOS), error_at=3, error=moved))
+    async with fake_cluster(script, prefill=8) as cluster:
+        deltas, _ = await ask(cluster.conductor)
+        assert tokens_of(deltas) == [*b"abcdef", EOS]
+        computed = [w for w in cluster.workers.values() if w.info.role is Role.PREFILL and w.tasks]
+        assert [len(worker.tasks) for worker in computed] == [2]
+        assert cluster.conductor.metrics.retries.labels("worker_moved")._value.get() == 1
         await cluster.check_nothing_left()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from baton.errors import InternalError, Overloaded, PoisonRequest, WorkerLost
+from baton.errors import InternalError, Overloaded, PoisonRequest, WorkerLost, WorkerMoved
 from baton.types.fleet import Peer, Role
 from conductor.link import Stage
 from conductor.retries import Retries, RetryBudget, RetryOptions, Tries
@@ -146,3 +146,12 @@ def test_a_worker_is_waited_for_as_long_as_one_may_come_back() -> None:
     assert not answer.may_wait(35.0)
     answer.after(GONE, brought_tokens=False, now=40.0)  # there was one, so the wait begins anew
     assert answer.may_wait(50.0)
+
+
+def test_an_answer_whose_worker_moves_has_not_failed() -> None:
+    refused: list[str] = []
+    answer = tries(refused, failures=2, burst=1, share=0.0, per_s=0.0)
+    moved = WorkerMoved("another role")
+    pauses = [answer.after(moved, brought_tokens=False, now=0.0) for _ in range(5)]
+    assert (pauses, refused) == ([0.0] * 5, [])
+    assert answer.after(GONE, brought_tokens=False, now=0.0) == 0.0  # the first failure

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import orjson
 import pytest
 
@@ -36,6 +38,19 @@ def test_a_worker_goes_where_the_work_is_and_everybody_is_answered(elastic: Resu
     decoded, at_s = elastic.records.column("decode"), elastic.records.column("at_s")
     late = at_s > elastic.events.column("at_s")[0]
     assert {elastic.records.texts("decode")[n] for n in decoded[late]} == {"d1"}
+
+
+def test_answers_move_on_when_their_worker_takes_another_role() -> None:
+    """Which waits for the prompts in line for it, but not for answers of minutes."""
+    long_answers = [replace(request, output_tokens=8193) for request in LONG_PROMPTS]
+    result = simulate(FleetSpec("1P+2D", grain=64, elastic=True), iter(long_answers), {})
+    asked_at, taken_at = result.events.column("at_s")[:2]
+    records = result.records
+    decoding = (records.column("at_s") < asked_at) & (records.column("end_s") > taken_at)
+    assert taken_at - asked_at < 20.0
+    assert any(decoding)
+    assert result.totals["codes"] == {OK: len(LONG_PROMPTS)}
+    assert set(records.column("output_tokens")) == {8193}
 
 
 def test_samples_tell_the_role_that_a_worker_has(elastic: Result) -> None:

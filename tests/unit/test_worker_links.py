@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from baton.errors import Overloaded, PeerGone, WorkerLost
+from baton.errors import Overloaded, PeerGone, WorkerLost, WorkerMoved
 from baton.rpc.memory import Fault
 from baton.types.fleet import Role, WorkerLoad
 from baton.types.link import (
@@ -194,6 +194,20 @@ async def test_abandoned_attempts_get_a_retryable_error_before_the_links_close()
         assert await error_of(stream, a) == "worker_lost"
         with pytest.raises(PeerGone):
             await receive(stream)
+
+
+async def test_only_answers_that_have_begun_are_abandoned_for_another_role() -> None:
+    async with rig() as r:
+        stream = await r.connect()
+        begun, waits = AttemptId("begun"), AttemptId("waits")
+        await r.begin(stream, begun)
+        await r.begin(stream, waits)
+        r.links.report((token(begun),))
+        await receive(stream)
+        r.links.abandon_decodes(WorkerMoved("another role"))
+        assert [attempt for attempt, _ in r.duty.cancelled] == [begun]
+        assert r.links.attempts == (waits,)
+        assert await error_of(stream, begun) == "worker_moved"
 
 
 async def test_the_last_words_do_not_overtake_what_is_being_sent() -> None:
