@@ -71,7 +71,7 @@ class Admission:
         self._on_reject = on_reject
         self._answers = 0
         self._mean_s = SHORTEST_RETRY_S  # of a request, from its place to its end
-        self._mean_decode_s = SHORTEST_RETRY_S  # from its first token to its end
+        self._mean_decode_s: float | None = None  # from its first token to its end
         self._admitted = 1.0  # share of those that asked lately
         self._random = random.Random(seed)
         self._ids: Counter[str] = Counter()
@@ -132,7 +132,8 @@ class Admission:
 
     def note_decode(self, seconds: float) -> None:
         """A request took that from its first token to its end."""
-        self._mean_decode_s += (1 - _MEMORY) * (seconds - self._mean_decode_s)
+        mean_s = seconds if self._mean_decode_s is None else self._mean_decode_s
+        self._mean_decode_s = mean_s + (1 - _MEMORY) * (seconds - mean_s)
 
     def judge(self, decision: Decision) -> None:
         """Raises Overloaded when the decision is predicted to miss an SLO because of the load, or
@@ -142,9 +143,12 @@ class Admission:
         nobody away.
         """
         if not decision.is_guess:
+            now = asyncio.get_running_loop().time()
             if self.ttft is not None and decision.queue_s > 0:
+                self.ttft.forget(now)
                 self._judge_ttft(decision, self.ttft)
             if self.tpot is not None:
+                self.tpot.forget(now)
                 self._judge_tpot(decision, self.tpot)
         self._note(admitted=True)
 
@@ -184,7 +188,9 @@ class Admission:
         decoding = worker.own_decoding + foreign
         if self._tpot_by is TpotBy.NOW:
             return decoding
-        staying = max(0.0, 1 - decision.ttft_s / max(self._mean_decode_s, 1e-9))
+        staying = 1.0  # nobody has ended yet
+        if self._mean_decode_s is not None:
+            staying = max(0.0, 1 - decision.ttft_s / max(self._mean_decode_s, 1e-9))
         return round(decoding * staying) + worker.own_attempts - worker.own_decoding
 
     def _until_fewer(self, worker: WorkerView, busy: int, tpot_s: float) -> float:

@@ -16,14 +16,15 @@ _WINDOW = 64  # predictions that are remembered
 _FEWEST = 16  # without which there is no margin
 _NEAR = 0.5  # of the limit: smaller predictions have other errors, and nothing to lose
 _MOST = 2.0  # what was further off had another reason than the load
+_FORGET_S = 60.0  # a margin that turns most away learns little that is new
 
 
 class Margin:
-    """Of predictions for one limit in seconds."""
+    """Of predictions for one limit in seconds. Times are the loop's."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
-        self._ratios: deque[float] = deque()  # actual to predicted, oldest first
+        self._ratios: deque[tuple[float, float]] = deque()  # when; actual to predicted
         self._sorted: list[float] = []
 
     @property
@@ -34,15 +35,21 @@ class Margin:
             return 1.0
         return max(self._sorted[int(QUANTILE * (len(self._sorted) - 1))], 1.0)
 
-    def add(self, predicted_s: float, actual_s: float) -> None:
+    def add(self, predicted_s: float, actual_s: float, now: float) -> None:
         """What came of a prediction; counts when it was near what is let in."""
+        self.forget(now)
         if predicted_s <= 0.0 or predicted_s * self.factor < _NEAR * self.limit_s:
             return
         if len(self._ratios) == _WINDOW:
-            self._sorted.remove(self._ratios.popleft())
+            self._sorted.remove(self._ratios.popleft()[1])
         ratio = min(actual_s / predicted_s, _MOST)
-        self._ratios.append(ratio)
+        self._ratios.append((now, ratio))
         insort(self._sorted, ratio)
+
+    def forget(self, now: float) -> None:
+        """What is too old to tell of the load there is."""
+        while self._ratios and now - self._ratios[0][0] > _FORGET_S:
+            self._sorted.remove(self._ratios.popleft()[1])
 
     def late_s(self, predicted_s: float) -> float:
         """By how much what is predicted may be over the limit; negative when it will be kept."""

@@ -41,23 +41,23 @@ class Predictions:
             return
         if tokens and not held.tokens:
             held.first_at = now
-            self._note_first(held.decision, now - held.decided_at)
+            self._note_first(held.decision, now - held.decided_at, now)
         held.tokens += tokens
         if finished:
             del self._open[answer]
             if held.tokens > 1:
-                self._note_all(held, (now - held.first_at) / (held.tokens - 1))
+                self._note_all(held, (now - held.first_at) / (held.tokens - 1), now)
 
-    def _note_first(self, decision: Decision, actual_s: float) -> None:
+    def _note_first(self, decision: Decision, actual_s: float, now: float) -> None:
         self._metrics.note_prediction(decision.ttft_s, actual_s)
         self._fleet.note_ttft(decision.chosen.ttft_s, actual_s)
         if (margin := self._admission.ttft) is not None:
-            margin.add(decision.ttft_s, actual_s)
+            margin.add(decision.ttft_s, actual_s, now)
 
-    def _note_all(self, held: _Open, actual_s: float) -> None:
+    def _note_all(self, held: _Open, actual_s: float, now: float) -> None:
         """The prediction was for the sequences there were; others may have come since, which were
         let in because it would be no slower than is predicted now."""
         if (margin := self._admission.tpot) is not None:
             worker = self._fleet.look_at(held.decision.decode.info.name)
             now_s = worker.tpot_s if worker is not None else 0.0
-            margin.add(max(held.tpot_s, now_s), actual_s)
+            margin.add(max(held.tpot_s, now_s), actual_s, now)

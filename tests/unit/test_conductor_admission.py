@@ -63,7 +63,7 @@ async def test_predictions_that_are_often_missed_get_a_margin(rejections: list[s
     assert admission.ttft is not None
     admission.judge(decide(queue_s=0.8))
     for number in range(40):
-        admission.ttft.add(0.9, 0.9 if number % 2 else 1.08)
+        admission.ttft.add(0.9, 0.9 if number % 2 else 1.08, asyncio.get_running_loop().time())
     with pytest.raises(Overloaded, match=r"900 ms × 1.20 as a margin, is over the SLO of 1 s"):
         admission.judge(decide(queue_s=0.8))
     admission.judge(decide(queue_s=0.7))
@@ -164,14 +164,22 @@ async def test_without_slos_predictions_turn_nobody_away() -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "told"),
-    [(TpotBy.ASSIGNED, "31 sequences"), (TpotBy.NOW, "25 sequences"), (TpotBy.PREDICTED, None)],
+    ("by", "ended", "told"),
+    [
+        (TpotBy.ASSIGNED, 200, "31 sequences"),
+        (TpotBy.NOW, 200, "25 sequences"),
+        (TpotBy.PREDICTED, 200, None),
+        (TpotBy.PREDICTED, 1, None),
+        (TpotBy.PREDICTED, 0, "31 sequences"),
+    ],
 )
-async def test_which_sequences_count_against_the_tpot(by: TpotBy, told: str | None) -> None:
+async def test_which_sequences_count_against_the_tpot(
+    by: TpotBy, ended: int, told: str | None
+) -> None:
     """24 decode, each for ten seconds, and 6 wait for their prompts; in five seconds, half of the
-    24 have ended: 12 + 6 others keep the SLO."""
+    24 have ended: 12 + 6 others keep the SLO. Before any request has ended, all stay."""
     admission = Admission(9, Slos(tpot_s=0.04, tpot_by=by))
-    for _ in range(200):
+    for _ in range(ended):
         admission.note_decode(10.0)
     backlog = Backlog(1, 4.9, ((0, 4.9),))
     decode = WorkerView(
