@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sim.fleet.result import Result
 from sim.fleet.spec import FleetSpec
 from sim.results import runs as runs_module
 from sim.results.__main__ import main
 from sim.results.experiments import EXPERIMENTS
+from sim.results.experiments.caches import CACHES
 from sim.results.experiments.common import effective
 from sim.results.experiments.experiment import Column, Experiment, Row
 from sim.results.page import BY_HAND, NOT_RUN, Findings, findings, page
@@ -218,3 +220,14 @@ def test_effective_requests_meet_both_limits(trace, tmp_path):
     assert effective(found, 10.0) == 100
     assert effective(found, 0.0) == 0
     assert effective(found, 10.0, ttft_s=0.0) == 0
+
+
+@pytest.mark.parametrize(("store_blocks", "hits"), [(0, 0), (1, 4)])
+def test_the_caches_of_a_fleet_are_compared_with_one_of_their_size(store_blocks, hits):
+    """Three blocks in the GPUs; third blocks are not full, and not counted."""
+    asked = [(1, 2, 3), (4, 5, 6), (1, 2, 9), (4, 5, 6)]
+    requests = [Request(float(n), 1100, 1, blocks) for n, blocks in enumerate(asked)]
+    spec = FleetSpec("1P+1D", kv_blocks=3, store_blocks=store_blocks)
+    found = Outcome(Run(spec, CACHES.quick), Result({}, {}), requests, cpu_s=0.0, wall_s=0.0)
+    one_lru = next(column for column in CACHES.columns if column.heading == "one LRU cache")
+    assert one_lru.of(found) == pytest.approx(100 * hits * 512 / 4400)
