@@ -24,7 +24,8 @@ class Overheads:
 
     The front is conductor and client: `ask` for a request, `tell` for what a worker reports after a
     step. `prefill` and `decode` are what steps of a worker take beyond those of a bare runner.
-    `handoff` is the decode worker's, from the first token until it decodes the second.
+    `handoff` is the decode worker's, from the first token until it decodes the second, and `lend`
+    the prefill worker's, which nobody waits for.
     """
 
     ask_s: float = 0.0
@@ -32,13 +33,14 @@ class Overheads:
     ask_wait_s: float = 0.0
     tell_s: float = 0.0  # of a report
     tell_token_s: float = 0.0  # and of a token in it
-    prefill_s: float = 0.0  # of a step
+    prefill_s: float = 0.0  # of a prompt in a step
     prefill_token_s: float = 0.0
     decode_s: float = 0.0  # of a step
     decode_seq_s: float = 0.0  # and of a sequence in it
     handoff_s: float = 0.0
     handoff_block_s: float = 0.0  # of BLOCK_TOKENS
     handoff_wait_s: float = 0.0
+    lend_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class ServedCost:
         seconds = self.runner.seconds(prefill, decode)
         if prefill:
             tokens = sum(part.new for part in prefill)
-            seconds += more.prefill_s + more.prefill_token_s * tokens
+            seconds += more.prefill_s * len(prefill) + more.prefill_token_s * tokens
         if decode:
             seconds += more.decode_s + more.decode_seq_s * len(decode)
         return seconds

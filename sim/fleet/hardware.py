@@ -101,7 +101,8 @@ class Hardware:
 
     async def carry(self, source: Place, reader: Place, nbytes: int) -> None:
         if self.machine is not None:
-            await self.machine.hand_over(reader.node, nbytes / self._model.kv_bytes_per_token)
+            tokens = nbytes / self._model.kv_bytes_per_token
+            await self.machine.hand_over(source.node, reader.node, tokens)
             return
         path = []
         if source.host != reader.host:

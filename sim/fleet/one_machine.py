@@ -49,9 +49,11 @@ class OneMachine:
         self._told_at = now
         await self._cores.work(self._front, Kind.FRONT, report_s + more.tell_token_s * tokens)
 
-    async def hand_over(self, worker: str, tokens: float) -> None:
-        """KV of so many tokens on its way to a worker."""
+    async def hand_over(self, source: str, worker: str, tokens: float) -> None:
+        """KV of so many tokens on its way from one worker to another."""
         more = self._overheads
+        if more.lend_s > 0:
+            self._cores.run(self._core_of[source], Kind.FRONT, more.lend_s, lambda: None)
         seconds = more.handoff_s + more.handoff_block_s * tokens / BLOCK_TOKENS
         await self._cores.work((self._core_of[worker],), Kind.FRONT, seconds)
         await asyncio.sleep(more.handoff_wait_s)

@@ -1,0 +1,1 @@
+"""A simulation of this machine, held against a real cluster on it."""

@@ -1,0 +1,102 @@
+"""Overheads from lone requests, and the table of what was measured and predicted."""
+
+from dataclasses import replace
+
+import pytest
+
+from baton.bench.stats import Outcome
+from baton.client.http import Usage
+from baton.client.timing import Timing
+from bench.calibration.load import asks, poisson, requests
+from bench.calibration.overheads import Lone, fit_overheads
+from bench.calibration.results import Seen, as_markdown, rows
+from sim.costs.calibrate import Calibrated
+from sim.costs.compute import Prefill
+from sim.costs.serving import Overheads
+
+ENGINE = Calibrated(step_s=0.004, token_s=2e-4, pair_s=1e-8, decode_s=5e-4, context_s=1e-7)
+TRUTH = Overheads(
+    ask_s=0.002,
+    ask_token_s=1e-6,
+    ask_wait_s=0.001,
+    tell_s=5e-4,
+    tell_token_s=2e-4,
+    prefill_s=0.003,
+    prefill_token_s=1e-5,
+    decode_s=0.001,
+    decode_seq_s=3e-4,
+    handoff_s=0.004,
+    handoff_block_s=0.001,
+    handoff_wait_s=0.002,
+    lend_s=0.0005,
+)
+
+
+def lone(together: int, prompt: int, output: int) -> Lone:
+    """What a cluster shows that takes exactly that."""
+    prefill = ENGINE.seconds([Prefill(prompt)], []) + 0.003 + 1e-5 * prompt
+    step = ENGINE.seconds([], [prompt + output // 2] * together) + 0.001 + 3e-4 * together
+    reports, tokens = together + output - 1, together * output
+    handoff = 0.004 + 0.001 * -(-prompt // 512)
+    return Lone(
+        together=together,
+        prompt=prompt,
+        output=output,
+        ttft_s=0.002 + 1e-6 * prompt + 0.001 + prefill + 7e-4,
+        first_gap_s=handoff + 0.002 + step if output > 1 else None,
+        gap_s=step if output > 2 else None,
+        front_cpu_s=together * (0.002 + 1e-6 * prompt) + 5e-4 * reports + 2e-4 * tokens,
+        prefill_cpu_s=prefill + (0.0005 if output > 1 else 0.0),
+        decode_cpu_s=handoff + step * (output - 1) if output > 1 else 0.0,
+    )
+
+
+def test_overheads_of_an_exact_cluster_are_found_again() -> None:
+    some = [lone(n, 64, 40) for n in (3, 8)]
+    found = fit_overheads(
+        [lone(1, p, o) for p in (64, 512, 1024) for o in (1, 16, 40)] + some, ENGINE
+    )
+    for name in Overheads.__slots__:
+        assert getattr(found, name) == pytest.approx(getattr(TRUTH, name), rel=1e-3), name
+
+
+def test_what_the_client_does_not_wait_for_is_lending() -> None:
+    sooner = [
+        replace(lone(1, p, o), ttft_s=lone(1, p, o).ttft_s - 0.0025)
+        for p in (64, 512, 1024)
+        for o in (1, 40)
+    ]
+    found = fit_overheads([*sooner, lone(4, 64, 40)], ENGINE)
+    assert found.ask_wait_s == 0.0
+    assert found.lend_s == pytest.approx(0.002, rel=1e-3)
+    assert found.prefill_s == pytest.approx(0.0015, rel=1e-3)
+
+
+def test_both_clusters_are_asked_the_same() -> None:
+    planned = poisson(50, 10.0, seed=3)
+    assert planned == poisson(50, 10.0, seed=3)
+    assert planned[-1].at_s == pytest.approx(5.0, rel=0.5)
+    real, simulated = asks(planned, 8192, seed=3), requests(planned)
+    assert [len(ask.prompt) for ask in real] == [one.input_tokens for one in simulated]
+    assert [ask.output_tokens for ask in real] == [one.output_tokens for one in simulated]
+    blocks = [block for one in simulated for block in one.blocks]
+    assert len(set(blocks)) == len(blocks)  # nobody has a prefix in a cache
+
+
+def test_the_table_says_how_far_a_prediction_is_off() -> None:
+    first = Seen((0.1, 0.3), (0.01, None))
+    second = Seen((0.2, 0.4), (0.02, None))
+    table = list(rows("1P+1D", [first, second], Seen((0.2, 0.2), (0.03, None))))
+    assert [row.figure for row in table] == ["mean TTFT", "p90 TTFT", "mean TPOT", "p90 TPOT"]
+    assert table[0].error == pytest.approx(0.2 / 0.25 - 1)
+    assert table[0].noise == pytest.approx(0.1 / 0.25)
+    assert table[2].error == pytest.approx(1.0)
+    assert "| 1P+1D | mean TTFT | 200.0 | 300.0 | 40.0% | 200.0 | -20.0% |" in as_markdown(table)
+    assert Seen.from_json(first.as_json()) == first  # type: ignore[arg-type]
+
+
+def test_a_run_with_failures_is_no_measurement() -> None:
+    good = Outcome(0.0, 1.0, timing=Timing((0.1, 0.3), 0.4, Usage(8, 2)))
+    assert Seen.of([good]) == Seen((0.1,), (pytest.approx(0.2),))
+    with pytest.raises(SystemExit, match="1 requests failed: no end"):
+        Seen.of([good, Outcome(0.0, 1.0, error="no end")])
