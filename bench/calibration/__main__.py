@@ -56,7 +56,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--shape", default="small", choices=sorted(SHAPES), help="of the model; random weights")
     add("--clusters", default="1P+1D,2P+2D")
     add("--requests", type=int, default=240, help="of a run")
-    add("--load", type=float, default=0.55, help="of a prefill worker with a core of its own")
+    add("--load", type=float, default=0.4, help="of a prefill worker with a core of its own")
     add("--repeat", type=int, default=2, help="runs of each cluster, of the same requests")
     add("--lone", type=int, default=4, help="requests of each kind that have the cluster alone")
     add("--seed", type=int, default=1)
