@@ -11,6 +11,7 @@ from pathlib import Path
 from baton.errors import ConfigError
 from sim.results.experiments import EXPERIMENTS
 from sim.results.experiments.experiment import Experiment
+from sim.results.experiments.search import Search, kept_search, searched
 from sim.results.page import findings, page
 from sim.results.runs import Runs
 
@@ -26,7 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
             _simulate(experiment, runs, options.quick)
         kept = Runs(options.trace, options.keep, only_kept=True)
         before = options.page.read_text(encoding="utf-8") if options.page.exists() else ""
-        found = [findings(experiment, kept) for experiment in EXPERIMENTS]
+        found = [
+            kept_search(experiment, kept)
+            if isinstance(experiment, Search)
+            else findings(experiment, kept)
+            for experiment in EXPERIMENTS
+        ]
         text = page(found, kept.sources, before)
         options.page.write_text(text, encoding="utf-8")
     except (ConfigError, OSError) as error:
@@ -48,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chosen(only: str | None) -> Sequence[Experiment]:
+def _chosen(only: str | None) -> Sequence[Experiment | Search]:
     """Raises ConfigError."""
     if only is None:
         return EXPERIMENTS
@@ -59,13 +65,21 @@ def _chosen(only: str | None) -> Sequence[Experiment]:
         raise ConfigError(f"there is no experiment {error}") from error
 
 
-def _simulate(experiment: Experiment, runs: Runs, quick: bool) -> None:
-    wanted = experiment.runs(experiment.quick if quick else experiment.full)
-    for row, run in zip(experiment.rows, wanted, strict=True):
+def _simulate(experiment: Experiment | Search, runs: Runs, quick: bool) -> None:
+    replay = experiment.quick if quick else experiment.full
+    if isinstance(experiment, Search):
+        began = time.monotonic()
+        searched(experiment, replay, runs)
+        _took(experiment.key, began)
+        return
+    for row, run in zip(experiment.rows, experiment.runs(replay), strict=True):
         began = time.monotonic()
         runs.outcome(run)
-        took_s = time.monotonic() - began
-        sys.stderr.write(f"{experiment.key}: {row.label}, {took_s:.0f} s\n")
+        _took(f"{experiment.key}: {row.label}", began)
+
+
+def _took(what: str, began: float) -> None:
+    sys.stderr.write(f"{what}, {time.monotonic() - began:.0f} s\n")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sim.results.experiments.experiment import Column, Experiment
+from sim.results.experiments.search import Searched
+from sim.results.markdown import NOT_RUN, commands, size, table, wrapped
 from sim.results.runs import Outcome, Replay, Run, Runs
+from sim.results.search_section import searched_parts
 from sim.results.sparkline import sparklines
 
 BY_HAND = "<!-- What follows is written by hand; what precedes is not. -->"
-NOT_RUN = "not run yet"
 
 _HEAD = """# Mooncake's published figures, simulated
 
@@ -46,7 +47,7 @@ def _of_size(experiment: Experiment, replay: Replay, runs: Runs) -> Findings:
     return Findings(experiment, wanted, tuple(runs.outcome(run) for run in wanted))
 
 
-def page(found: Sequence[Findings], sources: str, before: str) -> str:
+def page(found: Sequence[Findings | Searched], sources: str, before: str) -> str:
     """`before`: the page so far, of which the part by hand is kept, and sections of which these
     sources have no run."""
     made, _, by_hand = before.partition(BY_HAND)
@@ -63,16 +64,25 @@ def _sections(text: str) -> Mapping[str, str]:
     return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
 
 
-def _section(found: Findings, sources: str, earlier: Mapping[str, str]) -> str:
-    experiment = found.experiment
-    title, lead = f"## {experiment.title}\n", _wrapped(experiment.lead)
+def _section(found: Findings | Searched, sources: str, earlier: Mapping[str, str]) -> str:
+    told = found.search if isinstance(found, Searched) else found.experiment
+    title, lead = f"## {told.title}\n", wrapped(told.lead)
     if not any(found.outcomes):
         unknown = "\n".join([title, lead, f"{NOT_RUN.capitalize()}.\n"])
-        return earlier.get(experiment.title, unknown)
-    parts = [title, lead, _table(found), *_drawn(found), f"{_size(found, sources)}\n"]
-    if experiment.why:
-        parts.append(_wrapped(experiment.why))
-    return "\n".join([*parts, _commands(found)])
+        return earlier.get(told.title, unknown)
+    if isinstance(found, Searched):
+        figures, runs = searched_parts(found, sources), found.runs
+    else:
+        figures, runs = _parts(found, sources), found.runs
+    why = [wrapped(told.why)] if told.why else []
+    return "\n".join([title, lead, *figures, *why, commands(runs)])
+
+
+def _parts(found: Findings, sources: str) -> Iterator[str]:
+    kept = [outcome for outcome in found.outcomes if outcome is not None]
+    yield _table(found)
+    yield from _drawn(found)
+    yield size(found.runs[0].replay, kept, len(found.runs), sources)
 
 
 def _drawn(found: Findings) -> Iterator[str]:
@@ -83,18 +93,14 @@ def _drawn(found: Findings) -> Iterator[str]:
         yield f"```\n{drawn}```\n"
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 100, break_on_hyphens=False) + "\n"
-
-
 def _table(found: Findings) -> str:
     columns = found.experiment.columns
     heads = ["", *(head for column in columns for head in _heads(found, column))]
-    lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
-    for number, row in enumerate(found.experiment.rows):
-        cells = [text for column in columns for text in _cells(found, column, number)]
-        lines.append(_line([row.label, *cells]))
-    return "\n".join(lines) + "\n"
+    rows = [
+        [row.label, *(text for column in columns for text in _cells(found, column, number))]
+        for number, row in enumerate(found.experiment.rows)
+    ]
+    return table(heads, rows)
 
 
 def _heads(found: Findings, column: Column) -> Iterator[str]:
@@ -124,26 +130,3 @@ def _shown(
 
 def _is_published(found: Findings, column: Column) -> bool:
     return any(column.heading in row.published for row in found.experiment.rows)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _size(found: Findings, sources: str) -> str:
-    replay = found.runs[0].replay
-    trace = "each trace" if replay.make else "the trace"
-    share = f"All of {trace}"
-    if replay.first is not None:
-        share = f"The first {replay.first:,} requests of {trace}"
-    kept = [outcome for outcome in found.outcomes if outcome is not None]
-    cpu_s, wall_s = (sum(getattr(o, name) for o in kept) for name in ("cpu_s", "wall_s"))
-    return (
-        f"{share}; {len(kept)} of {len(found.runs)} runs, {cpu_s:,.0f} s of CPU time "
-        f"({wall_s:,.0f} s of wall time); sources `{sources}`."
-    )
-
-
-def _commands(found: Findings) -> str:
-    lines = [run.command() for run in found.runs]
-    return "```\n" + "\n".join(lines) + "\n```\n"

@@ -5,10 +5,10 @@ most of them read off the coordinates of their plots.
 """
 
 from sim.results.experiments.caches import CACHES
-from sim.results.experiments.capacity import CAPACITY
+from sim.results.experiments.capacity import CAPACITY, HIGHEST
 from sim.results.experiments.overload import OVERLOAD
 from sim.results.experiments.policies import POLICIES
 from sim.results.experiments.prefill import PREFILL
 from sim.results.experiments.sweeps import NETWORK, RATIO, REUSE
 
-EXPERIMENTS = (PREFILL, POLICIES, CAPACITY, CACHES, OVERLOAD, RATIO, NETWORK, REUSE)
+EXPERIMENTS = (PREFILL, POLICIES, CAPACITY, HIGHEST, CACHES, OVERLOAD, RATIO, NETWORK, REUSE)

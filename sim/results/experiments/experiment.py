@@ -27,12 +27,13 @@ class Column:
 @dataclass(frozen=True, slots=True)
 class Row:
     """`published`: in the column's unit, by its heading. `make`: a generated trace (`Replay.make`)
-    in place of the recorded one."""
+    in place of the recorded one. `speed`: times that of the other rows."""
 
     label: str
     spec: FleetSpec
     published: Mapping[str, float] = field(default_factory=dict)
     make: str = ""
+    speed: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,4 +53,7 @@ class Experiment:
 
     def runs(self, replay: Replay) -> tuple[Run, ...]:
         """One for each row."""
-        return tuple(Run(row.spec, replace(replay, make=row.make)) for row in self.rows)
+        return tuple(
+            Run(row.spec, replace(replay, make=row.make, speed=replay.speed * row.speed))
+            for row in self.rows
+        )
