@@ -17,7 +17,7 @@ from sim.fleet.result import Result, read_result, write_result
 from sim.fleet.run import simulate
 from sim.fleet.spec import FleetSpec
 from sim.workload.make import made_by
-from sim.workload.trace import Request, read_trace, scaled, trace_line
+from sim.workload.trace import LoadCurve, Request, read_trace, scaled, trace_line
 
 ROOT = Path(__file__).parents[2]
 _PACKAGES = ("baton", "conductor", "prefill_worker", "decode_worker", "kvstore", "sim")
@@ -27,17 +27,18 @@ ONE_TOKEN = 1e-6  # an output scale with which every answer has one token
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """How much of the trace, and how. `make`: the arguments with which `baton sim workload make`
-    writes another one instead."""
+    """How much of the trace, and how. `load`: as in `LoadCurve.parse`. `make`: the arguments with
+    which `baton sim workload make` writes another trace instead."""
 
     first: int | None = None  # requests; None: all
     speed: float = 1.0
     output_scale: float = 1.0
+    load: str = ""
     make: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """`make` only where there is one."""
-        return {name: value for name, value in asdict(self).items() if name != "make" or value}
+        """Without texts that are empty."""
+        return {name: value for name, value in asdict(self).items() if value != ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ class Runs:
         if replay not in self._asked:
             whole = _made(replay) if replay.make else read_trace(self._trace)
             changed = scaled(whole, replay.speed, output_scale=replay.output_scale)
+            if replay.load:
+                changed = LoadCurve.parse(replay.load).applied(changed)
             self._asked[replay] = list(itertools.islice(changed, replay.first))
         return self._asked[replay]
 

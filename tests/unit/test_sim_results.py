@@ -147,6 +147,13 @@ def test_a_row_may_be_faster_than_the_others():
     assert speeds == [2.0, 3.0]
 
 
+def test_a_load_that_changes_is_replayed_and_said(trace, tmp_path):
+    run = Run(SMALL, Replay(first=4, load="0:0.5,4:2"))
+    assert run.command().endswith("--first 4 --load 0:0.5,4:2")
+    found = outcome(Runs(trace, tmp_path / "kept"), run)
+    assert [request.at_s for request in found.requests] == [0.0, 2.0, 4.0, 4.5]
+
+
 def outcome(runs: Runs, run: Run) -> Outcome:
     found = runs.outcome(run)
     assert found is not None

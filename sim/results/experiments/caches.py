@@ -51,9 +51,11 @@ CACHES = Experiment(
     (
         _row(_MOST, Cache.GLOBAL, "lru", {CACHED: 37.5, GPU_S: 1.051}),
         _row(_MOST, Cache.LOCAL, "lru", {CACHED: 16.9, GPU_S: 1.379}),
+        _row(20_000, Cache.GLOBAL, "lru", {}),
+        _row(20_000, Cache.LOCAL, "lru", {}),
         *(
             _row(blocks, cache, eviction, {})
-            for blocks in (20_000, 10_000, 5_000)
+            for blocks in (10_000, 5_000)
             for cache, eviction in (
                 (Cache.GLOBAL, "lru"),
                 (Cache.GLOBAL, "lfu"),
