@@ -62,7 +62,7 @@ class ConductorConfig:
         False, "move workers that can do both between prefill and decode, as the load wants"
     )
     elastic_settle: float = option(
-        30.0, "with --elastic: seconds after such a change until its effect is judged"
+        15.0, "with --elastic: seconds after such a change until its effect is judged"
     )
     prefix_map_blocks: int = option(MAP_BLOCKS, "KV blocks whose holders are remembered at most")
     default_deadline: float = option(600.0, "seconds that a request may take at most")

@@ -22,9 +22,9 @@ from baton.types.fleet import Role
 class PlannerOptions:
     """Times in seconds."""
 
-    look_s: float = 2.0  # between two looks
-    average_s: float = 20.0  # time constant of the demands' averages
-    settle_s: float = 30.0  # after a move, until the next may be judged
+    look_s: float = 1.0  # between two looks
+    average_s: float = 10.0  # time constant of the demands' averages
+    settle_s: float = 15.0  # after a move, until the next may be judged
     agree: int = 3  # looks in a row that must want the same
     margin: float = 0.15  # share by which a move must lower the higher pressure
     at_ease: float = 0.5  # pressure below which nothing is moved
