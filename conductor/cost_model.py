@@ -88,14 +88,16 @@ class Route(NamedTuple):
     local: bool
 
 
-# Another worker's pool is read by RDMA, NVLink or shared memory; a disk adds its own time.
+# What good hardware does: another worker's pool is read by RDMA, NVLink or shared memory; a disk
+# adds its own time. An untried route is believed to be fast, because one that is believed to be
+# slow is never tried, and so never found out about. The first transfers put it right.
 TRANSFER_PRIORS: Mapping[Route, TransferCost] = {
-    Route(Tier.GPU, True): TransferCost(2e-3, 1 / 8e9),
-    Route(Tier.GPU, False): TransferCost(4e-3, 1 / 4e9),
-    Route(Tier.CPU, True): TransferCost(2e-3, 1 / 8e9),
-    Route(Tier.CPU, False): TransferCost(4e-3, 1 / 4e9),
-    Route(Tier.NVME, True): TransferCost(4e-3, 1 / 2e9),
-    Route(Tier.NVME, False): TransferCost(6e-3, 1 / 1.5e9),
+    Route(Tier.GPU, True): TransferCost(2e-3, 1 / 20e9),
+    Route(Tier.GPU, False): TransferCost(4e-3, 1 / 20e9),
+    Route(Tier.CPU, True): TransferCost(2e-3, 1 / 20e9),
+    Route(Tier.CPU, False): TransferCost(4e-3, 1 / 20e9),
+    Route(Tier.NVME, True): TransferCost(4e-3, 1 / 7e9),
+    Route(Tier.NVME, False): TransferCost(6e-3, 1 / 7e9),
 }
 HANDOFF_PRIOR = TransferCost(8e-3, 1 / 4e9)
 
