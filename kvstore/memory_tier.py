@@ -189,6 +189,11 @@ class MemoryTier:
             raise InternalError("A block was asked for its checksum that is not sealed.")
         return info
 
+    def parent_of(self, key: bytes) -> bytes:
+        """Of a READY block: the key before it in its chain, or NO_PARENT."""
+        put = self._unsealed.get(key)
+        return self.info(key).parent if put is None else put.parent
+
     @property
     def unsealed(self) -> int:
         """READY blocks that would not outlive this process."""

@@ -27,6 +27,7 @@ from baton.types.link import StartDecode, StartPrefill
 from baton.types.request import AttemptId
 from baton.worker.kv_news import KvNews
 from baton.worker.links import LinkServer
+from kvstore.format import NO_PARENT
 from kvstore.memory_tier import MemoryTier, SlotState
 from kvstore.store import Store
 
@@ -76,9 +77,11 @@ class StoreSink:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def reserve(self, keys: bytes, depth: int, pin_s: float | None) -> Sequence[Slot]:
+    async def reserve(
+        self, keys: bytes, depth: int, parent: bytes, pin_s: float | None
+    ) -> Sequence[Slot]:
         wanted = split(keys)
-        blocks = self._store.begin_puts(wanted, depth, pin_s)
+        blocks = self._store.begin_puts(wanted, depth, parent or NO_PARENT, pin_s)
         return [
             Slot(key, index, block)
             for index, (key, block) in enumerate(zip(wanted, blocks, strict=True))

@@ -3,6 +3,8 @@
     put       begin_puts -> the caller fills the slots -> commit_put -> found; sealed  CPU
     get       READY slots at once; blocks on NVMe are read into slots (promotion)      NVMe -> CPU
     demotion  ahead of need, the next victims of the CPU tier are written and freed    CPU -> NVMe
+              a chain is written from its beginning and freed from its end: whatever is
+              lost between the two, what is on NVMe can be used
     keep      a block that is pinned for a time is no victim; see kvstore/pins.py
 
 Nobody waits for room: when no slot is free, the next victim is evicted at once, and lost if it is
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +73,7 @@ class Store:
         threads = threads or ThreadPool(sealing.threads, "kvstore hash")
         self._sealer = Sealer(memory, threads, sealing)
         self._demoting: dict[bytes, asyncio.Task[None]] = {}
+        self._to_write: deque[bytes] = deque()  # a victim's chain, from its beginning on
 
     # Life
 
@@ -112,19 +116,23 @@ class Store:
     # Putting
 
     def begin_puts(
-        self, keys: Iterable[bytes], depth: int = 0, keep_s: float | None = None
+        self,
+        keys: Iterable[bytes],
+        depth: int = 0,
+        parent: bytes = NO_PARENT,
+        keep_s: float | None = None,
     ) -> list[int | None]:
         """Slots to fill with these blocks of one chain, one after the other; None where a block is
         not wanted, see Refusal. With `keep_s`, `keep` each of them, too.
 
-        `depth` blocks come before the first of them; what these are is not known.
+        `depth` blocks come before the first of them; the last of these has the key `parent`, if
+        that is known.
         The caller ends each slot by `commit_put` or `abort_put`, whatever happens.
         """
         now = asyncio.get_running_loop().time()
         self._pins.expire(now)
         behind = self._sealer.behind
         slots: list[int | None] = []
-        parent = NO_PARENT
         for key in keys:
             refusal = self._refusal(key) or (Refusal.PRESSURE if behind else None)
             slot = None if refusal else self._take_slot(key, depth, parent)
@@ -267,9 +275,30 @@ class Store:
                 return
             if victim in self._disk:
                 self._evict(victim, written=False)
-            else:
-                self._memory.pin(victim)
-                self._demoting[victim] = self._spawn(self._demote(self._disk, victim))
+                continue
+            key = self._next_to_write(victim)
+            if key is None:
+                return
+            self._memory.pin(key)
+            self._demoting[key] = self._spawn(self._demote(self._disk, key))
+
+    def _next_to_write(self, victim: bytes) -> bytes | None:
+        """The first block of the victim's chain that is not on NVMe nor on its way there."""
+        while True:
+            while self._to_write:
+                key = self._to_write.popleft()
+                if self._is_unwritten(key):
+                    return key
+            key = victim
+            while key in self._memory and not self._is_on_disk(key):
+                self._to_write.appendleft(key)
+                key = self._memory.parent_of(key)
+            if not any(self._is_unwritten(key) for key in self._to_write):
+                self._to_write.clear()
+                return None
+
+    def _is_unwritten(self, key: bytes) -> bool:
+        return key in self._memory and key not in self._demoting and not self._is_on_disk(key)
 
     async def _demote(self, disk: DiskTier, key: bytes) -> None:
         slot = self._memory.slot_of(key)

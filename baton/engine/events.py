@@ -35,10 +35,12 @@ class KvWanted:
 @dataclass(frozen=True, slots=True)
 class KvFilled:
     """Blocks that became full and can be found: logical blocks of one sequence from `first_block`
-    on, by their chained `keys`. They may have gone again when somebody looks."""
+    on, by their chained `keys`. They may have gone again when somebody looks. `parent` is the key
+    before the first of them, empty when that is the sequence's first block."""
 
     first_block: int
     keys: bytes
+    parent: bytes = b""
 
 
 class EngineListener(Protocol):

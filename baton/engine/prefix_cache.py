@@ -89,7 +89,8 @@ class PrefixCache:
         keys = self._keys(sequence, last)
         for index in range(first, last):
             self._pool.register(sequence.blocks[index], keys[index])
-        self._filled.append(KvFilled(first, b"".join(keys[first:last])))
+        parent = keys[first - 1] if first else b""
+        self._filled.append(KvFilled(first, b"".join(keys[first:last]), parent))
 
     def take_filled(self) -> tuple[KvFilled, ...]:
         """What was offered since the last call."""

@@ -112,6 +112,7 @@ def _offer_to_pb(value: Offer) -> pb.Offer:
         depth=value.depth,
         digests=value.digests,
         pin_s=value.pin_s,
+        parent=value.parent,
     )
 
 
@@ -123,4 +124,5 @@ def _offer_from_pb(message: pb.Offer) -> Offer:
         depth=message.depth,
         digests=tuple(message.digests),
         pin_s=message.pin_s if message.HasField("pin_s") else None,
+        parent=message.parent,
     )

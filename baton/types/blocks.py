@@ -52,7 +52,8 @@ class Ask:
 @dataclass(frozen=True, slots=True)
 class Offer:
     """`blocks[i]` of the sender's pool has keys[i], whose chain is `depth + i` blocks long before
-    it; all are leased until the store returns the loan. The store takes what it wants.
+    it; all are leased until the store returns the loan. The store takes what it wants. `parent` is
+    the key before the first one, empty when that is unknown or there is none.
 
     With `pin_s`, it is asked to keep all of them in its fastest tier that long, also those that it
     has already.
@@ -64,6 +65,7 @@ class Offer:
     depth: int = 0
     digests: tuple[bytes, ...] = ()
     pin_s: float | None = None
+    parent: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/blocks.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\xac\x01\n\x0b\x42locksHello\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\"\n\x06layout\x18\x03 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x05 \x01(\x0c\x12\x13\n\x0blease_ttl_s\x18\x06 \x01(\x01\x12\x1c\n\x14\x65xpected_incarnation\x18\x07 \x01(\t\"#\n\x03\x41sk\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"s\n\x05Offer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\r\n\x05\x64\x65pth\x18\x04 \x01(\r\x12\x0f\n\x07\x64igests\x18\x05 \x03(\x0c\x12\x12\n\x05pin_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_pin_s\"F\n\x04Lend\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x0f\n\x07\x64igests\x18\x04 \x03(\x0c\"(\n\x07LendEnd\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"\x1d\n\nRenewLoans\x12\x0f\n\x07numbers\x18\x01 \x03(\x04\"\x18\n\x06Return\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x1a\n\x08Returned\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x1d\n\x0bLoanExpired\x12\x0e\n\x06number\x18\x01 \x01(\x04\"S\n\rBlocksRefused\x12\x13\n\x06number\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\"\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x13.baton.v1.WireErrorB\t\n\x07_number\"\x92\x03\n\rBlocksMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.baton.v1.BlocksHelloH\x00\x12\x1c\n\x03\x61sk\x18\x02 \x01(\x0b\x32\r.baton.v1.AskH\x00\x12 \n\x05offer\x18\x03 \x01(\x0b\x32\x0f.baton.v1.OfferH\x00\x12\x1e\n\x04lend\x18\x04 \x01(\x0b\x32\x0e.baton.v1.LendH\x00\x12%\n\x08lend_end\x18\x05 \x01(\x0b\x32\x11.baton.v1.LendEndH\x00\x12%\n\x05renew\x18\x06 \x01(\x0b\x32\x14.baton.v1.RenewLoansH\x00\x12%\n\tgive_back\x18\x07 \x01(\x0b\x32\x10.baton.v1.ReturnH\x00\x12&\n\x08returned\x18\x08 \x01(\x0b\x32\x12.baton.v1.ReturnedH\x00\x12(\n\x07\x65xpired\x18\t \x01(\x0b\x32\x15.baton.v1.LoanExpiredH\x00\x12*\n\x07refused\x18\n \x01(\x0b\x32\x17.baton.v1.BlocksRefusedH\x00\x42\x06\n\x04kind2F\n\x06\x42locks\x12<\n\x04Pair\x12\x17.baton.v1.BlocksMessage\x1a\x17.baton.v1.BlocksMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/blocks.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\xac\x01\n\x0b\x42locksHello\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\"\n\x06layout\x18\x03 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x05 \x01(\x0c\x12\x13\n\x0blease_ttl_s\x18\x06 \x01(\x01\x12\x1c\n\x14\x65xpected_incarnation\x18\x07 \x01(\t\"#\n\x03\x41sk\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"\x83\x01\n\x05Offer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\r\n\x05\x64\x65pth\x18\x04 \x01(\r\x12\x0f\n\x07\x64igests\x18\x05 \x03(\x0c\x12\x12\n\x05pin_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06parent\x18\x07 \x01(\x0c\x42\x08\n\x06_pin_s\"F\n\x04Lend\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x0f\n\x07\x64igests\x18\x04 \x03(\x0c\"(\n\x07LendEnd\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"\x1d\n\nRenewLoans\x12\x0f\n\x07numbers\x18\x01 \x03(\x04\"\x18\n\x06Return\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x1a\n\x08Returned\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x1d\n\x0bLoanExpired\x12\x0e\n\x06number\x18\x01 \x01(\x04\"S\n\rBlocksRefused\x12\x13\n\x06number\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\"\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x13.baton.v1.WireErrorB\t\n\x07_number\"\x92\x03\n\rBlocksMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.baton.v1.BlocksHelloH\x00\x12\x1c\n\x03\x61sk\x18\x02 \x01(\x0b\x32\r.baton.v1.AskH\x00\x12 \n\x05offer\x18\x03 \x01(\x0b\x32\x0f.baton.v1.OfferH\x00\x12\x1e\n\x04lend\x18\x04 \x01(\x0b\x32\x0e.baton.v1.LendH\x00\x12%\n\x08lend_end\x18\x05 \x01(\x0b\x32\x11.baton.v1.LendEndH\x00\x12%\n\x05renew\x18\x06 \x01(\x0b\x32\x14.baton.v1.RenewLoansH\x00\x12%\n\tgive_back\x18\x07 \x01(\x0b\x32\x10.baton.v1.ReturnH\x00\x12&\n\x08returned\x18\x08 \x01(\x0b\x32\x12.baton.v1.ReturnedH\x00\x12(\n\x07\x65xpired\x18\t \x01(\x0b\x32\x15.baton.v1.LoanExpiredH\x00\x12*\n\x07refused\x18\n \x01(\x0b\x32\x17.baton.v1.BlocksRefusedH\x00\x42\x06\n\x04kind2F\n\x06\x42locks\x12<\n\x04Pair\x12\x17.baton.v1.BlocksMessage\x1a\x17.baton.v1.BlocksMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,24 +36,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BLOCKSHELLO']._serialized_end=231
   _globals['_ASK']._serialized_start=233
   _globals['_ASK']._serialized_end=268
-  _globals['_OFFER']._serialized_start=270
-  _globals['_OFFER']._serialized_end=385
-  _globals['_LEND']._serialized_start=387
-  _globals['_LEND']._serialized_end=457
-  _globals['_LENDEND']._serialized_start=459
-  _globals['_LENDEND']._serialized_end=499
-  _globals['_RENEWLOANS']._serialized_start=501
-  _globals['_RENEWLOANS']._serialized_end=530
-  _globals['_RETURN']._serialized_start=532
-  _globals['_RETURN']._serialized_end=556
-  _globals['_RETURNED']._serialized_start=558
-  _globals['_RETURNED']._serialized_end=584
-  _globals['_LOANEXPIRED']._serialized_start=586
-  _globals['_LOANEXPIRED']._serialized_end=615
-  _globals['_BLOCKSREFUSED']._serialized_start=617
-  _globals['_BLOCKSREFUSED']._serialized_end=700
-  _globals['_BLOCKSMESSAGE']._serialized_start=703
-  _globals['_BLOCKSMESSAGE']._serialized_end=1105
-  _globals['_BLOCKS']._serialized_start=1107
-  _globals['_BLOCKS']._serialized_end=1177
+  _globals['_OFFER']._serialized_start=271
+  _globals['_OFFER']._serialized_end=402
+  _globals['_LEND']._serialized_start=404
+  _globals['_LEND']._serialized_end=474
+  _globals['_LENDEND']._serialized_start=476
+  _globals['_LENDEND']._serialized_end=516
+  _globals['_RENEWLOANS']._serialized_start=518
+  _globals['_RENEWLOANS']._serialized_end=547
+  _globals['_RETURN']._serialized_start=549
+  _globals['_RETURN']._serialized_end=573
+  _globals['_RETURNED']._serialized_start=575
+  _globals['_RETURNED']._serialized_end=601
+  _globals['_LOANEXPIRED']._serialized_start=603
+  _globals['_LOANEXPIRED']._serialized_end=632
+  _globals['_BLOCKSREFUSED']._serialized_start=634
+  _globals['_BLOCKSREFUSED']._serialized_end=717
+  _globals['_BLOCKSMESSAGE']._serialized_start=720
+  _globals['_BLOCKSMESSAGE']._serialized_end=1122
+  _globals['_BLOCKS']._serialized_start=1124
+  _globals['_BLOCKS']._serialized_end=1194
 # @@protoc_insertion_point(module_scope)

@@ -34,20 +34,22 @@ class Ask(_message.Message):
     def __init__(self, number: _Optional[int] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("number", "keys", "blocks", "depth", "digests", "pin_s")
+    __slots__ = ("number", "keys", "blocks", "depth", "digests", "pin_s", "parent")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DEPTH_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     PIN_S_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     number: int
     keys: bytes
     blocks: _containers.RepeatedScalarFieldContainer[int]
     depth: int
     digests: _containers.RepeatedScalarFieldContainer[bytes]
     pin_s: float
-    def __init__(self, number: _Optional[int] = ..., keys: _Optional[bytes] = ..., blocks: _Optional[_Iterable[int]] = ..., depth: _Optional[int] = ..., digests: _Optional[_Iterable[bytes]] = ..., pin_s: _Optional[float] = ...) -> None: ...
+    parent: bytes
+    def __init__(self, number: _Optional[int] = ..., keys: _Optional[bytes] = ..., blocks: _Optional[_Iterable[int]] = ..., depth: _Optional[int] = ..., digests: _Optional[_Iterable[bytes]] = ..., pin_s: _Optional[float] = ..., parent: _Optional[bytes] = ...) -> None: ...
 
 class Lend(_message.Message):
     __slots__ = ("number", "first", "blocks", "digests")

@@ -19,7 +19,9 @@ from baton.types.request import AttemptId, AttemptOutput, GenerationTask
 class PromptPins:
     """Belongs to the event loop. `offer` is `Offers.offer`."""
 
-    def __init__(self, layout: KvLayout, offer: Callable[[bytes, int, float | None], None]) -> None:
+    def __init__(
+        self, layout: KvLayout, offer: Callable[[bytes, int, bytes, float | None], None]
+    ) -> None:
         self._layout = layout
         self._offer = offer
         self._tasks: dict[AttemptId, GenerationTask] = {}
@@ -47,4 +49,4 @@ class PromptPins:
         )
         keys = b"".join(block_keys(root, task.prompt, layout.block_size))
         if keys:
-            self._offer(keys, 0, task.cache_pin_s)
+            self._offer(keys, 0, b"", task.cache_pin_s)

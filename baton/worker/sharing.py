@@ -122,7 +122,7 @@ class Sharing:
     def on_kv_filled(self, filled: tuple[KvFilled, ...]) -> None:
         if self._offers is not None:
             for one in filled:
-                self._offers.offer(one.keys, one.first_block)
+                self._offers.offer(one.keys, one.first_block, one.parent)
 
     def on_outputs(self, outputs: tuple[AttemptOutput, ...]) -> None:
         if self._pins is not None:

@@ -128,6 +128,7 @@ async def greet(
         Ask(1, b"short"),
         Offer(1, key(1), ()),
         Offer(1, key(1), (1, 2)),
+        Offer(1, key(1), (1,), parent=b"short"),
         Offer(1, key(1), (1,), 0, (b"", b"")),
         Lend(1, 0, (1,)),
         LendEnd(1, 0),

@@ -307,7 +307,7 @@ async def _against_borrower(script: Script) -> None:
         w.network.add_blocks("evil:1", Says(script, _blocks))
         offers = w.offers(worker, evil.peer)
         offers.offer(keys(1, 2), 0)
-        offers.offer(keys(3), 2, 60.0)
+        offers.offer(keys(3), 2, keys(2), 60.0)
         borrowed = [
             asyncio.create_task(
                 worker.borrower.borrow(evil.peer, keys(*wanted), place, timeout_s=60)

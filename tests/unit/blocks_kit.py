@@ -73,6 +73,7 @@ class Pool:
     reserved: set[Slot] = field(default_factory=set)
     committed: list[int] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
+    parents: list[bytes] = field(default_factory=list)  # of what was reserved
     pins: list[tuple[int, float]] = field(default_factory=list)  # that were asked for
 
     def block(self, number: int) -> Bytes:
@@ -111,7 +112,10 @@ class Pool:
                 self.held = {n: b for n, b in self.held.items() if b != block}
                 self.block(block)[:] = 0
 
-    async def reserve(self, keys: bytes, depth: int, pin_s: float | None) -> Sequence[Slot]:
+    async def reserve(
+        self, keys: bytes, depth: int, parent: bytes, pin_s: float | None
+    ) -> Sequence[Slot]:
+        self.parents.append(parent)
         if pin_s is not None:
             self.pins += [(number, pin_s) for number in split(keys)]
         await asyncio.sleep(self.reserve_s)

@@ -212,9 +212,11 @@ class Rig:
     def put(self, key: bytes, depth: int = 0) -> bool:
         return bool(self.put_many([key], depth))
 
-    def put_many(self, keys: Sequence[bytes], depth: int = 0) -> list[bytes]:
+    def put_many(
+        self, keys: Sequence[bytes], depth: int = 0, parent: bytes = NO_PARENT
+    ) -> list[bytes]:
         """Blocks of one chain; those that were wanted."""
-        slots = self.store.begin_puts(keys, depth)
+        slots = self.store.begin_puts(keys, depth, parent)
         wanted = [(key, slot) for key, slot in zip(keys, slots, strict=True) if slot is not None]
         for key, slot in wanted:
             self.memory.view(slot)[:] = payload_of(key)

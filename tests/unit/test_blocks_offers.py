@@ -24,8 +24,9 @@ async def test_a_store_hears_how_long_blocks_are_to_stay() -> None:
         store.pool.put(1)
         offers = w.offers(worker, store.peer)
         offers.offer(keys(1, 2), 0, pin_s=60.0)
-        offers.offer(key(3), 2)
+        offers.offer(key(3), 2, key(2))
         await asyncio.sleep(1)
+        assert store.pool.parents == [b"", key(2)]
         assert store.pool.pins == [(1, 60.0), (2, 60.0)]
         assert sorted(store.pool.committed) == [2, 3]
 
@@ -38,7 +39,7 @@ def test_a_pin_of_no_sense_ends_the_stream(pin_s: float) -> None:
             store, worker = await w.side("s", takes=True), await w.side("w")
             worker.pool.put(1)
             offers = w.offers(worker, store.peer)
-            offers.offer(key(1), 0, pin_s)
+            offers.offer(key(1), 0, pin_s=pin_s)
             await asyncio.sleep(1)
             assert offers.counts.failed == 1
             assert store.pool.committed == []
@@ -92,6 +93,8 @@ async def test_blocks_that_are_gone_when_their_turn_comes_are_left_out() -> None
         assert (offers.counts.read, offers.counts.gone) == (1, 1)
         with pytest.raises(InternalError):
             offers.offer(b"short", 0)
+        with pytest.raises(InternalError):
+            offers.offer(key(2), 1, b"short")
 
 
 @virtual_time

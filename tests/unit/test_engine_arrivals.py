@@ -75,6 +75,15 @@ async def test_hits_of_the_own_pool_come_first_and_the_last_token_is_computed() 
         assert (await rig.heard.finish(X)).cached_tokens == 2 * BLOCK
 
 
+async def test_pieces_of_a_prompt_are_offered_with_the_key_before_them():
+    async with running(make_rig(max_batch_tokens=8)) as rig:
+        rig.engine.submit(make_task("x", prompt_len=14))
+        await rig.heard.finish(X)
+        first, second = rig.heard.filled[:2]
+        assert (first.first_block, len(first.keys), first.parent) == (0, 32, b"")
+        assert (second.first_block, second.parent) == (2, first.keys[16:])
+
+
 async def test_what_arrived_can_be_found_and_lent() -> None:
     async with running(make_rig()) as rig:
         task = make_task("x", prompt_len=14)

@@ -85,6 +85,27 @@ async def test_puts_that_are_faster_than_nvme_lose_blocks_but_never_wait(tmp_pat
         assert rig.store.stats.demoted > 0
 
 
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 1.0])
+@virtual_time
+async def test_what_is_lost_leaves_no_holes(tmp_path: Path, seconds: float) -> None:
+    """Chains come in two pieces each, faster than NVMe takes them."""
+    options = disk_options(tmp_path, records=64)
+    rig = make_rig(Areas.of(24), options, threads=InlineThreads(seconds))
+    chains = [chain_of(10 * n + 1, 10) for n in range(12)]
+    async with running(rig):
+        for keys in chains:
+            rig.put_many(keys[:6])
+            await asyncio.sleep(0.4)
+            rig.put_many(keys[6:], depth=6, parent=keys[5])
+            await asyncio.sleep(0.4)
+        await rig.store.settle()
+        assert rig.store.stats.lost > 0
+        assert rig.disk is not None and len(rig.disk) > 0
+        for keys in chains:
+            there = [key for key in keys if key in rig.memory or key in rig.disk]
+            assert len(rig.store.lookup(keys)) == len(there)
+
+
 @virtual_time
 async def test_a_block_that_is_demoted_stays_readable_and_stays_when_it_is_used(
     tmp_path: Path,

@@ -129,7 +129,7 @@ async def test_a_request_that_is_cancelled_first_pins_nothing() -> None:
 
 @pytest.mark.parametrize("prompt_len", [LAYOUT.block_size - 1, 3 * LAYOUT.block_size])
 def test_full_blocks_are_offered_once(prompt_len: int) -> None:
-    offered: list[tuple[bytes, int, float | None]] = []
+    offered: list[tuple[bytes, int, bytes, float | None]] = []
     pins = PromptPins(LAYOUT, lambda *args: offered.append(args))
     task = replace(make_task("x", prompt_len=prompt_len), cache_pin_s=5.0)
     other = make_task("y", prompt_len=40)  # asks for no pin
@@ -143,4 +143,4 @@ def test_full_blocks_are_offered_once(prompt_len: int) -> None:
     pins.on_outputs(outputs)
     pins.on_outputs(outputs)
     keys = b"".join(keys_of(task))
-    assert offered == ([(keys, 0, 5.0)] if keys else [])
+    assert offered == ([(keys, 0, b"", 5.0)] if keys else [])

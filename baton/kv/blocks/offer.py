@@ -63,15 +63,18 @@ class Offers:
         self._waiting = asyncio.Event()  # something is in the queue
         self._greeted = False
 
-    def offer(self, keys: bytes, depth: int, pin_s: float | None = None) -> None:
+    def offer(
+        self, keys: bytes, depth: int, parent: bytes = b"", pin_s: float | None = None
+    ) -> None:
         """The blocks of chained `keys` (16 bytes each) are complete; `depth` blocks come before the
-        first of them; the store is asked to pin them for `pin_s`. Never waits."""
-        if not keys or len(keys) % KEY_BYTES:
-            raise InternalError(f"{len(keys)} bytes of keys were offered")
+        first of them, the last of which has the key `parent` (empty: unknown, or there is none);
+        the store is asked to pin them for `pin_s`. Never waits."""
+        if not keys or len(keys) % KEY_BYTES or len(parent) not in (0, KEY_BYTES):
+            raise InternalError(f"{len(keys)} bytes of keys behind {len(parent)} were offered")
         if len(self._queue) >= self._options.max_queued_offers:
             self._queue.popleft()
             self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
-        self._queue.append(_Blocks(keys, depth, pin_s))
+        self._queue.append(_Blocks(keys, depth, parent, pin_s))
         self._waiting.set()
 
     async def run(self) -> None:
@@ -143,7 +146,15 @@ class Offers:
         )
         keys = offered.keys[: len(blocks) * KEY_BYTES]
         offer.session.say(
-            Offer(offer.number, keys, tuple(blocks), offered.depth, digests, offered.pin_s)
+            Offer(
+                offer.number,
+                keys,
+                tuple(blocks),
+                offered.depth,
+                digests,
+                offered.pin_s,
+                offered.parent,
+            )
         )
         return True
 
@@ -162,6 +173,7 @@ class Offers:
 class _Blocks:
     keys: bytes
     depth: int
+    parent: bytes
     pin_s: float | None
 
 

@@ -41,9 +41,12 @@ class Sink(Protocol):
     """Who takes blocks: a store's fastest tier. Every slot that it has reserved is committed or
     aborted, exactly once, on the event loop; both must not raise."""
 
-    async def reserve(self, keys: bytes, depth: int, pin_s: float | None) -> Sequence[Slot]:
+    async def reserve(
+        self, keys: bytes, depth: int, parent: bytes, pin_s: float | None
+    ) -> Sequence[Slot]:
         """Slots for those of `keys` that are wanted; nobody else writes into them. Gives back what
-        it has reserved so far when it is cancelled or raises. With `pin_s`, all of `keys` should
+        it has reserved so far when it is cancelled or raises. `depth` blocks come before them, and
+        `parent` is the key of the last of these, or empty. With `pin_s`, all of `keys` should
         stay that long: those that are there, and those that get slots."""
 
     def commit(self, slot: Slot) -> None:
@@ -84,6 +87,10 @@ class Taker:
             raise InvalidRequest(
                 f"{self._session.key} offered {count} blocks with {len(offer.digests)} digests"
             )
+        if len(offer.parent) not in (0, KEY_BYTES):
+            raise InvalidRequest(
+                f"{self._session.key} offered blocks behind a key of {len(offer.parent)} bytes"
+            )
         if offer.pin_s is not None and not 0 < offer.pin_s <= MAX_PIN_S:
             raise InvalidRequest(f"{self._session.key} asked for a pin of {offer.pin_s} s")
         if len(self.inboxes) >= self._options.max_loans:
@@ -98,7 +105,9 @@ class Taker:
         try:
             with self.inboxes.open(offer.number) as inbox:
                 async with asyncio.timeout(self._options.take_timeout_s):
-                    slots = await self._sink.reserve(offer.keys, offer.depth, offer.pin_s)
+                    slots = await self._sink.reserve(
+                        offer.keys, offer.depth, offer.parent, offer.pin_s
+                    )
                 if slots:
                     await self._fill(offer, slots, inbox)
                     return
