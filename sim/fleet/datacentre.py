@@ -148,8 +148,10 @@ class Datacentre:
     async def _start_store(self, name: str, node: str) -> None:
         spec, identity = self.spec, Identity(name, "1", self._layout)
         transport = await self._transport(name, Place(node, host=True))
-        slots = spec.store_blocks
-        store, service = await make_store(identity, transport, slots, spec.eviction, LEASE_TTL_S)
+        slots, carry = spec.store_blocks, partial(self.hardware.carry_nvme, node)
+        store, service = await make_store(
+            identity, transport, slots, spec.eviction, LEASE_TTL_S, spec.nvme_blocks, carry
+        )
         self._network.add_worker(name, service.links)
         self._network.add_blocks(name, service.blocks)
         info = store_info(identity, spec.model, node, slots)

@@ -35,6 +35,7 @@ _HELP = {
     "cache": "KV of earlier prompts: none, each node its own, or read from every node",
     "kv_blocks": "of 512 tokens in a worker's pool; 0: what the node has room for",
     "store_blocks": "of 512 tokens in each node's CPU tier; 0: no CPU tier",
+    "nvme_blocks": "of 512 tokens in each node's NVMe tier; 0: no NVMe tier",
     "eviction": "of the CPU tier",
     "admission": "early rejection by what a worker was given, what decodes now, or is predicted to",
     "local_tokens": "most that a decode worker prefills itself; -1: where costs say so",

@@ -1,7 +1,8 @@
 """What the modelled machines cost: steps, room for KV, and the links between and inside of them.
 
 A read crosses the NICs of both nodes when these are different, and the host's link to its GPUs
-where one end is in CPU memory and the other is not.
+where one end is in CPU memory and the other is not. Between the CPU tier of a node and its NVMe
+there are drives, which have a rate for reads and one for writes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Hardware:
     def __init__(self, spec: FleetSpec) -> None:
         self._model = model_named(spec.model)
         self._grain = spec.grain
+        self._nvme_bytes_per_s: dict[str, float] = {}
         self.cost: StepCost
         self.machine: OneMachine | None = None  # that all nodes are on, if they are on one
         if spec.node.startswith(PREFIX):
@@ -52,6 +54,8 @@ class Hardware:
             if found.serving is not None and not spec.network_gbps:
                 self.cost = ServedCost(found.runner, found.serving.overheads)
                 self.machine = OneMachine(found.serving, spec.prefill, spec.decode)
+            if spec.nvme_blocks:
+                raise ConfigError(f"{spec.node} says nothing of NVMe: leave out --nvme-blocks")
         else:
             node = machine_named(spec.node)
             if spec.network_gbps:
@@ -62,6 +66,11 @@ class Hardware:
             self.kv_blocks = spec.kv_blocks or room
             self._nic_bytes_per_s = node.nic_bytes_per_s
             self._host_bytes_per_s = node.pcie_bytes_per_s
+            if spec.nvme_blocks:
+                self._nvme_bytes_per_s = {
+                    "read": node.nvme_read_bytes_per_s,
+                    "write": node.nvme_write_bytes_per_s,
+                }
         overhead = OVERHEADS[spec.overheads]
         if overhead is not None:
             self.cost = WithOverhead(self.cost, overhead)
@@ -74,6 +83,8 @@ class Hardware:
         for direction in ("out", "in"):
             self._add(_nic(node, direction), self._nic_bytes_per_s)
             self._add(_host(node, direction), self._host_bytes_per_s)
+        for operation, rate in self._nvme_bytes_per_s.items():
+            self._add(_nvme(node, operation), rate)
 
     def _add(self, link: str, bytes_per_s: float) -> None:
         self._links.add(link, bytes_per_s)
@@ -112,6 +123,13 @@ class Hardware:
             path += [_nic(source.node, "out"), _nic(reader.node, "in")]
         await self._links.transfer(path, nbytes)
 
+    async def carry_nvme(self, node: str, read: int, written: int) -> None:
+        """So many blocks, read from the node's drives and written to them."""
+        for operation, blocks in (("read", read), ("write", written)):
+            if blocks:
+                nbytes = blocks * self.layout.block_bytes
+                await self._links.transfer([_nvme(node, operation)], nbytes)
+
     def moved(self) -> dict[str, float]:
         """Bytes over each link so far."""
         return {name: self._links.moved(name) for name in self._names}
@@ -124,3 +142,8 @@ def _nic(node: str, direction: str) -> str:
 def _host(node: str, direction: str) -> str:
     """`in`: into the GPUs."""
     return f"{node} host {direction}"
+
+
+def _nvme(node: str, operation: str) -> str:
+    """`read`: from the drives."""
+    return f"{node} NVMe {operation}"

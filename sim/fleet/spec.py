@@ -46,6 +46,7 @@ class FleetSpec:
     cache: Cache = Cache.GLOBAL
     kv_blocks: int = 0  # of a worker's pool; 0: what the node has room for
     store_blocks: int = 0  # of the CPU tier of each node that computes prompts; 0: there is none
+    nvme_blocks: int = 0  # of the NVMe tier behind it; 0: there is none
     eviction: str = "lru"  # of the CPU tier
     admission: Admission = Admission.OFF
     slo_ttft_s: float = 30.0
@@ -66,6 +67,8 @@ class FleetSpec:
             raise ConfigError(f"a cluster is nP+mD or nM, as 8P+8D or 16M, not {self.cluster!r}")
         if self.grain < 1 or BLOCK_TOKENS % self.grain or self.grain > BLOCK_TOKENS // 2:
             raise ConfigError(f"the grain must divide {BLOCK_TOKENS // 2}, not be {self.grain}")
+        if self.nvme_blocks and not self.store_blocks:
+            raise ConfigError("an NVMe tier is behind a CPU tier: give it --store-blocks")
         if self.chunk_tokens < self.grain:
             raise ConfigError(f"a chunk has {self.grain} tokens (--grain) or more")
         if self.elastic and not (self.prefill and self.prefill + self.decode > 2):

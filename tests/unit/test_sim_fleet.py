@@ -187,6 +187,35 @@ def test_what_a_small_pool_forgets_comes_from_the_stores(cache):
     assert bool(crossed) is (cache is Cache.GLOBAL)
 
 
+def test_what_a_small_cpu_tier_forgets_comes_from_nvme_at_its_rate():
+    """Twelve prompts of 19 blocks and a half, each asked twice: 228 blocks, of which GPU and CPU
+    memory keep 144."""
+    twice = [
+        Request(5.0 * n, 10_000, 20, tuple(range(20 * (n % 12), 20 * (n % 12) + 20)))
+        for n in range(24)
+    ]
+    sizes = {"kv_blocks": 24, "store_blocks": 120, "cache": Cache.LOCAL}
+    without = run("1M", twice, **sizes)
+    result = run("1M", twice, nvme_blocks=400, **sizes)
+    assert without.totals["cached_share"] == 0 < 0.4 < result.totals["cached_share"]
+    table, moved = result.links, {}
+    for way in ("read", "write"):
+        moved[way] = table.column("bytes")[table.where("link", f"m0 NVMe {way}")].sum()
+    block = 512 * 327680
+    assert moved["write"] >= 100 * block
+    assert moved["read"] >= 8 * 15 * block
+    assert result.totals["fetch_s"]["max"] > 19 * block / (4 * 6.8e9) > 0.1
+
+
+def test_an_nvme_tier_needs_a_cpu_tier_and_known_drives():
+    with pytest.raises(ConfigError, match="--store-blocks"):
+        FleetSpec("1P+1D", nvme_blocks=8)
+    node = f"calibrated:{ROOT / 'docs' / 'results' / 'engine-qwen3-0.6b.json'}"
+    sizes = {"kv_blocks": 64, "store_blocks": 64, "nvme_blocks": 64}
+    with pytest.raises(ConfigError, match="--nvme-blocks"):
+        Hardware(FleetSpec("1P+1D", model="qwen3-0.6b", node=node, network_gbps=10, **sizes))
+
+
 def test_a_calibrated_machine_has_no_links_of_its_own():
     node = f"calibrated:{ROOT / 'docs' / 'results' / 'engine-qwen3-0.6b.json'}"
     with pytest.raises(ConfigError, match="network-gbps"):
