@@ -17,10 +17,12 @@ from bench.wire import Event, ResponseParser, WireError, read_event
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A prompt of token ids, answered with exactly `output_tokens` tokens, greedily."""
+    """A prompt of token ids, answered with exactly `output_tokens` tokens, greedily. `request_id`
+    is for baton, whose conductor keeps a trace under it."""
 
     prompt: tuple[int, ...]
     output_tokens: int
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Target:
             body["prompt"] = list(ask.prompt)
             body["ignore_eos"] = True
             body["stream_options"] = {"include_usage": True}
+        if ask.request_id:
+            body["request_id"] = ask.request_id
         content = orjson.dumps(body)
         head = (
             f"POST /v1/completions HTTP/1.1\r\nhost: {self.host}:{self.port}\r\n"

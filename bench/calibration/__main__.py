@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import shlex
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.cpus import available_cpus
-from bench.calibration.cluster import serving
+from bench.calibration.cluster import Cluster, serving
 from bench.calibration.engines import measure_beside, measure_engine
 from bench.calibration.load import OUTPUTS, PROMPTS, Group, Planned, poisson
 from bench.calibration.overheads import Lone, fit_overheads
@@ -33,6 +34,7 @@ from bench.calibration.predict import predict, spec_of
 from bench.calibration.results import Row, Seen, as_markdown, rows
 from bench.environments import CACHE
 from bench.machine import describe, exclusively, revision
+from bench.process import busy_s
 from bench.shapes import SHAPES
 from sim.costs.calibrate import calibrated
 from sim.costs.compute import Prefill
@@ -100,7 +102,7 @@ def _with_serving(found: dict[str, Any], place: Path) -> dict[str, Any]:
 async def _measure(
     options: argparse.Namespace, planned: Sequence[Planned], model: Path, say: Say
 ) -> dict[str, list[dict[str, Any]]]:
-    """By cluster, what clients saw in each run, and what its processes took of the CPUs."""
+    """By cluster, what became of each run."""
     seen: dict[str, list[dict[str, Any]]] = {}
     for name in options.clusters.split(","):
         counts = [int(count) for count in re.findall(r"\d+", name)]
@@ -110,13 +112,23 @@ async def _measure(
             await cluster.replay(warm_up, options.seed + 2000)
             for number in range(options.repeat):
                 say(f"{name}, run {number + 1}: {planned[-1].at_s:.0f} s")
-                before = cluster.cpu_s()
-                outcomes = await cluster.replay(planned, options.seed + number)
-                used = {role: cpu_s - before[role] for role, cpu_s in cluster.cpu_s().items()}
-                late_s = max(outcome.late_s for outcome in outcomes)
-                told = Seen.of(outcomes).as_json() | {"cpu_s": used, "max_late_s": late_s}
-                seen.setdefault(name, []).append(told)
+                run = await _run(cluster, planned, f"{options.seed}-{number}")
+                seen.setdefault(name, []).append(run)
     return seen
+
+
+async def _run(cluster: Cluster, planned: Sequence[Planned], seed: str) -> dict[str, Any]:
+    """What clients saw, and CPU seconds by role and of everything else on the machine."""
+    cores = range(os.cpu_count() or 1)
+    before, busy = cluster.cpu_s(), busy_s(cores)
+    outcomes = await cluster.replay(planned, seed)
+    used = {role: seconds - before[role] for role, seconds in cluster.cpu_s().items()}
+    used["others"] = busy_s(cores) - busy - sum(used.values())
+    return Seen.of(outcomes).as_json() | {
+        "cpu_s": {role: round(seconds, 3) for role, seconds in used.items()},
+        "max_late_s": round(max(outcome.late_s for outcome in outcomes), 6),
+        "ttft_parts": await cluster.ttft_parts(seed, len(planned)),
+    }
 
 
 async def _all(options: argparse.Namespace, model: Path, place: Path, say: Say) -> dict[str, Any]:
@@ -151,8 +163,8 @@ def _predicted(told: dict[str, Any], shape: str, place: Path, say: Say) -> list[
     told["predicted"] = {}
     for name, runs in told["measured"].items():
         say(f"{name} in the simulator")
-        found = predict(spec_of(name, shape, place), planned)
-        told["predicted"][name] = found.as_json()
+        found, parts = predict(spec_of(name, shape, place), planned)
+        told["predicted"][name] = found.as_json() | {"ttft_parts": parts}
         table += rows(name, [Seen.from_json(run) for run in runs], found)
     told["table"] = [{**asdict(row), "error": row.error, "noise": row.noise} for row in table]
     return table

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.bench.stats import Outcome
+from baton.bench.timelines import STAGES, ttft_parts
 from baton.cli.plan import new_environ
 from baton.client.http import Client
-from bench.calibration.load import Group, Planned, asks
+from baton.errors import BatonError
+from bench.calibration.load import Group, Planned, asks, name_of
 from bench.calibration.overheads import Lone
+from bench.calibration.results import timings
 from bench.client import Target, complete
 
 _START_S = 300.0
@@ -51,22 +54,27 @@ class Cluster:
                 tasks.append(group.create_task(answer))
         return [task.result() for task in tasks]
 
+    async def ttft_parts(self, seed: object, count: int) -> dict[str, float]:
+        """Mean seconds of each stage of a replay, as the conductor's traces tell them; empty when
+        it has forgotten one."""
+        try:
+            async with Client(f"{self.target.host}:{self.target.port}") as client:
+                found = [ttft_parts(await client.trace(name_of(seed, n))) for n in range(count)]
+        except BatonError:
+            return {}
+        known = [parts for parts in found if parts]
+        return {stage: _mean([parts[stage] for parts in known]) for stage in STAGES}
+
     async def alone(self, groups: Sequence[Group], seed: int) -> list[Lone]:
         """One group of equal requests after the other, each with what it took."""
-        return [await self._group(group, f"{seed}/{n}") for n, group in enumerate(groups)]
+        return [await self._group(group, f"{seed}-{n}") for n, group in enumerate(groups)]
 
     async def _group(self, group: Group, seed: str) -> Lone:
         planned = [Planned(0.0, group.prompt, group.output)] * group.together
         before = self.cpu_s()
-        seen = [
-            outcome.timing
-            for outcome in await self.replay(planned, seed)
-            if outcome.timing is not None
-        ]
+        seen = timings(await self.replay(planned, seed))
         await asyncio.sleep(_SETTLE_S)
         used = {role: seconds - before[role] for role, seconds in self.cpu_s().items()}
-        if len(seen) < len(planned):
-            raise SystemExit("a request failed")
         first = [timing.itl_s[0] for timing in seen if timing.itl_s]
         later = [gap for timing in seen for gap in timing.itl_s[1:]]
         return Lone(
@@ -86,6 +94,10 @@ class Cluster:
         used = {role: sum(map(_cpu_s, pids)) for role, pids in self.pids.items()}
         used["front"] += _cpu_s(os.getpid())
         return used
+
+
+def _mean(samples: Sequence[float]) -> float:
+    return statistics.fmean(samples) if samples else 0.0
 
 
 def _cpu_s(pid: int) -> float:

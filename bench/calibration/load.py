@@ -43,10 +43,17 @@ def poisson(requests: int, rate_per_s: float, seed: int) -> list[Planned]:
 
 
 def asks(planned: Sequence[Planned], vocabulary: int, seed: object) -> list[Ask]:
-    """Random tokens: nothing is in any cache."""
+    """Random tokens: nothing is in any cache. Requests are called as `name_of` says."""
     draw = random.Random(f"prompts {seed}")
     words = range(FIRST_WORD, vocabulary)
-    return [Ask(tuple(draw.choices(words, k=one.prompt)), one.output) for one in planned]
+    return [
+        Ask(tuple(draw.choices(words, k=one.prompt)), one.output, name_of(seed, number))
+        for number, one in enumerate(planned)
+    ]
+
+
+def name_of(seed: object, number: int) -> str:
+    return f"{seed}-{number}"
 
 
 def requests(planned: Sequence[Planned]) -> list[Request]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from bench.calibration.cluster import KV_MIB
 from bench.calibration.load import Planned, requests
 from bench.calibration.results import Seen
@@ -32,17 +34,23 @@ def spec_of(cluster: str, shape: str, calibration: Path) -> FleetSpec:
     )
 
 
-def predict(spec: FleetSpec, planned: Sequence[Planned]) -> Seen:
-    """Raises SystemExit when a simulated request fails."""
+def predict(spec: FleetSpec, planned: Sequence[Planned]) -> tuple[Seen, dict[str, float]]:
+    """What clients see, and mean seconds of what a first token waits for, as `ttft_parts` of a
+    replay. Raises SystemExit when a simulated request fails."""
     result = simulate(spec, iter(requests(planned)), {})
     records = result.records
     if not records.where("code", OK).all():
         raise SystemExit(f"simulated requests failed: {result.totals['codes']}")
+    parts = {
+        stage: float(np.nanmean(records.column(f"{stage}_s")))
+        for stage in ("queue", "fetch", "prefill")
+    }
     order = records.column("index").argsort()
-    return Seen(
+    seen = Seen(
         tuple(float(ttft) for ttft in records.column("ttft_s")[order]),
         tuple(
             None if math.isnan(tpot) else float(tpot)
             for tpot in records.column("tbt_mean_s")[order]
         ),
     )
+    return seen, parts

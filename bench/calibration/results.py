@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from baton.bench.stats import Outcome, percentile
+from baton.client.timing import Timing
 
 FIGURES = ("mean TTFT", "p90 TTFT", "mean TPOT", "p90 TPOT")
 
@@ -22,12 +23,9 @@ class Seen:
     @classmethod
     def of(cls, outcomes: Sequence[Outcome]) -> Seen:
         """Raises SystemExit for a run in which a request failed."""
-        timings = [outcome.timing for outcome in outcomes if outcome.timing is not None]
-        if len(timings) < len(outcomes):
-            error = next(outcome.error for outcome in outcomes if outcome.error is not None)
-            raise SystemExit(f"{len(outcomes) - len(timings)} requests failed: {error}")
+        found = timings(outcomes)
         return cls(
-            tuple(timing.ttft_s for timing in timings), tuple(timing.tpot_s for timing in timings)
+            tuple(timing.ttft_s for timing in found), tuple(timing.tpot_s for timing in found)
         )
 
     def figures(self) -> dict[str, float]:
@@ -69,6 +67,15 @@ class Row:
     @property
     def mean(self) -> float:
         return math.fsum(self.measured) / len(self.measured)
+
+
+def timings(outcomes: Sequence[Outcome]) -> list[Timing]:
+    """Raises SystemExit when a request failed."""
+    found = [outcome.timing for outcome in outcomes if outcome.timing is not None]
+    if len(found) < len(outcomes):
+        error = next(outcome.error for outcome in outcomes if outcome.error is not None)
+        raise SystemExit(f"{len(outcomes) - len(found)} requests failed: {error}")
+    return found
 
 
 def rows(cluster: str, measured: Sequence[Seen], predicted: Seen) -> Iterator[Row]:
