@@ -55,6 +55,10 @@ In = TypeVar("In")
 
 log = logging.getLogger("baton.rpc")
 
+LIVE = "live"
+"""What a liveness probe asks the health service for: SERVING as long as the event loop answers. A
+process that no conductor knows for the moment is not ready, and is not to be killed for it."""
+
 WIND_UP_S = 10.0  # how long a service may clean up after its stream has ended
 INTERNAL_SERVICES = (
     "/baton.v1.Worker/",
@@ -124,6 +128,7 @@ class RpcServer:
             ) from error
         await self.grpc.start()
         await self.set_ready(False)
+        await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
         return f"{host}:{port}"
 
     async def set_ready(self, ready: bool) -> None:

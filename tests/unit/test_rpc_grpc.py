@@ -19,7 +19,7 @@ from baton.rpc.grpc_client import (
     GrpcHandoffDialer,
     GrpcWorkerDialer,
 )
-from baton.rpc.grpc_server import RpcServer
+from baton.rpc.grpc_server import LIVE, RpcServer
 from baton.rpc.services import Duplex
 from baton.types.blocks import Ask, BlocksMessage, LendEnd
 from baton.types.fleet import FleetLease, KvLayout, Role, WorkerInfo, WorkerLoad
@@ -372,4 +372,17 @@ async def test_health_follows_readiness_and_needs_no_token() -> None:
         assert (await stub.Check(request)).status == status.NOT_SERVING
         await server.set_ready(True)
         assert (await stub.Check(request)).status == status.SERVING
+    await server.stop(0.1)
+
+
+async def test_a_server_lives_from_its_start_whether_or_not_it_is_ready() -> None:
+    server = RpcServer("127.0.0.1:0", TOKEN)
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        live = health_pb2.HealthCheckRequest(service=LIVE)
+        for ready in (False, True, False):
+            await server.set_ready(ready)
+            answer = await stub.Check(live)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
     await server.stop(0.1)
