@@ -27,7 +27,7 @@ from conductor.views import WorkerView
 SHORTEST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 _MEMORY = 0.9  # of the mean duration, per request
-_SHARE_MEMORY = 0.98  # of the share that is let in, per request
+_LONG_MEMORY = 0.98  # of the share that is let in and of the mean TTFT, per request
 _JITTER = (0.75, 1.25)
 
 
@@ -72,6 +72,7 @@ class Admission:
         self._answers = 0
         self._mean_s = SHORTEST_RETRY_S  # of a request, from its place to its end
         self._mean_decode_s: float | None = None  # from its first token to its end
+        self._mean_ttft_s: float | None = None  # predicted, of all that asked
         self._admitted = 1.0  # share of those that asked lately
         self._random = random.Random(seed)
         self._ids: Counter[str] = Counter()
@@ -143,6 +144,7 @@ class Admission:
         nobody away.
         """
         if not decision.is_guess:
+            self._note_ttft(decision.ttft_s)
             now = asyncio.get_running_loop().time()
             if self.ttft is not None and decision.queue_s > 0:
                 self.ttft.forget(now)
@@ -179,8 +181,10 @@ class Admission:
         return decision.decode.cost.decode.seconds(self._sequences(decision) + 1)
 
     def _sequences(self, decision: Decision) -> int:
-        """Those that the request would decode with. That of ages nothing is known, and they are
-        taken as even (Mooncake, FAST'25, section 7.4, takes lengths so)."""
+        """Those that the request would decode with. Of ages nothing is known, and they are taken as
+        even (Mooncake's technical report, section 7.4, takes lengths so). The prediction is for the
+        time in which a prompt is computed on average, not this one: else long prompts would be let
+        in where short ones are not, by places that others are going to take before them."""
         worker = decision.decode
         if self._tpot_by is TpotBy.ASSIGNED:
             return worker.sequences
@@ -189,9 +193,13 @@ class Admission:
         if self._tpot_by is TpotBy.NOW:
             return decoding
         staying = 1.0  # nobody has ended yet
-        if self._mean_decode_s is not None:
-            staying = max(0.0, 1 - decision.ttft_s / max(self._mean_decode_s, 1e-9))
+        if self._mean_decode_s is not None and self._mean_ttft_s is not None:
+            staying = max(0.0, 1 - self._mean_ttft_s / max(self._mean_decode_s, 1e-9))
         return round(decoding * staying) + worker.own_attempts - worker.own_decoding
+
+    def _note_ttft(self, seconds: float) -> None:
+        mean_s = seconds if self._mean_ttft_s is None else self._mean_ttft_s
+        self._mean_ttft_s = mean_s + (1 - _LONG_MEMORY) * (seconds - mean_s)
 
     def _until_fewer(self, worker: WorkerView, busy: int, tpot_s: float) -> float:
         """Seconds until enough sequences should have ended that another one keeps the SLO."""
@@ -218,4 +226,4 @@ class Admission:
         return Overloaded(f"{why}: try again in {math.ceil(retry_s)} s", retry_after_s=retry_s)
 
     def _note(self, admitted: bool) -> None:
-        self._admitted += (1 - _SHARE_MEMORY) * (admitted - self._admitted)
+        self._admitted += (1 - _LONG_MEMORY) * (admitted - self._admitted)

@@ -196,3 +196,16 @@ async def test_which_sequences_count_against_the_tpot(
     else:
         with pytest.raises(Overloaded, match=told):
             admission.judge(decision)
+
+
+async def test_a_long_prompt_is_not_let_in_where_a_short_one_is_refused() -> None:
+    """Who asks later with a short prompt takes the places that are free before the long one is
+    computed."""
+    admission = Admission(9, Slos(tpot_s=0.04, tpot_by=TpotBy.PREDICTED))
+    for _ in range(200):
+        admission.note_decode(10.0)
+    for _ in range(200):
+        with pytest.raises(Overloaded):
+            admission.judge(decide(running=30))
+    with pytest.raises(Overloaded):
+        admission.judge(decide(running=30, queue_s=9.0))
