@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from baton.errors import BatonError, PeerGone, WorkerLost
@@ -32,7 +32,7 @@ from conductor.kv_feed import KvFeed
 from conductor.link import Assignment, Link
 from conductor.prefix_map import PrefixMap
 from conductor.ring import Ring
-from conductor.views import FleetView, WorkerView
+from conductor.views import Board, FleetView, WorkerView, boards_of
 from conductor.worker_samples import Computed, WorkerMeter
 
 DIAL_TIMEOUT_S = 5.0
@@ -90,8 +90,10 @@ class Fleet:
         self._fingerprint = fingerprint
         self._members: dict[str, _Member] = {}
         self._view: FleetView | None = None
+        self._touched: dict[str, None] = {}  # since the last view
+        self._views: dict[str, WorkerView] = {}  # in the order of `_members`, with `_boards`
+        self._boards: Mapping[Role, Board] | None = None  # None: other workers are live now
         self._view_until = 0.0  # some live worker may be suspect from then on
-        self._ring_is_old = False
         self._capacity: int | None = None
         self._ring: tuple[frozenset[str], Ring] = (frozenset(), Ring.of(()))
         self.prompts_s = 0.0  # of work that prefill workers were sent, as predicted; only grows
@@ -171,14 +173,30 @@ class Fleet:
             for member in self._members.values():
                 self._touch(member)
         if self._view is None:
-            workers = tuple(m.view or self._look_at(m, now) for m in self._members.values())
-            if self._ring_is_old:
-                self._renew_ring(workers)
+            live = self._look(now)
             members, ring = self._ring
-            transfers = self._costs.transfers()
-            factor = self._costs.ttft_factor
-            self._view = FleetView(workers, ring if members else None, transfers, factor)
+            self._view = FleetView(
+                tuple(self._views.values()),
+                ring if members else None,
+                self._costs.transfers(),
+                self._costs.ttft_factor,
+                {role: board.pool() for role, board in live.items()},
+            )
         return self._view
+
+    def _look(self, now: float) -> Mapping[Role, Board]:
+        """At those of whom something has changed; at all when others are live now."""
+        for name in self._touched:
+            member = self._members.get(name)
+            if member is not None and member.view is None:
+                self._look_at(member, now)
+        self._touched.clear()
+        if self._boards is None:
+            members = self._members
+            self._views = {n: m.view or self._look_at(m, now) for n, m in members.items()}
+            self._boards = boards_of(self._views.values())
+            self._renew_ring(self._boards)
+        return self._boards
 
     def look_at(self, name: str) -> WorkerView | None:
         """One worker as it is now, whatever its state."""
@@ -201,7 +219,11 @@ class Fleet:
         live = view.state is WorkerState.LIVE
         if live is not member.was_live:
             member.was_live = live
-            self._ring_is_old = True
+            self._boards = None
+        if self._boards is not None:
+            self._views[member.info.name] = view
+            if live:
+                self._boards[member.info.role].put(view)
         if live:
             due = member.seen_at + SUSPECT_SHARE * self._ttl_s
             self._view_until = min(self._view_until, max(due, now + self._ttl_s / 100))
@@ -223,8 +245,7 @@ class Fleet:
 
     def _members_changed(self) -> None:
         """Somebody has come, died or gone."""
-        self._view = None
-        self._ring_is_old = True
+        self._view = self._boards = None
         sizes = [
             min(info.max_model_len, info.num_blocks * info.layout.block_size)
             for member in self._members.values()
@@ -234,18 +255,14 @@ class Fleet:
 
     def _touch(self, member: _Member) -> None:
         """One of its facts has changed."""
-        member.view = None
-        self._view = None
+        member.view = self._view = None
+        self._touched[member.info.name] = None
 
-    def _renew_ring(self, workers: tuple[WorkerView, ...]) -> None:
+    def _renew_ring(self, live: Mapping[Role, Board]) -> None:
         """Over the live workers that compute prompts."""
-        names: dict[Role, list[str]] = {role: [] for role in Role}
-        for worker in workers:
-            if worker.state is WorkerState.LIVE:
-                names[worker.info.role].append(worker.info.name)
-        members = frozenset(names[Role.PREFILL] or names[Role.DECODE])
+        workers = live[Role.PREFILL].pool() or live[Role.DECODE].pool()
+        members = frozenset(worker.info.name for worker in workers)
         known, ring = self._ring
-        self._ring_is_old = False
         if len(members ^ known) > RING_CHANGES:
             ring = Ring.of(sorted(members))
         else:

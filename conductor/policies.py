@@ -11,18 +11,16 @@ cache-aware prefers one which holds the prefix, among those that are about as bu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from operator import attrgetter
+from itertools import islice
 from typing import NamedTuple
-
-import xxhash
 
 from baton.types.fleet import Role
 from baton.types.link import FetchPart
 from conductor.estimate import Candidate, Prefix, Source, estimate
-from conductor.views import FleetView, WorkerView
+from conductor.views import Column, FleetView, Pool, WorkerView
 
 OWNERS = 2  # of a prefix group: a hot one has two workers before it spreads by load
 MAX_HOLDERS = 4  # longest matches that are considered
@@ -65,31 +63,28 @@ class Question(NamedTuple):
     now: float
 
 
-Workers = Sequence[WorkerView]
-
-
-def choose_prefill(policy: RoutePolicy, workers: Workers, question: Question) -> Choice:
+def choose_prefill(policy: RoutePolicy, workers: Pool, question: Question) -> Choice:
     """Who computes the prompt, among `workers`, of which there is at least one."""
     if policy is RoutePolicy.CACHE_AWARE:
         return _by_ttft(workers, question)
     if policy is RoutePolicy.CONSISTENT_HASH and (owner := _bounded_owner(workers, question)):
         return _just(owner, "owner", question)
     if policy is RoutePolicy.RANDOM:
-        return _just(_drawn(workers, f"{question.key}/prefill"), "random", question)
+        return _just(workers.drawn(f"{question.key}/prefill"), "random", question)
     if policy is RoutePolicy.ROUND_ROBIN:
-        return _just(_in_turn(workers, question.number), "round-robin", question)
+        return _just(workers.in_turn(question.number), "round-robin", question)
     return _just(least_queued(workers, question), "least-loaded", question)
 
 
 def choose_decode(
-    policy: RoutePolicy, workers: Workers, blocks: int, question: Question
+    policy: RoutePolicy, workers: Pool, blocks: int, question: Question
 ) -> WorkerView:
     """Who decodes, among `workers` (at least one); `blocks` is what the sequence may need."""
     if policy is RoutePolicy.RANDOM:
-        return _drawn(workers, f"{question.key}/decode")
+        return workers.drawn(f"{question.key}/decode")
     if policy is RoutePolicy.ROUND_ROBIN:
-        return _in_turn(workers, question.number)
-    roomy = [worker for worker in workers if worker.free_blocks >= blocks] or workers
+        return workers.in_turn(question.number)
+    roomy = _roomy(workers, blocks)
     if policy is not RoutePolicy.CACHE_AWARE:
         return _least_busy(roomy, question.key)
     fast = _about_as_fast(roomy)
@@ -97,33 +92,28 @@ def choose_decode(
     return _close_holder(least, fast, question.prefix) if question.prefix.own else least
 
 
-def choose_alone(policy: RoutePolicy, workers: Workers, blocks: int, question: Question) -> Choice:
+def choose_alone(policy: RoutePolicy, workers: Pool, blocks: int, question: Question) -> Choice:
     """Who computes the prompt and decodes, too."""
     if policy not in (RoutePolicy.LEAST_LOADED, RoutePolicy.CACHE_AWARE):
         return choose_prefill(policy, workers, question)
-    roomy = [worker for worker in workers if worker.free_blocks >= blocks] or workers
+    roomy = _roomy(workers, blocks)
     if policy is RoutePolicy.LEAST_LOADED:
         return _just(_least_busy(roomy, question.key), "least-loaded", question)
     least = _least_busy(_about_as_fast(roomy), question.key)
-    own, load = question.prefix.own, least.decode_load
     most = least.sequences + max(CLOSE_SEQUENCES, least.sequences // 4)
-    close = [
-        worker
-        for worker in roomy
-        if worker.decode_load <= load or (worker.sequences <= most and worker.info.name in own)
-    ]
-    return _by_ttft(close, question)
+    holders = [w.info.name for w in roomy.among(question.prefix.own) if w.sequences <= most]
+    as_idle = roomy.column(Column.DECODE_LOAD) <= least.decode_load
+    return _by_ttft(roomy.where(as_idle | roomy.named(holders)), question)
 
 
-def least_queued(workers: Workers, question: Question) -> WorkerView:
+def least_queued(workers: Pool, question: Question) -> WorkerView:
     """The one that could begin first; of several, the one with the least to compute."""
-    now = question.now
-    soonest = max(min(worker.free_at for worker in workers), now)
-    tied = [worker for worker in workers if worker.free_at <= soonest]
-    return _drawn(_with_least(tied, "queued_tokens"), question.key)
+    free_at = workers.column(Column.FREE_AT)
+    tied = workers.where(free_at <= max(free_at.min(), question.now))
+    return tied.least(Column.QUEUED_TOKENS).drawn(question.key)
 
 
-def _by_ttft(workers: Workers, question: Question) -> Choice:
+def _by_ttft(workers: Pool, question: Question) -> Choice:
     """Algorithm 1 on those that can win: owners of the group, holders, and the least loaded."""
     prefix, transfers = question.prefix, question.fleet.transfers
     plans = [
@@ -139,68 +129,71 @@ def _by_ttft(workers: Workers, question: Question) -> Choice:
     return Choice(worker, chosen, tuple([candidate for _, candidate, _ in plans]), fetch, reason)
 
 
-def _consider(workers: Workers, question: Question) -> dict[str, tuple[WorkerView, str]]:
+def _consider(workers: Pool, question: Question) -> dict[str, tuple[WorkerView, str]]:
     """By name, owners first: with equal estimates the first one is taken."""
     considered: dict[str, tuple[WorkerView, str]] = {}
     least = least_queued(workers, question)
     if question.group or question.prefix.own:
-        by_name = {worker.info.name: worker for worker in workers}
-        for owner in _owners(by_name, question):
+        for owner in _owners(workers, question):
             # An owner that works while another worker is idle would only gather a queue.
             if owner.free_at <= max(least.free_at, question.now):
                 considered[owner.info.name] = (owner, "owner")
                 break
-        holders = [name for name in question.prefix.holders() if name in by_name]
-        for name in holders[:MAX_HOLDERS]:
-            considered.setdefault(name, (by_name[name], "holder"))
+        holders = filter(None, map(workers.find, question.prefix.holders()))
+        for holder in islice(holders, MAX_HOLDERS):
+            considered.setdefault(holder.info.name, (holder, "holder"))
         for worker in _beside_stores(workers, question.prefix.sources):
             considered.setdefault(worker.info.name, (worker, "store"))
     considered.setdefault(least.info.name, (least, "least-loaded"))
     return considered
 
 
-def _beside_stores(workers: Workers, sources: Sequence[Source]) -> Workers:
+def _beside_stores(workers: Pool, sources: Sequence[Source]) -> Sequence[WorkerView]:
     """Those on a node whose store has the prefix: for them it is a copy inside of the node."""
     nodes = {
         source.holder.info.node
         for source in sources[:MAX_HOLDERS]
         if source.holder.info.role is Role.STORE and source.holder.info.node
     }
-    return [worker for worker in workers if worker.info.node in nodes] if nodes else ()
+    return workers.on_nodes(nodes) if nodes else ()
 
 
-def _owners(by_name: Mapping[str, WorkerView], question: Question) -> list[WorkerView]:
+def _owners(workers: Pool, question: Question) -> list[WorkerView]:
     ring = question.fleet.ring
     if ring is None or not question.group:
         return []
-    owners = ring.owners(question.group, OWNERS)
-    return [by_name[name] for name in owners if name in by_name]
+    owners = map(workers.find, ring.owners(question.group, OWNERS))
+    return [owner for owner in owners if owner is not None]
 
 
-def _bounded_owner(workers: Workers, question: Question) -> WorkerView | None:
+def _bounded_owner(workers: Pool, question: Question) -> WorkerView | None:
     ring = question.fleet.ring
     if ring is None or not question.group:
         return None
-    by_name = {worker.info.name: worker for worker in workers}
-    loads = {name: float(worker.sequences) for name, worker in by_name.items()}
-    return by_name.get(ring.choose(question.group, loads, LOAD_BOUND))
+    loads = {worker.info.name: float(worker.sequences) for worker in workers}
+    return workers.find(ring.choose(question.group, loads, LOAD_BOUND))
 
 
-def _about_as_fast(workers: Workers) -> Workers:
+def _roomy(workers: Pool, blocks: int) -> Pool:
+    """Those with so many blocks to give; all when there are none."""
+    return workers.where(workers.column(Column.FREE_BLOCKS) >= blocks) or workers
+
+
+def _about_as_fast(workers: Pool) -> Pool:
     """Those whose predicted TPOT is close to the best. Guesses are all alike."""
-    limit = CLOSE_TPOT_SHARE * min(worker.tpot_s for worker in workers)
-    return [worker for worker in workers if worker.tpot_s <= limit]
+    tpot_s = workers.column(Column.TPOT_S)
+    return workers.where(tpot_s <= CLOSE_TPOT_SHARE * tpot_s.min())
 
 
-def _least_busy(workers: Workers, key: str) -> WorkerView:
-    return _drawn(_with_least(workers, "decode_load"), key)
+def _least_busy(workers: Pool, key: str) -> WorkerView:
+    return workers.least(Column.DECODE_LOAD).drawn(key)
 
 
-def _close_holder(least: WorkerView, workers: Workers, prefix: Prefix) -> WorkerView:
+def _close_holder(least: WorkerView, workers: Pool, prefix: Prefix) -> WorkerView:
     """The holder of the longest match that is about as busy as the least busy worker."""
     best, best_blocks = least, prefix.own.get(least.info.name, 0)
-    for worker in workers:
-        blocks = prefix.own.get(worker.info.name, 0)
+    for worker in workers.among(prefix.own):
+        blocks = prefix.own[worker.info.name]
         if blocks > best_blocks and worker.sequences <= least.sequences + CLOSE_SEQUENCES:
             best, best_blocks = worker, blocks
     return best
@@ -217,26 +210,3 @@ def _just(worker: WorkerView, reason: str, question: Question) -> Choice:
         reason,
     )
     return Choice(worker, candidate, (candidate,), fetch, reason)
-
-
-def _with_least(workers: Workers, attribute: str) -> Workers:
-    if len(workers) == 1:
-        return workers
-    value = attrgetter(attribute)
-    least = min(map(value, workers))
-    return [worker for worker in workers if value(worker) == least]
-
-
-def _drawn(workers: Workers, key: str) -> WorkerView:
-    """One of them by the hash of `key`, whatever their order."""
-    if len(workers) == 1:
-        return workers[0]
-    number = xxhash.xxh3_64_intdigest(key.encode()) % len(workers)
-    return sorted(workers, key=_name)[number]
-
-
-def _in_turn(workers: Workers, number: int) -> WorkerView:
-    return sorted(workers, key=_name)[number % len(workers)]
-
-
-_name = attrgetter("info.name")

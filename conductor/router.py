@@ -6,7 +6,7 @@ blocks of the prompt the worker that computes it should borrow from whom.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from baton.errors import NoWorker
@@ -23,7 +23,7 @@ from conductor.policies import (
     choose_prefill,
 )
 from conductor.prefix_map import Match
-from conductor.views import FleetView, WorkerView
+from conductor.views import Column, FleetView, Pool, WorkerView
 
 GROUP_BLOCKS = 4  # the leading blocks that make a prefix group
 LOCAL_TOKENS = 512  # most that a decode worker prefills itself when the costs decide
@@ -213,14 +213,10 @@ def _decision(
     )
 
 
-def _fitting(
-    workers: Sequence[WorkerView], tokens: int, avoid: frozenset[str]
-) -> Sequence[WorkerView]:
+def _fitting(workers: Pool, tokens: int, avoid: frozenset[str]) -> Pool:
     """Those that can hold `tokens`; not those to avoid, if there are others."""
-    fitting = [worker for worker in workers if worker.capacity >= tokens]
-    if avoid:
-        return [worker for worker in fitting if worker.info.name not in avoid] or fitting
-    return fitting
+    fitting = workers.where(workers.column(Column.CAPACITY) >= tokens)
+    return (fitting.where(~fitting.named(avoid)) or fitting) if avoid else fitting
 
 
 def _describe(worker: WorkerView) -> str:
