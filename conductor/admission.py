@@ -126,7 +126,9 @@ class Admission:
             yield
         finally:
             self._mean_s += (1 - _MEMORY) * (loop.time() - began - self._mean_s)
-            self._ids -= Counter((request.id,))
+            self._ids[request.id] -= 1
+            if not self._ids[request.id]:
+                del self._ids[request.id]
             self._answers -= answers
             if not self._answers:
                 self._idle.set()
