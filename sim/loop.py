@@ -30,6 +30,9 @@ Ts = TypeVarTuple("Ts")
 
 STEPS_AT_A_TIME = 200_000
 """More at one moment of virtual time are an endless loop."""
+CANCELLED_TIMERS = 10_000
+"""More, and most of all: they are dropped before their time. Deadlines of minutes are set for what
+takes seconds."""
 
 
 class Clock:
@@ -91,6 +94,7 @@ class SimLoop(VirtualTimeLoop):
 
     _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
+    _timer_cancelled_count: int  # of these
     _stopping: bool
 
     def __init__(self) -> None:
@@ -134,9 +138,7 @@ class SimLoop(VirtualTimeLoop):
         if not ready:
             self._jump()
         while timers and timers[0].when() <= self.now:
-            timer = heapq.heappop(timers)
-            timer._scheduled = False  # type: ignore[attr-defined]
-            ready.append(timer)
+            ready.append(self._pop_timer())
         for _ in range(len(ready)):
             handle = ready.popleft()
             if handle.cancelled():
@@ -153,7 +155,9 @@ class SimLoop(VirtualTimeLoop):
     def _jump(self) -> None:
         timers = self._scheduled
         while timers and timers[0].cancelled():
-            heapq.heappop(timers)._scheduled = False  # type: ignore[attr-defined]
+            self._pop_timer()
+        if self._timer_cancelled_count > max(CANCELLED_TIMERS, len(timers) // 2):
+            self._drop_cancelled()
         if self._stopping:
             return
         if not timers:
@@ -161,3 +165,19 @@ class SimLoop(VirtualTimeLoop):
         self.steps += self._steps_now
         self._steps_now = 0
         self.now = max(self.now, timers[0].when())
+
+    def _pop_timer(self) -> asyncio.TimerHandle:
+        timer = heapq.heappop(self._scheduled)
+        self._forget_timer(timer)
+        return timer
+
+    def _forget_timer(self, timer: asyncio.TimerHandle) -> None:
+        timer._scheduled = False  # type: ignore[attr-defined]
+        self._timer_cancelled_count -= timer.cancelled()
+
+    def _drop_cancelled(self) -> None:
+        for timer in self._scheduled:
+            if timer.cancelled():
+                self._forget_timer(timer)
+        self._scheduled[:] = [timer for timer in self._scheduled if not timer.cancelled()]
+        heapq.heapify(self._scheduled)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -147,12 +147,13 @@ class MemoryNetwork:
         self._homes: dict[str, contextvars.Context] = {}
         self._calls: set[asyncio.Task[Any]] = set()
         self._streams: dict[asyncio.Task[None], _Stream] = {}
+        self._at: dict[str, dict[asyncio.Task[None], _Stream]] = {}  # the same, by address
 
     async def __aenter__(self) -> MemoryNetwork:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._cut(lambda stream: True, "the network was closed")
+        _cut(self._streams, "the network was closed")
         await _wind_up(set(self._streams))
 
     def add_worker(self, address: str, service: WorkerService) -> None:
@@ -175,13 +176,14 @@ class MemoryNetwork:
         """What SIGKILL of the process at `address` does to everybody else."""
         for services in (self._workers, self._handoffs, self._blocks, self._fleets):
             services.pop(address, None)
-        self._cut(lambda stream: address in stream.ends, f"{address} is gone")
+        _cut(self._at.get(address, {}), f"{address} is gone")
 
     def cut(self, one: str, other: str) -> None:
         """Break every stream between two addresses, as a lost connection does."""
-        ends = {one, other}
         reason = f"the connection between {one} and {other} was lost"
-        self._cut(lambda stream: ends == set(stream.ends), reason)
+        ends = {one, other}
+        between = {t: s for t, s in self._at.get(one, {}).items() if set(s.ends) == ends}
+        _cut(between, reason)
 
     def worker_dialer(self, caller: str) -> MemoryWorkerDialer:
         return MemoryWorkerDialer(self, caller)
@@ -281,13 +283,14 @@ class MemoryNetwork:
 
         name = f"serve {caller} at {address}"
         task = asyncio.create_task(run(), name=name, context=self._homes[address])
-        self._streams[task] = _Stream((caller, address), cut)
-        task.add_done_callback(self._streams.pop)
+        stream = self._streams[task] = _Stream((caller, address), cut)
+        for end in stream.ends:
+            self._at.setdefault(end, {})[task] = stream
+        task.add_done_callback(self._forget)
 
-    def _cut(self, chosen: Callable[[_Stream], bool], reason: str) -> None:
-        for stream in self._streams.values():
-            if chosen(stream):
-                stream.cut(reason)
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        for end in dict.fromkeys(self._streams.pop(task).ends):
+            del self._at[end][task]
 
 
 class MemoryWorkerDialer:
@@ -340,6 +343,11 @@ class MemoryFleetClient:
         return await self._network.call_fleet(
             self._caller, self._address, method, self._timeout_s, call
         )
+
+
+def _cut(streams: Mapping[asyncio.Task[None], _Stream], reason: str) -> None:
+    for stream in streams.values():
+        stream.cut(reason)
 
 
 async def _call(call: Callable[[FleetService], Awaitable[Result]], service: FleetService) -> Result:
