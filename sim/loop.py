@@ -97,8 +97,9 @@ class SimLoop(VirtualTimeLoop):
     _timer_cancelled_count: int  # of these
     _stopping: bool
 
-    def __init__(self) -> None:
+    def __init__(self, steps_at_a_time: int = STEPS_AT_A_TIME) -> None:
         super().__init__()
+        self._steps_at_a_time = steps_at_a_time
         self.now = 0.0
         self.steps = 0  # that were run
         self._steps_now = 0  # since time has moved
@@ -149,7 +150,7 @@ class SimLoop(VirtualTimeLoop):
                 continue
             self._steps_now += 1
             handle._run()
-        if self._steps_now > STEPS_AT_A_TIME:
+        if self._steps_now > self._steps_at_a_time:
             raise StandStill(f"time stands still at {self.now:.6f}: work has no end")
 
     def _jump(self) -> None:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from baton.errors import ConfigError
-from sim.fleet.flags import add_spec_flags, add_trace_flags, requests_of, spec_of, workload_of
+from sim.fleet.flags import add_spec_flags, add_trace_flags, spec_of, stream_of, workload_of
 from sim.fleet.progress import ProgressLine
 from sim.fleet.result import Result, encode, write_result
 from sim.fleet.run import SAMPLE_S, simulate
@@ -23,11 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _check_places(options)
         spec = spec_of(options)
-        requests = requests_of(options)
-        began, line = time.monotonic(), ProgressLine(len(requests))
-        result = simulate(
-            spec, iter(requests), workload_of(options, requests), line.update, options.sample_s
-        )
+        requests, count = stream_of(options)
+        began, line = time.monotonic(), ProgressLine(count)
+        workload = workload_of(options, count)
+        result = simulate(spec, requests, workload, line.update, options.sample_s)
         line.clear()
         sys.stderr.write(f"simulated in {time.monotonic() - began:.1f} s\n")
         _deliver(result, options)
@@ -60,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=_PROG, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add_trace_flags(parser)
+    add_trace_flags(parser, or_make=True)
     add("--sample-s", type=float, default=SAMPLE_S, help="between samples of workers and links")
     add("--json", metavar="FILE", help="the result; packed if it ends in .gz; - = stdout")
     add("--report", type=Path, metavar="FILE", help="the result as an HTML page")

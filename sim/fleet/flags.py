@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sim.costs.machines import MACHINES, machine_of
 from sim.costs.models import MODELS
 from sim.costs.overheads import OVERHEADS
 from sim.fleet.spec import FleetSpec
+from sim.workload.make import made, make_options
 from sim.workload.trace import LoadCurve, Request, read_trace, scaled
 
 _CHOICES: Mapping[str, list[str]] = {
@@ -48,9 +49,13 @@ _HELP = {
 }
 
 
-def add_trace_flags(parser: argparse.ArgumentParser) -> None:
+def add_trace_flags(parser: argparse.ArgumentParser, or_make: bool = False) -> None:
     add = parser.add_argument
-    add("--trace", type=Path, required=True, help="requests, one JSON object per line")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--trace", type=Path, help="requests, one JSON object per line")
+    if or_make:
+        text = "requests that are generated as they come, as in 'prefixes --rate 4'"
+        source.add_argument("--make", metavar="WORDS", help=text)
     add("--speed", type=float, default=1.0, help="times as fast as recorded")
     add("--input-scale", type=float, default=1.0, help="times the prompts")
     add("--output-scale", type=float, default=1.0, help="times the answers")
@@ -100,18 +105,30 @@ def spec_of(options: argparse.Namespace, **given: object) -> FleetSpec:
 
 
 def requests_of(options: argparse.Namespace) -> list[Request]:
-    requests: Iterator[Request] = scaled(
-        read_trace(options.trace), options.speed, options.input_scale, options.output_scale
-    )
+    return list(_changed(read_trace(options.trace), options))
+
+
+def stream_of(options: argparse.Namespace) -> tuple[Iterator[Request], int]:
+    """As they come, and how many: of those that are generated, only what runs is in memory."""
+    if options.make is None:
+        requests = requests_of(options)
+        return iter(requests), len(requests)
+    make = make_options(options.make)
+    count = make.requests if options.first is None else min(make.requests, options.first)
+    return _changed(made(make), options), count
+
+
+def _changed(requests: Iterable[Request], options: argparse.Namespace) -> Iterator[Request]:
+    changed = scaled(requests, options.speed, options.input_scale, options.output_scale)
     if options.load:
-        requests = LoadCurve.parse(options.load).applied(requests)
-    return list(itertools.islice(requests, options.first))
+        changed = LoadCurve.parse(options.load).applied(changed)
+    return itertools.islice(changed, options.first)
 
 
-def workload_of(options: argparse.Namespace, requests: list[Request]) -> dict[str, Any]:
+def workload_of(options: argparse.Namespace, requests: int) -> dict[str, Any]:
     return {
-        "trace": options.trace.name,
-        "requests": len(requests),
+        "trace": options.trace.name if options.trace is not None else options.make,
+        "requests": requests,
         "speed": options.speed,
         "input_scale": options.input_scale,
         "output_scale": options.output_scale,

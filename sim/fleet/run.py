@@ -17,10 +17,11 @@ from sim.fleet.result import Result
 from sim.fleet.sampler import Sampler
 from sim.fleet.spec import FleetSpec
 from sim.fleet.totals import totals
-from sim.loop import SimLoop
+from sim.loop import STEPS_AT_A_TIME, SimLoop
 from sim.workload.trace import Request
 
 SAMPLE_S = 10.0
+STEPS_OF_WORKER = 50_000  # at one moment: at the end, each closes its streams to all the others
 
 Progress = Callable[[int, float], None]
 """Told after every request that has ended: how many have, and what the simulated time is."""
@@ -34,7 +35,7 @@ def simulate(
     sample_s: float = SAMPLE_S,
 ) -> Result:
     """`workload` says in the result what the requests are."""
-    loop = SimLoop()
+    loop = SimLoop(max(STEPS_AT_A_TIME, STEPS_OF_WORKER * (spec.prefill + spec.decode)))
     try:
         with _rarely_collected(), _quiet():
             ran = loop.run_until_complete(_run(spec, requests, progress, sample_s))

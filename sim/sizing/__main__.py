@@ -143,7 +143,7 @@ def _body(
 ) -> dict[str, Any]:
     fleet, coupled = answer.fleet, answer.coupled
     return {
-        "workload": workload_of(options, requests),
+        "workload": workload_of(options, len(requests)),
         "slo": options.slo,
         "share": options.share,
         "fleet": str(fleet),

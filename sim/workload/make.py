@@ -22,9 +22,13 @@ ARRIVALS = ("poisson", "bursts", "diurnal")
 
 def made_by(words: str) -> Iterator[Request]:
     """What `baton sim workload make` writes, as in `prefixes --rate 4`."""
+    return made(make_options(words))
+
+
+def make_options(words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make")
     add_make_flags(parser)
-    return made(parser.parse_args(shlex.split(words)))
+    return parser.parse_args(shlex.split(words))
 
 
 def add_make_flags(parser: argparse.ArgumentParser) -> None:
