@@ -172,7 +172,7 @@ class Pool(Sequence[WorkerView]):
             return self._views[index]
         if isinstance(index, slice):
             return tuple(self)[index]
-        return self._views[self._places[index]]
+        return self._views[int(self._places[index])]
 
     def __iter__(self) -> Iterator[WorkerView]:
         if self._places is None:
