@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +20,7 @@ from conductor.policies import RoutePolicy
 from conductor.prefix_map import PrefixMap
 from conductor.ring import Ring
 from conductor.router import RouteOptions, RouteRequest, group_of, route
-from conductor.views import FleetView, WorkerView
+from conductor.views import Board, FleetView, WorkerView, boards_of
 
 ROUNDS = 1000
 HOLDERS = 8  # of a part of the prompt, each of another length
@@ -52,7 +52,7 @@ def measure_decisions(plan: Plan) -> Iterator[Figure]:
     short = RouteRequest("r", prompt[:512], ANSWER_TOKENS, keys=keys[: 16 * KEY_BYTES])
     samples = timed([partial(route, short, fleet, 0.0)] * ROUNDS)
     yield from latencies("decisions", "512 tokens that nobody has", samples, "")
-    samples = timed([partial(FleetView, workers, fleet.ring)] * ROUNDS)
+    samples = timed([partial(_view_after, workers[:2], boards_of(workers), fleet)] * ROUNDS)
     view_s = percentile(samples, 50)
     yield Figure("decisions", "view of the fleet after a change", view_s * 1e6, "µs")
     alone_s = percentile(timed([partial(decide, 0, RoutePolicy.CACHE_AWARE)] * ROUNDS), 50)
@@ -73,6 +73,7 @@ def _decide_small(plan: Plan) -> Callable[[], object]:
         Ring.of(names),
     )
     known, expected, attempt = _map_of(keys, names, small), ExpectedBlocks(), AttemptId("r")
+    boards, fleet = boards_of(workers), FleetView(workers, ring)
 
     def decide() -> None:
         group = group_of(keys)
@@ -84,11 +85,22 @@ def _decide_small(plan: Plan) -> Callable[[], object]:
             matches=known.matches(keys),
             computing=expected.blocks(group, keys, 0),
         )
-        decision = route(asked, FleetView(workers, ring), 0.0, RouteOptions(local_tokens=0))
+        viewed = _view_after(workers[:2], boards, fleet)
+        decision = route(asked, viewed, 0.0, RouteOptions(local_tokens=0))
         expected.done(attempt)
         expected.add(attempt, group, keys, decision.chosen.worker, 0)
 
     return decide
+
+
+def _view_after(
+    changed: Sequence[WorkerView], boards: Mapping[Role, Board], before: FleetView
+) -> FleetView:
+    """As `Fleet` makes it, its views of single workers aside."""
+    for view in changed:
+        boards[view.info.role].put(view)
+    pools = {role: board.pool() for role, board in boards.items()}
+    return FleetView(before.workers, before.ring, pools=pools)
 
 
 def _workers(plan: Plan, random: np.random.Generator) -> tuple[WorkerView, ...]:

@@ -1,4 +1,4 @@
-"""What keeps large simulations small: timers that nobody waits for, requests that are yet to come."""
+"""What keeps large simulations small: timers nobody waits for, requests that are yet to come."""
 
 from __future__ import annotations
 
