@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from baton.errors import ConfigError
+from sim.fleet.cpu import CpuMeter
 from sim.fleet.flags import add_spec_flags, add_trace_flags, spec_of, stream_of, workload_of
 from sim.fleet.progress import ProgressLine
 from sim.fleet.result import Result, encode, write_result
@@ -25,10 +26,20 @@ def main(arguments: list[str] | None = None) -> int:
         spec = spec_of(options)
         requests, count = stream_of(options)
         began, line = time.monotonic(), ProgressLine(count)
-        workload = workload_of(options, count)
-        result = simulate(spec, requests, workload, line.update, options.sample_s)
+        cpu = CpuMeter(count)
+        if options.cpu:
+            requests = cpu.watch(requests)
+
+        def progress(ended: int, now: float) -> None:
+            line.update(ended, now)
+            cpu.note(ended)
+
+        result = simulate(spec, requests, workload_of(options, count), progress, options.sample_s)
         line.clear()
         sys.stderr.write(f"simulated in {time.monotonic() - began:.1f} s\n")
+        if options.cpu:
+            cpu.stop()
+            sys.stderr.write(f"{cpu.describe()}\n")
         _deliver(result, options)
     except ConfigError as error:
         sys.exit(f"{_PROG}: {error.message}")
@@ -61,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_trace_flags(parser, or_make=True)
     add("--sample-s", type=float, default=SAMPLE_S, help="between samples of workers and links")
+    add("--cpu", action="store_true", help="say whose CPU time the simulation takes")
     add("--json", metavar="FILE", help="the result; packed if it ends in .gz; - = stdout")
     add("--report", type=Path, metavar="FILE", help="the result as an HTML page")
     add_spec_flags(parser)

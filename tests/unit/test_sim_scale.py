@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import signal
+import sys
+from collections.abc import Callable
+from typing import cast
 
+from sim.fleet.cpu import CONDUCTOR, SIMULATOR, WORKERS, CpuMeter, whose
 from sim.fleet.flags import add_trace_flags, stream_of, workload_of
 from sim.loop import CANCELLED_TIMERS, SimLoop
 from sim.workload.make import made_by
@@ -65,3 +70,30 @@ def test_the_first_of_them_are_as_many_as_are_asked_for() -> None:
     assert (len(list(requests)), count) == (7, 7)
     requests, count = stream_of(options("--make", "plain --requests 5", "--first", "7"))
     assert (len(list(requests)), count) == (5, 5)
+
+
+def test_cpu_time_is_whose_code_runs_or_has_called() -> None:
+    def inside(*modules: str) -> str:
+        """Called by the first of them, which calls the next."""
+        found: Callable[[], str] = lambda: whose(sys._getframe())  # noqa: E731
+        for module in reversed(modules):
+            scope = {"__name__": module, "inner": found}
+            exec("def run(): return inner()", scope)
+            found = cast(Callable[[], str], scope["run"])
+        return found()
+
+    assert inside("sim.loop", "asyncio.events") == SIMULATOR
+    assert inside("sim.loop", "prefill_worker.service", "asyncio.tasks") == WORKERS
+    assert inside("sim.loop", "conductor.fleet", "baton.rpc.memory") == CONDUCTOR
+    assert inside("sim.loop", "baton.rpc.memory", "conductor.fleet") == CONDUCTOR
+
+
+def test_counting_ends_with_the_last_request() -> None:
+    cpu = CpuMeter(3)
+    assert list(cpu.watch(made_by("plain --requests 3"))) == list(made_by("plain --requests 3"))
+    cpu.note(2)
+    cpu.note(3)
+    assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+    told = cpu.describe()
+    cpu.stop()
+    assert cpu.describe() == told
