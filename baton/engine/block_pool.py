@@ -187,18 +187,22 @@ class BlockPool:
             _require(found[state] == count, f"{count} blocks counted {state}, {found[state]} are")
         _require(sum(found.values()) == self.num_blocks, "states do not sum to the pool size")
         _require(len(set(self._free)) == len(self._free), "a block is twice in the free list")
-        for block in self._free:
-            _require(self.state(block) is BlockState.FREE, f"block {block} is free and held")
-            _require(self._keys[block] is None, f"free block {block} has a key")
-        for block in self._quarantined:
-            _require(self.state(block) is BlockState.QUARANTINED, f"block {block} is held")
-            _require(self._keys[block] is None, f"quarantined block {block} has a key")
+        self._check_unkeyed(self._free, BlockState.FREE)
+        self._check_unkeyed(self._quarantined, BlockState.QUARANTINED)
         for block in self._cached:
-            _require(self._keys[block] is not None, f"cached block {block} has no key")
+            if self._keys[block] is None:
+                raise _broken(f"cached block {block} has no key")
         keyed = {key: block for block, key in enumerate(self._keys) if key is not None}
         _require(keyed == self._by_key, "the key index differs from the blocks' keys")
         _compare("references", references, self._references)
         _compare("leases", leases, self._leases)
+
+    def _check_unkeyed(self, blocks: Iterable[int], state: BlockState) -> None:
+        for block in blocks:
+            if self.state(block) is not state:
+                raise _broken(f"block {block} is listed as {state} and held")
+            if self._keys[block] is not None:
+                raise _broken(f"{state} block {block} has a key")
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
@@ -226,12 +230,15 @@ def _compare(what: str, expected: Mapping[int, int] | None, actual: Sequence[int
     if expected is None:
         return
     for block, count in enumerate(actual):
-        _require(
-            expected.get(block, 0) == count,
-            f"block {block} has {count} {what}, its holders say {expected.get(block, 0)}",
-        )
+        said = expected.get(block, 0)
+        if said != count:
+            raise _broken(f"block {block} has {count} {what}, its holders say {said}")
 
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise InternalError(f"Block accounting is broken: {message}.")
+        raise _broken(message)
+
+
+def _broken(message: str) -> InternalError:
+    return InternalError(f"Block accounting is broken: {message}.")
