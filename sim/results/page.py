@@ -36,10 +36,10 @@ class Findings:
 
 
 def findings(experiment: Experiment, runs: Runs) -> Findings:
-    """Of the full size if any of it was run, or else of the quick one."""
-    sizes = (experiment.full, experiment.quick)
+    """Of the full size, or of the quick one where more of that was run."""
+    sizes = (experiment.quick, experiment.full)
     tried = [_of_size(experiment, replay, runs) for replay in sizes]
-    return next((found for found in tried if any(found.outcomes)), tried[-1])
+    return max(reversed(tried), key=lambda found: sum(map(bool, found.outcomes)))
 
 
 def _of_size(experiment: Experiment, replay: Replay, runs: Runs) -> Findings:

@@ -172,7 +172,7 @@ def test_the_page_has_simulated_and_published_figures_and_their_ratios(trace, tm
     assert "Because." in text
 
 
-def test_the_full_size_is_shown_where_it_was_run(trace, tmp_path):
+def test_the_full_size_is_shown_unless_more_of_the_quick_one_was_run(trace, tmp_path):
     runs, kept = Runs(trace, tmp_path / "kept"), Runs(trace, tmp_path / "kept", only_kept=True)
     assert findings(TOY, kept).outcomes == (None, None)
     assert f"{NOT_RUN.capitalize()}." in page([findings(TOY, kept)], "abc", "")
@@ -180,6 +180,8 @@ def test_the_full_size_is_shown_where_it_was_run(trace, tmp_path):
     assert findings(TOY, kept).runs[0].replay == TOY.quick
     runs.outcome(Run(SMALL, TOY.full))
     assert findings(TOY, kept).runs[0].replay == TOY.full
+    runs.outcome(TOY.runs(TOY.quick)[1])
+    assert findings(TOY, kept).runs[0].replay == TOY.quick
 
 
 def test_a_section_that_these_sources_did_not_run_stays_as_it_was(trace, tmp_path):
