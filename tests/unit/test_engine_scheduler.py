@@ -82,6 +82,19 @@ def test_with_prompts_first_the_step_behind_a_prompt_decodes_it() -> None:
     assert shape(rig.schedule()) == [(2, 0, 5)]
 
 
+def test_with_prompts_first_a_place_that_becomes_free_mixes_no_prompt_into_a_step() -> None:
+    rig = make_rig(max_num_seqs=2, prompts_first=True)
+    rig.submit(make_task(4, max_tokens=2))
+    rig.submit(make_task(4, start=100))
+    rig.step()
+    rig.submit(make_task(4, start=200))
+    assert shape(last := rig.schedule()) == [(1, 4, 1), (2, 4, 1)]
+    assert shape(rig.schedule()) == [(2, 5, 1)]  # the first needs its place no more
+    assert last is not None
+    rig.commit(last)
+    assert shape(rig.schedule()) == [(3, 0, 4)]
+
+
 def test_priority_then_arrival() -> None:
     rig = make_rig(max_num_seqs=1)
     for number, priority in enumerate([5, 0, 0, -3]):
@@ -177,8 +190,9 @@ def test_published_sequences_are_never_preempted() -> None:
     assert (published.leased, published.preemptions) == (1, 0)
 
 
-def test_when_everybody_made_way_somebody_else_starts() -> None:
-    rig = make_rig(num_blocks=6, max_num_seqs=1)
+@pytest.mark.parametrize("prompts_first", [False, True])
+def test_when_everybody_made_way_somebody_else_starts(prompts_first: bool) -> None:
+    rig = make_rig(num_blocks=6, max_num_seqs=1, prompts_first=prompts_first)
     leased = rig.submit(make_task(12, 2, 100), hand_off=True)
     rig.drain()
     decode = rig.submit(make_task(9, 16, priority=5))
