@@ -34,6 +34,10 @@ class Findings:
     runs: tuple[Run, ...]
     outcomes: tuple[Outcome | None, ...]
 
+    @property
+    def is_known(self) -> bool:
+        return any(self.outcomes)
+
 
 def findings(experiment: Experiment, runs: Runs) -> Findings:
     """Of the full size, or of the quick one where more of that was run."""
@@ -67,7 +71,7 @@ def _sections(text: str) -> Mapping[str, str]:
 def _section(found: Findings | Searched, sources: str, earlier: Mapping[str, str]) -> str:
     told = found.search if isinstance(found, Searched) else found.experiment
     title, lead = f"## {told.title}\n", wrapped(told.lead)
-    if not any(found.outcomes):
+    if not found.is_known:
         unknown = "\n".join([title, lead, f"{NOT_RUN.capitalize()}.\n"])
         return earlier.get(told.title, unknown)
     if isinstance(found, Searched):

@@ -53,6 +53,15 @@ class Searched:
     outcomes: tuple[Outcome, ...]
 
     @property
+    def num_known(self) -> int:
+        """Speeds that were found."""
+        return sum(step is not None for found in self.found for step in found.steps)
+
+    @property
+    def is_known(self) -> bool:
+        return self.num_known > 0
+
+    @property
     def runs(self) -> tuple[Run, ...]:
         return tuple(outcome.run for outcome in self.outcomes)
 
@@ -87,6 +96,6 @@ def searched(search: Search, replay: Replay, runs: Runs) -> Searched:
 
 
 def kept_search(search: Search, runs: Runs) -> Searched:
-    """Of the full size if any of it was run, or else of the quick one."""
+    """Of the full size, or of the quick one where more of that is known."""
     tried = [searched(search, replay, runs) for replay in (search.full, search.quick)]
-    return next((one for one in tried if one.outcomes), tried[-1])
+    return max(tried, key=lambda one: one.num_known)
