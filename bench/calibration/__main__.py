@@ -30,6 +30,7 @@ from bench.calibration.cluster import Cluster, serving
 from bench.calibration.engines import measure_beside, measure_engine
 from bench.calibration.load import OUTPUTS, PROMPTS, Group, Planned, poisson
 from bench.calibration.overheads import Lone, fit_overheads
+from bench.calibration.page import write_page
 from bench.calibration.predict import predict, spec_of
 from bench.calibration.results import Row, Seen, as_markdown, rows
 from bench.environments import CACHE
@@ -67,6 +68,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--again", type=Path, metavar="RESULT", help="measure nothing: predict its runs anew")
     add("--lock", type=Path, metavar="FILE", help="hold this lock, as flock(1), while measuring")
     add("--json", type=Path, metavar="FILE")
+    add("--page", type=Path, metavar="FILE", help="the result as Markdown")
     return parser.parse_args(argv)
 
 
@@ -209,6 +211,9 @@ def main(argv: Sequence[str]) -> None:
         table = _predicted(told, told["shape"], place, say)
         if options.save is not None:
             options.save.write_text(json.dumps(told["calibration"], indent=1) + "\n")
+        if options.page is not None:
+            worst = calibrated(f"calibrated:{place}").worst
+            write_page(options.page, told, table, worst)
     print(as_markdown(table))
     if options.json is not None:
         options.json.write_text(json.dumps(told) + "\n")
@@ -216,7 +221,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _without_paths(argv: Sequence[str]) -> list[str]:
     """Files say nothing about the result."""
-    paths = ("--json", "--lock", "--save", "--calibration")
+    paths = ("--json", "--page", "--lock", "--save", "--calibration")
     skipped = {place for n, text in enumerate(argv) if text in paths for place in (n, n + 1)}
     return [text for n, text in enumerate(argv) if n not in skipped]
 

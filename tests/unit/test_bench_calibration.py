@@ -1,6 +1,7 @@
 """Overheads from lone requests, and the table of what was measured and predicted."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from baton.client.http import Usage
 from baton.client.timing import Timing
 from bench.calibration.load import asks, poisson, requests
 from bench.calibration.overheads import Lone, fit_overheads
+from bench.calibration.page import MARK, write_page
 from bench.calibration.results import Seen, as_markdown, rows
 from sim.costs.calibrate import Calibrated
 from sim.costs.compute import Prefill
@@ -100,3 +102,39 @@ def test_a_run_with_failures_is_no_measurement() -> None:
     assert Seen.of([good]) == Seen((0.1,), (pytest.approx(0.2),))
     with pytest.raises(SystemExit, match="1 requests failed: no end"):
         Seen.of([good, Outcome(0.0, 1.0, error="no end")])
+
+
+def test_a_page_is_made_anew_and_keeps_what_is_written_by_hand(tmp_path: Path) -> None:
+    seen = Seen((0.2, 0.4), (0.02, 0.04))
+    run = seen.as_json() | {
+        "cpu_s": {"front": 1.0, "prefill": 2.0, "decode": 3.0, "others": 0.5},
+        "ttft_parts": {"queue": 0.1, "fetch": 0.0, "prefill": 0.2},
+    }
+    told = {
+        "command": "python -m bench.calibration",
+        "time": "2026-11-21T22:00:00+00:00",
+        "machine": {"processor": "a processor", "cpus_of_machine": 2},
+        "revision": "abc",
+        "planned": [{}, {}],
+        "rate_per_s": 3.0,
+        "prompts": [128, 256, 512],
+        "outputs": [8, 24],
+        "shape": "small",
+        "measured": {"1P+1D": [run]},
+        "predicted": {"1P+1D": run},
+        "calibration": {
+            "device": "one core",
+            "serving": {"overheads": {"ask_s": 0.002}, "beside": {"prefill": {"decode": 1.25}}},
+        },
+    }
+    page = tmp_path / "calibration.md"
+    write_page(page, told, list(rows("1P+1D", [seen], seen)), 0.05)
+    page.write_text(page.read_text() + "A remark.\n")
+    write_page(page, told, list(rows("1P+1D", [seen], seen)), 0.05)
+    text = page.read_text()
+    assert "The largest error is 0.0%." in text
+    assert "prompts of 128, 256 or 512 tokens" in text.replace("\n", " ")
+    assert "| 1P+1D, run 1 | 300.0 | 1.0 | 2.0 | 3.0 | 0.5 |" in text
+    assert "| `ask` | 2.0000 |" in text
+    assert "prefill beside decode × 1.25" in text
+    assert text.endswith(f"{MARK}\nA remark.\n")
