@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from heapq import nsmallest
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from baton.types.kv_events import Tier
 from baton.types.link import FetchPart
 from conductor.cost_model import TransferCost, TransferCosts
 from conductor.prefix_map import Match
-from conductor.views import FleetView, WorkerView
+from conductor.views import FleetView, Pool, WorkerView
 
 # Mooncake's kvcache_balancing_threshold. Theirs compares lengths of matches; ours the prefill times
 # without and with the transfer, because behind a long context few blocks are much work.
@@ -98,9 +99,10 @@ class Prefix:
     expected: Mapping[str, int] = field(default_factory=lambda: NOTHING)
     near_only: bool = False
 
-    def holders(self) -> Sequence[str]:
-        """Workers with the longest match first."""
-        return sorted(self.own, key=lambda name: (-self.own[name], name))
+    def longest(self, workers: Pool, count: int) -> Sequence[WorkerView]:
+        """Those of `workers` with the longest matches, the longest first."""
+        holders = workers.among(self.own)
+        return nsmallest(count, holders, key=lambda w: (-self.own[w.info.name], w.info.name))
 
     def limited(self, fetch: Fetch) -> Prefix:
         """The same, where that is allowed."""
@@ -121,8 +123,8 @@ def find_prefix(
     those to avoid. `computing`: blocks in prompts that workers have been given, by name."""
     own: dict[str, int] = {}
     sources: list[Source] = []
-    for match in matches:
-        holder = fleet.find(match.holder)
+    holders = fleet.find_all([match.holder for match in matches])
+    for match, holder in zip(matches, holders, strict=True):
         if holder is None:
             continue
         blocks = min(match.blocks, (prompt_tokens - 1) // holder.info.layout.block_size)

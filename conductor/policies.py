@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import islice
 from typing import NamedTuple
 
 from baton.types.fleet import Role
@@ -139,8 +138,7 @@ def _consider(workers: Pool, question: Question) -> dict[str, tuple[WorkerView, 
             if owner.free_at <= max(least.free_at, question.now):
                 considered[owner.info.name] = (owner, "owner")
                 break
-        holders = filter(None, map(workers.find, question.prefix.holders()))
-        for holder in islice(holders, MAX_HOLDERS):
+        for holder in question.prefix.longest(workers, MAX_HOLDERS):
             considered.setdefault(holder.info.name, (holder, "holder"))
         for worker in _beside_stores(workers, question.prefix.sources):
             considered.setdefault(worker.info.name, (worker, "store"))

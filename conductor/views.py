@@ -25,6 +25,7 @@ Floats = npt.NDArray[np.float64]
 Places = npt.NDArray[np.intp]
 
 _USED = frozenset({BlockState.ACTIVE, BlockState.LEASED, BlockState.QUARANTINED})
+_MANY = 64  # names, from where on it is faster to have all workers in a dictionary
 _SIXTEENTHS = 1 << 10  # more than a pool has
 
 
@@ -179,6 +180,13 @@ class Pool(Sequence[WorkerView]):
             return iter(self._views)
         return map(self._views.__getitem__, self._places.tolist())
 
+    @property
+    def names(self) -> Iterable[str]:
+        """In the same order."""
+        if self._places is None:
+            return self._crew.place
+        return [worker.info.name for worker in self]
+
     def column(self, which: Column) -> Floats:
         """[workers]; not to be written to."""
         row: Floats = self._table[which]
@@ -227,12 +235,21 @@ class Pool(Sequence[WorkerView]):
     def among(self, names: Iterable[str]) -> list[WorkerView]:
         """Those of these names."""
         places = self._crew.place
-        known = sorted(places[name] for name in names if name in places)
-        return [self._views[place] for place in known if self._has(place)]
+        return self._at([places[name] for name in names if name in places])
 
     def on_nodes(self, nodes: Iterable[str]) -> list[WorkerView]:
-        known = sorted(place for node in nodes for place in self._crew.nodes.get(node, ()))
-        return [self._views[place] for place in known if self._has(place)]
+        known = self._crew.nodes
+        return self._at([place for node in nodes for place in known.get(node, ())])
+
+    def _at(self, places: list[int]) -> list[WorkerView]:
+        """Those of these places that are in this pool."""
+        places.sort()
+        if self._places is not None:
+            marks = np.zeros(len(self._views), np.bool_)
+            marks[self._places] = True
+            inside = marks.tolist()
+            places = [place for place in places if inside[place]]
+        return list(map(self._views.__getitem__, places))
 
     def _has(self, place: int) -> bool:
         if self._places is None:
@@ -286,6 +303,15 @@ class FleetView:
 
     def live(self, role: Role) -> Pool:
         return self.pools[role]
+
+    def find_all(self, names: Sequence[str]) -> list[WorkerView | None]:
+        """As `find`, of each."""
+        if len(names) < _MANY:
+            return [self.find(name) for name in names]
+        known: dict[str, WorkerView] = {}
+        for pool in self.pools.values():
+            known.update(zip(pool.names, pool, strict=True))
+        return list(map(known.get, names))
 
     def find(self, name: str) -> WorkerView | None:
         """The live worker or store of that name."""

@@ -74,6 +74,7 @@ def test_a_column_has_the_values_of_the_workers(
 ) -> None:
     pool, plain = part
     assert list(pool) == plain
+    assert list(pool.names) == named(plain)
     assert len(pool) == len(plain)
     assert [pool[index] for index in range(len(pool))] == plain
     assert pool.column(column).tolist() == list(map(PLAIN[column], plain))
@@ -141,3 +142,5 @@ def test_a_fleet_has_the_live_workers_of_each_role(workers: list[WorkerView]) ->
     for worker in workers:
         found = worker if worker.state is WorkerState.LIVE else None
         assert fleet.find(worker.info.name) is found
+        assert fleet.find_all([worker.info.name, "?"] * 50) == [found, None] * 50
+        assert fleet.find_all([worker.info.name, "?"]) == [found, None]
