@@ -169,6 +169,16 @@ VALUE_SETS: dict[str, Values] = {
         }
     },
     "store-alone": {**ALONE, "kvstore": {"enabled": True}},
+    "key-for-clients": {
+        "conductor": {
+            "env": [
+                {
+                    "name": "BATON_API_KEY",
+                    "valueFrom": {"secretKeyRef": {"name": "client-keys", "key": "all"}},
+                }
+            ]
+        }
+    },
     "autoscaling": {
         "conductor": {
             "autoscaling": {"enabled": True},

@@ -14,6 +14,7 @@ from baton.worker.config import WorkerConfig
 from baton.worker.serving import CLOSE_TIMEOUT_S, SERVER_GRACE_S, TOKEN_VARIABLE
 from conductor import server
 from conductor.config import ConductorConfig
+from conductor.openai import CompletionBody
 from elastic_worker.__main__ import ElasticConfig
 from kvstore.config import StoreConfig
 from tests.unit.deploy.chart_kit import (
@@ -28,6 +29,7 @@ from tests.unit.deploy.chart_kit import (
     pod_of,
     pods,
     render,
+    render_files,
 )
 
 CONFIGS: dict[str, type] = {
@@ -216,3 +218,17 @@ def test_links_to_services_would_be_taken_for_options() -> None:
     """Why pods turn them off: a Service called baton makes Kubernetes set BATON_PORT."""
     with pytest.raises(ConfigError, match="--port"):
         parse_config(ConductorConfig, [], {"BATON_PORT": "tcp://10.0.0.1:80"}, "conductor")
+
+
+def test_clients_keys_come_from_a_secret() -> None:
+    assert config_of(VALUE_SETS["key-for-clients"], "conductor").api_key == ("given",)
+
+
+@pytest.mark.parametrize("name", ["default", "hub-with-token"])
+def test_notes_ask_what_conductors_answer(name: str) -> None:
+    """The request for the model by the name that it is served by."""
+    notes = render_files(VALUE_SETS[name])["NOTES.txt"]
+    asked = re.search(r"-d '(.*)'", notes)
+    assert asked is not None
+    body = CompletionBody.model_validate_json(asked[1])
+    assert body.model == (config_of(VALUE_SETS[name], "conductor").model_name or "demo")

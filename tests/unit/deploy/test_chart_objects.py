@@ -24,8 +24,8 @@ ALL = pytest.mark.parametrize("values", VALUE_SETS.values(), ids=VALUE_SETS)
 WITHOUT_ROOT = [values for name, values in VALUE_SETS.items() if name != "as-root"]
 # Given by the value sets: objects of others.
 THEIRS = {
-    "Secret": {"hub", "their-redis", "my-redis", "my-token", "registry", "baton-cluster"}
-    | {"baton-redis-url", "llm-example-com"},
+    "Secret": {"hub", "their-redis", "my-redis", "my-token", "client-keys"}
+    | {"registry", "baton-cluster", "baton-redis-url", "llm-example-com"},
     "PersistentVolumeClaim": {"models", "hub-cache"},
     "ConfigMap": {"theirs"},
     "ServiceAccount": {"default"},

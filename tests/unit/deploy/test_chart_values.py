@@ -47,6 +47,15 @@ BAD: dict[str, tuple[Values, str]] = {
         {"conductor": {"autoscaling": {"enabled": True}}},
         "needs conductor.resources.requests.cpu",
     ),
+    "scaling-upside-down": (
+        {
+            "conductor": {
+                "autoscaling": {"enabled": True, "minReplicas": 9},
+                "resources": {"requests": {"cpu": "1"}},
+            }
+        },
+        "minReplicas is more than maxReplicas",
+    ),
     "store-of-another-type": (STORE_ON_GPUS, "set engine.dtype"),
     "memory-of-a-store": (
         {"kvstore": {"resources": {"limits": {"memory": "8Gi"}}}},
