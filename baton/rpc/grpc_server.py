@@ -57,7 +57,7 @@ log = logging.getLogger("baton.rpc")
 
 LIVE = "live"
 """What a liveness probe asks the health service for: SERVING as long as the event loop answers. A
-process that no conductor knows for the moment is not ready, and is not to be killed for it."""
+process that no conductor knows yet is not ready, and is not to be killed for it."""
 
 WIND_UP_S = 10.0  # how long a service may clean up after its stream has ended
 INTERNAL_SERVICES = (

@@ -112,8 +112,8 @@ env:
 {{- end }}
 {{- end -}}
 
-{{/* Probes over gRPC: (dict "root" $ "port" 50052). The server listens when the weights are loaded, `live` is SERVING from
-then on, and the server as a whole while the process is registered with a conductor. */}}
+{{/* Probes over gRPC: (dict "root" $ "port" 50052). The server listens when the weights are loaded; `live` is SERVING from
+then on, the server as a whole since the process has registered with a conductor and until it drains. */}}
 {{- define "baton.grpcProbes" -}}
 startupProbe:
   grpc: {port: {{ .port }}, service: live}

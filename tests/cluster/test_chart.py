@@ -1,0 +1,139 @@
+"""The commands and probes of the Helm chart, with real processes: a node without Kubernetes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.cluster.by_hand import STOP_S, until
+from tests.unit.deploy.chart_kit import ALONE, Pod, environment, expand, pod_of, render
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+PARTS = ("conductor", "kvstore", "prefill", "decode")
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A container. `ports`: of this machine, by what the pod calls them."""
+
+    pod: Pod
+    process: subprocess.Popen[bytes]
+    ports: Mapping[int, int]
+
+    def passes(self, kind: str) -> bool:
+        """As the kubelet sees it."""
+        probe = self.pod.container[f"{kind}Probe"]
+        if "grpc" in probe:
+            return self._serves(probe["grpc"]["port"], probe["grpc"].get("service", ""))
+        named = {port["name"]: port["containerPort"] for port in self.pod.container["ports"]}
+        with contextlib.suppress(httpx.TransportError):
+            return self.get(named[probe["httpGet"]["port"]], probe["httpGet"]["path"]).is_success
+        return False
+
+    def get(self, port: int, path: str) -> httpx.Response:
+        return httpx.get(f"http://{HOST}:{self.ports[port]}{path}", trust_env=False)
+
+    def _serves(self, port: int, service: str) -> bool:
+        with grpc.insecure_channel(f"{HOST}:{self.ports[port]}") as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            try:
+                answer = check(health_pb2.HealthCheckRequest(service=service), timeout=5.0)
+            except grpc.RpcError:
+                return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def values(directory: Path) -> dict[str, Any]:
+    worker = {"device": "cpu", "extraArgs": ["--kv-memory-mib=64", "--threads=1"]}
+    memory = [f"--memory-dir={directory}", "--no-keep-memory"]
+    store = {"enabled": True, "memory": {"sizeMiB": 16}, "extraArgs": memory}
+    return {**ALONE, "prefill": worker, "decode": worker, "kvstore": store}
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[dict[str, Running]]:
+    objects = render(values(tmp_path))
+    wanted = {8000, 50051, 50052, 50053}
+    containers: dict[str, Running] = {}
+    # Each worker has the same port, of its own pod; here they share a host.
+    shared = free_ports(wanted)
+    try:
+        for part in PARTS:
+            ports = {**shared, 50052: free_ports({50052})[50052]}
+            containers[part] = start(pod_of(objects, part), ports, tmp_path)
+        yield containers
+    finally:
+        for each in containers.values():
+            each.process.kill()
+            each.process.wait(STOP_S)
+
+
+def free_ports(wanted: set[int]) -> dict[int, int]:
+    with contextlib.ExitStack() as bound:
+        sockets = {port: bound.enter_context(socket.socket()) for port in wanted}
+        for each in sockets.values():
+            each.bind((HOST, 0))
+        return {port: each.getsockname()[1] for port, each in sockets.items()}
+
+
+def start(pod: Pod, ports: Mapping[int, int], directory: Path) -> Running:
+    """The container's command, with this machine's ports and itself for the Services."""
+    here = {"POD_NAME": pod.component, "POD_IP": HOST, "HOME": str(directory)}
+    variables = environment(pod.container) | here
+    flags = [expand(flag, variables) for flag in pod.container["args"]]
+    flags = [re.sub(r"=baton-(members|kvstore):", f"={HOST}:", flag) for flag in flags]
+    for inside, outside in ports.items():
+        flags = [re.sub(rf"(=|:){inside}$", rf"\g<1>{outside}", flag) for flag in flags]
+    keep = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    with (directory / f"{pod.component}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *pod.container["command"][1:], *flags],
+            env=keep | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    return Running(pod, process, ports)
+
+
+def test_what_the_chart_starts_serves_and_ends(running: dict[str, Running]) -> None:
+    conductor = running["conductor"]
+    until(lambda: all(each.passes("startup") for each in running.values()))
+    until(lambda: all(each.passes("readiness") for each in running.values()))
+    assert all(each.passes("liveness") for each in running.values())
+
+    body = {"model": "demo", "prompt": "def fibonacci(n):", "max_tokens": 8}
+    url = f"http://{HOST}:{conductor.ports[8000]}/v1/completions"
+    answer = httpx.post(url, json=body, timeout=100.0, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 8
+    fleet = conductor.get(8000, "/cluster").json()
+    members = fleet["workers"] + fleet["stores"]
+    assert {(each["role"], each["node"]) for each in members} == {
+        (role, "some-name") for role in ("prefill", "decode", "store")
+    }
+
+    # Nobody has a reason to kill those whose conductor has gone.
+    conductor.process.send_signal(signal.SIGTERM)
+    assert conductor.process.wait(STOP_S) == 0
+    del running["conductor"]
+    assert all(each.passes("liveness") for each in running.values())
+    for each in running.values():
+        each.process.send_signal(signal.SIGTERM)
+    assert [each.process.wait(STOP_S) for each in running.values()] == [0, 0, 0]
