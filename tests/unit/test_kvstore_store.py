@@ -100,7 +100,8 @@ async def test_what_is_lost_leaves_no_holes(tmp_path: Path, seconds: float) -> N
             await asyncio.sleep(0.4)
         await rig.store.settle()
         assert rig.store.stats.lost > 0
-        assert rig.disk is not None and len(rig.disk) > 0
+        assert rig.disk is not None
+        assert len(rig.disk) > 0
         for keys in chains:
             there = [key for key in keys if key in rig.memory or key in rig.disk]
             assert len(rig.store.lookup(keys)) == len(there)
