@@ -106,6 +106,7 @@ class Attempts:
             timeout_s=max(request.deadline - now, 0.0),
             cache_salt=request.cache_salt,
             cache_pin_s=request.cache_pin_s,
+            slack_s=decision.chosen.slack_s,
         )
         self._place(task.attempt, *peers(decision))
         worker = (decision.prefill or decision.decode).info.name
@@ -117,6 +118,7 @@ class Attempts:
             len(task.prompt) + len(task.output),
             decision.work_s,
             task.priority,
+            task.slack_s,
             fetch,
             resumed=bool(task.output),
         )

@@ -176,7 +176,7 @@ class ModelledCluster:
             self._now,
         )
         worker = self._workers[name]
-        worker.queue.add(attempt, prompt.tokens, decision.work_s, 0, self._now)
+        worker.queue.add(attempt, prompt.tokens, decision.work_s, (0, self._now), self._now)
         self._expected.add(attempt, group, joined, name, 0)
         for busier in (worker, self._workers[prompt.decode]):
             busier.sequences += 1

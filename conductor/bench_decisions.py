@@ -13,7 +13,7 @@ from baton.hashing import KEY_BYTES
 from baton.types.fleet import KvLayout, Role, WorkerInfo, WorkerLoad, WorkerState
 from baton.types.kv_events import KvSnapshot, Tier
 from baton.types.request import AttemptId
-from conductor.backlog import Backlog
+from conductor.backlog import Ahead, Backlog
 from conductor.bench_figures import Figure, Plan, latencies, timed
 from conductor.expected import ExpectedBlocks
 from conductor.policies import RoutePolicy
@@ -123,7 +123,11 @@ def _workers(plan: Plan, random: np.random.Generator) -> tuple[WorkerView, ...]:
             transport="loopback",
         )
         seconds = float(random.uniform(0.1, 5))
-        backlog = Backlog(1000, seconds, ((0, seconds),)) if role is Role.PREFILL else Backlog()
+        backlog = (
+            Backlog(1000, seconds, (Ahead((0, 0.0), seconds),))
+            if role is Role.PREFILL
+            else Backlog()
+        )
         load = WorkerLoad(running=int(random.integers(1, 64)))
         views.append(WorkerView(info, WorkerState.LIVE, load, backlog=backlog))
     return tuple(views)

@@ -46,6 +46,11 @@ class ConductorConfig:
         "prompts with at most so many tokens to compute are prefilled by the decode worker itself; "
         "0 = none, auto = where that costs less time than a handoff",
     )
+    prompt_patience: float = option(
+        0.0,
+        "with --policy cache-aware: seconds for which shorter prompts may overtake one, per second "
+        "that it takes; 0 = prompts are computed in the order in which they come",
+    )
     slo_ttft_ms: float = option(
         0.0, "turn requests away that would miss this time to the first token; 0 = off"
     )
@@ -91,7 +96,13 @@ class ConductorConfig:
         for name in (*positive, "prefix_map_blocks"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0")
-        for name in ("drain_timeout", "sse_keepalive", "slo_ttft_ms", "slo_tpot_ms"):
+        for name in (
+            "drain_timeout",
+            "sse_keepalive",
+            "slo_ttft_ms",
+            "slo_tpot_ms",
+            "prompt_patience",
+        ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must not be negative")
         if self.local_prefill_tokens != AUTO and not self.local_prefill_tokens.isdecimal():
@@ -102,7 +113,7 @@ class ConductorConfig:
         local = self.local_prefill_tokens
         tokens = None if local == AUTO else int(local)
         fetch = Fetch.CLUSTER if self.kv_fetch else Fetch.NOBODY
-        return RouteOptions(RoutePolicy(self.policy), tokens, fetch)
+        return RouteOptions(RoutePolicy(self.policy), tokens, fetch, self.prompt_patience)
 
     @property
     def planner(self) -> PlannerOptions | None:

@@ -231,6 +231,7 @@ class WorkerSamples:
         self._own = _WorkerFit.of(prior)
         self._alike = alike
         self._latest = _Prefills()
+        self._began_s = 0.0  # the last of those that have ended; Unix, the worker's clock
         self._sampled_until = 0.0
         self._cost: WorkerCost | None = None
 
@@ -248,13 +249,16 @@ class WorkerSamples:
 
         Prompts overlap in a worker, and short ones share steps: those that ended with one step are
         one sample, made when prompts of a later step end. The time of a prompt that is told of
-        after later ones is in theirs already.
+        after later ones is in theirs already. One that began before others and ended after them was
+        overtaken: nobody knows what was its time, and what was theirs.
         """
         late_s = span.end_s - self._latest.end_s
+        overtaken = late_s > _SAME_STEP_S and span.start_s < self._began_s - _SAME_STEP_S
+        self._began_s = max(self._began_s, span.start_s)
         if late_s > _SAME_STEP_S:
             self._learn()
             self._latest = _Prefills(after_s=self._latest.end_s, end_s=span.end_s)
-        if late_s >= -_SAME_STEP_S and tokens > 0:
+        if late_s >= -_SAME_STEP_S and tokens > 0 and not overtaken:
             self._latest.add(tokens, context, span.start_s)
 
     def _learn(self) -> None:

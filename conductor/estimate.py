@@ -25,6 +25,8 @@ from conductor.views import FleetView, Pool, WorkerView
 # without and with the transfer, because behind a long context few blocks are much work.
 BALANCING_THRESHOLD = 1.1
 NOTHING: Mapping[str, int] = MappingProxyType({})
+DUE_S = 25.0  # a prompt of so many seconds, or more, is due when it comes
+OVERTAKEN = 3.0  # what a second of waiting counts for those that did not expect it
 MAX_SOURCES = 8  # holders of the longest matches that a plan may use
 
 
@@ -41,7 +43,8 @@ class Candidate:
     """A worker that was considered to compute the prompt, and what was expected of it.
 
     `cached_tokens` are in its own pool, the last `expected_tokens` of them once it has computed
-    the prompts before this one; `fetch_tokens` come from others before it computes the rest.
+    the prompts before this one; `fetch_tokens` come from others before it computes the rest. It is
+    due `slack_s` after it comes, before `behind` prompts that are there already.
     """
 
     worker: str
@@ -52,10 +55,17 @@ class Candidate:
     cached_tokens: int = 0
     fetch_tokens: int = 0
     expected_tokens: int = 0
+    slack_s: float = 0.0
+    behind: int = 0
 
     @property
     def ttft_s(self) -> float:
         return self.queue_s + self.fetch_s + self.prefill_s
+
+    @property
+    def cost_s(self) -> float:
+        """What it adds to all first tokens together: its own time, and that of those behind it."""
+        return self.ttft_s + OVERTAKEN * self.behind * (self.fetch_s + self.prefill_s)
 
     def describe(self) -> str:
         parts = [f"queue {describe_s(self.queue_s)}"]
@@ -66,6 +76,14 @@ class Candidate:
         if self.expected_tokens:
             cached += f", {self.expected_tokens} of them by then"
         return f"{' + '.join(parts)} = {describe_s(self.ttft_s)}{cached}"
+
+
+class Arrival(NamedTuple):
+    """Of a prompt. `patience`: for how many seconds others may overtake it, per second of work."""
+
+    now: float
+    priority: int = 0
+    patience: float = 0.0
 
 
 class Source(NamedTuple):
@@ -148,8 +166,7 @@ def estimate(
     worker: WorkerView,
     prefix: Prefix,
     transfers: TransferCosts,
-    now: float,
-    priority: int = 0,
+    arrival: Arrival,
     why: str = "",
 ) -> tuple[Candidate, tuple[FetchPart, ...]]:
     """What to expect of `worker`, and what it should fetch for that."""
@@ -166,16 +183,23 @@ def estimate(
         total_s = fetch_s + cost.seconds(prompt - stretch.end * size, stretch.end * size)
         if total_s < best_s and alone_s > BALANCING_THRESHOLD * total_s:
             used, best_s, best_fetch_s = number, total_s, fetch_s
+    expected = prefix.expected.get(worker.info.name, 0)
+    # Not less for what is expected: if it overtakes that prompt, it has to compute it itself.
+    work_s = best_s if not expected else cost.seconds(prompt - (own - expected) * size)
+    slack_s = max(min(arrival.patience * work_s, DUE_S - work_s), 0.0)
+    turn = (arrival.priority, arrival.now + slack_s)
     parts = tuple(_part(stretch) for stretch in stretches[:used])
     candidate = Candidate(
         worker=worker.info.name,
         why=why,
-        queue_s=worker.queue_s(now, priority),
+        queue_s=worker.queue_s(arrival.now, turn),
         fetch_s=best_fetch_s,
         prefill_s=best_s - best_fetch_s,
         cached_tokens=own * size,
         fetch_tokens=(stretches[used - 1].end - own) * size if used else 0,
-        expected_tokens=prefix.expected.get(worker.info.name, 0) * size,
+        expected_tokens=expected * size,
+        slack_s=slack_s,
+        behind=worker.backlog.behind(turn),
     )
     return candidate, parts
 

@@ -57,6 +57,7 @@ class Assignment:
     prompt_tokens: int
     work_s: float = 0.0
     priority: int = 0
+    slack_s: float = 0.0
     fetch: tuple[FetchPart, ...] = ()
     resumed: bool = False
     answered: bool = False  # the link's: tokens have come
@@ -112,12 +113,13 @@ class Link:
         self._assignments[attempt] = assignment
         self.attempts += 1
         if assignment.prompt_tokens:
+            now = self._loop.time()
             self._prompts.add(
                 attempt,
                 assignment.prompt_tokens,
                 assignment.work_s,
-                assignment.priority,
-                self._loop.time(),
+                (assignment.priority, now + assignment.slack_s),
+                now,
             )
         self._outbox.put_nowait(message)
         self._watcher.on_change()

@@ -3,7 +3,8 @@
     random, round-robin    for comparison: by the request's key or number alone
     least-loaded           the shortest queue (prefill), the fewest sequences (decode)
     consistent-hash        the owner of the prompt's prefix group, with bounded loads
-    cache-aware            the smallest predicted TTFT, after Mooncake's Algorithm 1 (FAST'25)
+    cache-aware            the smallest predicted TTFT, after Mooncake's Algorithm 1 (FAST'25),
+                           and as little as can be for the prompts that it overtakes
 
 For a decode worker that gets the KV from a prefill worker, the last three differ only in that
 cache-aware prefers one which holds the prefix, among those that are about as busy.
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 from baton.types.fleet import Role
 from baton.types.link import FetchPart
-from conductor.estimate import Candidate, Prefix, Source, estimate
+from conductor.estimate import Arrival, Candidate, Prefix, Source, estimate
 from conductor.views import Column, FleetView, Pool, WorkerView
 
 OWNERS = 2  # of a prefix group: a hot one has two workers before it spreads by load
@@ -56,10 +57,9 @@ class Question(NamedTuple):
     key: str
     number: int
     group: bytes
-    priority: int
+    arrival: Arrival
     prefix: Prefix
     fleet: FleetView
-    now: float
 
 
 def choose_prefill(policy: RoutePolicy, workers: Pool, question: Question) -> Choice:
@@ -108,21 +108,22 @@ def choose_alone(policy: RoutePolicy, workers: Pool, blocks: int, question: Ques
 def least_queued(workers: Pool, question: Question) -> WorkerView:
     """The one that could begin first; of several, the one with the least to compute."""
     free_at = workers.column(Column.FREE_AT)
-    tied = workers.where(free_at <= max(free_at.min(), question.now))
+    tied = workers.where(free_at <= max(free_at.min(), question.arrival.now))
     return tied.least(Column.QUEUED_TOKENS).drawn(question.key)
 
 
 def _by_ttft(workers: Pool, question: Question) -> Choice:
-    """Algorithm 1 on those that can win: owners of the group, holders, and the least loaded."""
+    """Algorithm 1 on those that can win: owners of the group, holders, and the least loaded. What
+    the prompt takes counts again for each one that it overtakes."""
     prefix, transfers = question.prefix, question.fleet.transfers
     plans = [
-        (worker, *estimate(worker, prefix, transfers, question.now, question.priority, why))
+        (worker, *estimate(worker, prefix, transfers, question.arrival, why))
         for worker, why in _consider(workers, question).values()
     ]
-    best = min([candidate.ttft_s for _, candidate, _ in plans])
+    best = min([candidate.cost_s for _, candidate, _ in plans])
     limit = best + max(TIE_S, TIE_SHARE * best)
     # Equal estimates: whoever has the prefix, then the owner, who comes first of the rest.
-    tied = [plan for plan in plans if plan[1].ttft_s <= limit]
+    tied = [plan for plan in plans if plan[1].cost_s <= limit]
     worker, chosen, fetch = max(tied, key=lambda plan: plan[1].cached_tokens)
     reason = "fetch" if fetch else "cached" if chosen.cached_tokens else chosen.why
     return Choice(worker, chosen, tuple([candidate for _, candidate, _ in plans]), fetch, reason)
@@ -135,7 +136,7 @@ def _consider(workers: Pool, question: Question) -> dict[str, tuple[WorkerView, 
     if question.group or question.prefix.own:
         for owner in _owners(workers, question):
             # An owner that works while another worker is idle would only gather a queue.
-            if owner.free_at <= max(least.free_at, question.now):
+            if owner.free_at <= max(least.free_at, question.arrival.now):
                 considered[owner.info.name] = (owner, "owner")
                 break
         for holder in question.prefix.longest(workers, MAX_HOLDERS):
@@ -203,8 +204,7 @@ def _just(worker: WorkerView, reason: str, question: Question) -> Choice:
         worker,
         question.prefix,
         question.fleet.transfers,
-        question.now,
-        question.priority,
+        question.arrival,
         reason,
     )
     return Choice(worker, candidate, (candidate,), fetch, reason)

@@ -13,7 +13,7 @@ from baton.errors import NoWorker
 from baton.hashing import KEY_BYTES
 from baton.types.fleet import Role
 from baton.types.link import FetchPart
-from conductor.estimate import NOTHING, Candidate, Fetch, estimate, find_prefix
+from conductor.estimate import NOTHING, Arrival, Candidate, Fetch, estimate, find_prefix
 from conductor.policies import (
     Choice,
     Question,
@@ -33,11 +33,20 @@ LOCAL_TOKENS = 512  # most that a decode worker prefills itself when the costs d
 class RouteOptions:
     """`local_tokens`: most tokens of a prompt, cached ones aside, that go to the decode worker
     although there are prefill workers. 0 = none; None = where the costs say so. Where nobody may
-    `fetch`, workers use what they hold themselves, as schedulers that know no prefix map do."""
+    `fetch`, workers use what they hold themselves, as schedulers that know no prefix map do.
+
+    Shorter prompts overtake one that comes for `patience` times as long as it takes, as far as it
+    can still be done in `DUE_S`. 0 = nobody overtakes, which is also so with the other policies.
+    """
 
     policy: RoutePolicy = RoutePolicy.CACHE_AWARE
     local_tokens: int | None = None
     fetch: Fetch = Fetch.CLUSTER
+    patience: float = 0.0
+
+    @property
+    def patience_of_prompts(self) -> float:
+        return self.patience if self.policy is RoutePolicy.CACHE_AWARE else 0.0
 
 
 DEFAULTS = RouteOptions()
@@ -147,7 +156,12 @@ def route(
     known = find_prefix(prompt_tokens, request.matches, fleet, request.avoid, request.computing)
     prefix = known.limited(options.fetch)
     question = Question(
-        request.key, request.number, request.group, request.priority, prefix, fleet, now
+        request.key,
+        request.number,
+        request.group,
+        Arrival(now, request.priority, options.patience_of_prompts),
+        prefix,
+        fleet,
     )
     blocks = decoders[0].info.layout.blocks_for(total)
     prefillers = _fitting(fleet.live(Role.PREFILL), prompt_tokens + 1, request.avoid)
@@ -180,9 +194,7 @@ def _without_hop(decode: WorkerView, question: Question, options: RouteOptions) 
     transfers = question.fleet.transfers
     if most is None and (decode.cost.prefill.is_prior or transfers.handoff.is_prior):
         return None
-    candidate, fetch = estimate(
-        decode, question.prefix, transfers, question.now, question.priority, "local"
-    )
+    candidate, fetch = estimate(decode, question.prefix, transfers, question.arrival, "local")
     suffix = prompt - candidate.cached_tokens - candidate.fetch_tokens
     if suffix > (most or LOCAL_TOKENS):
         return None

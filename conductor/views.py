@@ -17,7 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from baton.types.fleet import BlockState, Peer, Role, WorkerInfo, WorkerLoad, WorkerState
-from conductor.backlog import EMPTY, Backlog
+from conductor.backlog import EMPTY, Backlog, Turn
 from conductor.cost_model import UNKNOWN_TRANSFERS, UNKNOWN_WORKER, TransferCosts, WorkerCost
 from conductor.ring import Ring
 
@@ -89,9 +89,14 @@ class WorkerView:
         """Prompt tokens still to be computed. Our own count is fresher, the report sees others."""
         return max(self.load.waiting_tokens, self.backlog.tokens)
 
-    def queue_s(self, now: float, priority: int = 0) -> float:
-        """Seconds until a prompt of `priority` that arrives now would begin to be computed."""
-        return self.backlog.ahead_s(now, priority) + self.foreign_s
+    def queue_s(self, now: float, turn: Turn) -> float:
+        """Seconds until a prompt of that turn that arrives now would begin to be computed."""
+        ahead_s = self.backlog.ahead_s(now, turn) + self.foreign_s
+        overtaken_s = self.backlog.overtaken_s(turn)
+        if overtaken_s > 0:  # its step goes on to its end, half of one on average
+            step_s = self.cost.prefill.queue_s(self.info.step_tokens)
+            ahead_s += min(overtaken_s, step_s / 2)
+        return ahead_s
 
 
 class Column(IntEnum):

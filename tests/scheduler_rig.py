@@ -37,21 +37,21 @@ class Rig:
         self.publisher = Publisher(self.pool, self.config.layout)
         self.runner = FakeRunner(self.config.layout)
 
-    def sequence(self, task: GenerationTask, hand_off: bool = False) -> Sequence:
+    def sequence(self, task: GenerationTask, hand_off: bool = False, now: float = 0.0) -> Sequence:
         self.numbers += 1
-        sequence = Sequence(self.numbers, task, self.config.eos_token_ids, 0.0, hand_off)
+        sequence = Sequence(self.numbers, task, self.config.eos_token_ids, now, hand_off)
         self.answers[sequence.number] = []
         self.contexts[task.attempt] = (*task.prompt, *task.output)
         return sequence
 
-    def submit(self, task: GenerationTask, hand_off: bool = False) -> Sequence:
-        sequence = self.sequence(task, hand_off)
+    def submit(self, task: GenerationTask, hand_off: bool = False, now: float = 0.0) -> Sequence:
+        sequence = self.sequence(task, hand_off, now)
         self.scheduler.enqueue(sequence)
         return sequence
 
     def reserve(self, num_blocks: int, priority: int = 0) -> Reservation:
         self.numbers += 1
-        order = (priority, self.numbers)
+        order = (priority, 0.0, self.numbers)
         attempt = AttemptId(f"reservation {self.numbers}")
         reservation = Reservation(self.numbers, attempt, num_blocks, order, lambda blocks: None)
         self.scheduler.enqueue(reservation)
@@ -130,13 +130,19 @@ def make_rig(num_blocks: int = 16, **values: int | bool | tuple[int, ...] | None
 
 
 def make_task(
-    length: int, max_tokens: int = 4, start: int = 0, priority: int = 0, name: str = ""
+    length: int,
+    max_tokens: int = 4,
+    start: int = 0,
+    priority: int = 0,
+    name: str = "",
+    slack_s: float = 0.0,
 ) -> GenerationTask:
     return GenerationTask(
         AttemptId(name or f"{start}+{length}"),
         tuple(range(start, start + length)),
         SamplingParams(max_tokens=max_tokens, temperature=0),
         priority=priority,
+        slack_s=slack_s,
     )
 
 

@@ -20,6 +20,7 @@ from baton.errors import ConfigError
 _CONDUCTOR_FLAGS = (
     "policy",
     "local_prefill_tokens",
+    "prompt_patience",
     "slo_ttft_ms",
     "slo_tpot_ms",
     "elastic_settle",

@@ -138,6 +138,14 @@ class ServeOptions:
             rich_help_panel=_STORE,
         ),
     ] = None
+    prompt_patience: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Seconds for which shorter prompts may overtake one, per second that it takes.",
+            rich_help_panel=_STORE,
+        ),
+    ] = None
     slo_ttft_ms: Annotated[
         float | None,
         typer.Option(min=0, help="Refuse what would miss this TTFT.", rich_help_panel=_STORE),

@@ -186,8 +186,9 @@ class Engine:
         granted: asyncio.Future[Reserved] = asyncio.get_running_loop().create_future()
         number = next(self._numbers)
         context = None if task is None else self._sequence(number, task, hand_off=False)
+        settle = partial(_settle, granted)
         reservation = Reservation(
-            number, attempt, num_blocks, (priority, number), partial(_settle, granted), context
+            number, attempt, num_blocks, (priority, _now(), number), settle, context
         )
         self._scheduler.enqueue(reservation)
         self._reservations[attempt] = reservation

@@ -3,7 +3,8 @@ Sarathi-Serve, OSDI'24) over a paged pool (PagedAttention, SOSP'23).
 
 One step, within a budget of tokens:
   1. decodes, one token each; one that finds no block preempts the last sequence of the line
-  2. chunks of prompts that are already running, which a step that decodes may hold shorter
+  2. chunks of prompts that are already running, which a step that decodes may hold shorter; before
+     each one, waiting sequences that are more urgent or due sooner: they overtake it
   3. waiting sequences and reservations, in order; the first that does not fit stops the line
 With `prompts_first`, 2 and 3 come first, and 1 only where they found nothing to compute: prompts
 are done sooner, and nothing bounds the time between two tokens.
@@ -11,10 +12,10 @@ are done sooner, and nothing bounds the time between two tokens.
 Prompts that arrive together compute a shared prefix once: a sequence starts behind the blocks that
 others fill in the same step, or in the one in flight, and reads them there (runners write a layer's
 KV of all items before they attend to any). If its own first block would be the one that a prompt
-which the step cuts short goes on with, it does not start yet, and the line stops. That holds up
-nobody for long: what is left of such a step is less than a block, running prompts come first
-anyway, and while the line stops none is added to them. If a step does not count, those who started
-on KV that they cannot count on any more go back to the line.
+which the step cuts short goes on with, it does not start yet, and the line stops; nor does it
+overtake a prompt that is about to compute that block. That holds up nobody for long: running
+prompts come first then, and while the line stops none is added to them. If a step does not count,
+those who started on KV that they cannot count on any more go back to the line.
 
 A step may be scheduled while the one before it is in flight. It takes for granted that every
 sequence goes on, unless its length ends it; what a sequence computed after its end is thrown away.
@@ -27,8 +28,9 @@ Why it always makes progress: the first running sequence (lowest priority number
 nobody's victim, a running prompt has all its blocks from the start, and every running decode and
 the first running prompt get at least one token per step (max_batch_tokens >= max_num_seqs,
 max_prefill_tokens >= 1). So the first one ends, and the next becomes first. Blocks held outside of
-the line (reservations, leases) have deadlines of their own. With `prompts_first` decodes advance
-when no more prompt fits or none is left.
+the line (reservations, leases) have deadlines of their own. Who is first may change, but not for
+ever: whoever comes after a sequence is due does not come before it, priority aside. With
+`prompts_first` decodes advance when no more prompt fits or none is left.
 """
 
 from __future__ import annotations
@@ -208,7 +210,7 @@ class Scheduler(Residents):
         return True
 
     def _schedule_prompts(self, plan: _Plan, now: float) -> None:
-        self._schedule_chunks(plan)
+        self._schedule_chunks(plan, now)
         if not plan.preempted or not plan.items:
             self._start_waiting(plan, now)
 
@@ -229,18 +231,30 @@ class Scheduler(Residents):
                 decodes.append(sequence)
         return decodes
 
-    def _schedule_chunks(self, plan: _Plan) -> None:
-        for sequence in self._running:
+    def _schedule_chunks(self, plan: _Plan, now: float) -> None:
+        """Of running prompts, and before each one of those that overtake it."""
+        prompts = [s for s in self._running if s.unplanned > 1 and s.ending is None]
+        if prompts and self._overtakes(prompts[-1]):
+            ahead = (self._cache.key_at(sequence, sequence.planned) for sequence in prompts)
+            plan.cuts.update(key for key in ahead if key is not None)
+        for sequence in prompts:
+            if not plan.preempted:
+                self._start_waiting(plan, now, before=sequence)
             if plan.budget == 0:
                 break
-            if sequence.unplanned > 1 and sequence.ending is None:
-                self._take_chunk(plan, sequence)
+            self._take_chunk(plan, sequence)
 
-    def _start_waiting(self, plan: _Plan, now: float) -> None:
+    def _overtakes(self, sequence: Sequence) -> bool:
+        head = self._waiting.first
+        return head is not None and head.order < sequence.order
+
+    def _start_waiting(self, plan: _Plan, now: float, before: Sequence | None = None) -> None:
         while plan.budget > 0:
             self.grant_reservations()  # first: it may take the last place
             head = self._waiting.first
             if not isinstance(head, Sequence) or not self._has_place(plan.spent):
+                break
+            if before is not None and head.order > before.order:
                 break
             if not self._start(head, now, plan.cuts):
                 break

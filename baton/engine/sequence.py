@@ -92,7 +92,7 @@ class Sequence:
         self.task = task
         self.hand_off = hand_off
         self.fetchable = fetchable  # leading blocks whose KV others may have
-        self.order = (task.priority, number)
+        self.order = (task.priority, now + task.slack_s, number)
         self.context = [*task.prompt, *task.output]
         self.blocks: tuple[int, ...] = ()
         self.computed = 0

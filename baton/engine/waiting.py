@@ -1,4 +1,8 @@
-"""Who waits for blocks: sequences and reservations, in one line ordered by priority and arrival."""
+"""Who waits for blocks: sequences and reservations, in one line.
+
+It is ordered by priority, and within that by when they are due: when they came, and the slack of
+the task later (earliest deadline first). Nobody waits for those that come after it is due.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from baton.engine.sequence import Sequence
 from baton.types.request import AttemptId
+
+Order = tuple[int, float, int]
+"""(priority, due in loop time, number)"""
 
 
 class Reserved(NamedTuple):
@@ -26,7 +33,7 @@ class Reservation:
     number: int
     attempt: AttemptId
     num_blocks: int
-    order: tuple[int, int]
+    order: Order
     settle: Callable[[Reserved | None], None]  # once: the blocks, or None when cancelled
     context: Sequence | None = None  # what the KV is of, if that is known: some of it may be here
     blocks: tuple[int, ...] = ()
@@ -37,8 +44,8 @@ class Reservation:
 
 class Ordered(Protocol):
     @property
-    def order(self) -> tuple[int, int]:
-        """(priority, number): unique, lower first, constant while in a line."""
+    def order(self) -> Order:
+        """Unique, lower first, constant while in a line."""
 
 
 T = TypeVar("T", bound=Ordered)
@@ -90,7 +97,7 @@ class WaitingLine(Line[Sequence | Reservation]):
         self.tokens -= _tokens(entry)
 
 
-def _order(entry: Ordered) -> tuple[int, int]:
+def _order(entry: Ordered) -> Order:
     return entry.order
 
 

@@ -110,6 +110,7 @@ def info_to_pb(value: WorkerInfo) -> pb.WorkerInfo:
         version=value.version,
         roles=[role_to_pb(role) for role in value.roles],
         pair_to_token=value.pair_to_token,
+        step_tokens=value.step_tokens,
     )
 
 
@@ -133,6 +134,7 @@ def info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
         version=message.version,
         roles=tuple(role_from_pb(role) for role in message.roles),
         pair_to_token=message.pair_to_token,
+        step_tokens=message.step_tokens,
     )
 
 

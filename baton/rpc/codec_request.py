@@ -71,6 +71,7 @@ def task_to_pb(value: GenerationTask) -> pb.GenerationTask:
         timeout_s=value.timeout_s,
         cache_salt=value.cache_salt,
         cache_pin_s=value.cache_pin_s,
+        slack_s=value.slack_s,
     )
 
 
@@ -84,6 +85,7 @@ def task_from_pb(message: pb.GenerationTask) -> GenerationTask:
         timeout_s=message.timeout_s if message.HasField("timeout_s") else None,
         cache_salt=message.cache_salt,
         cache_pin_s=message.cache_pin_s if message.HasField("cache_pin_s") else None,
+        slack_s=message.slack_s,
     )
 
 

@@ -114,6 +114,7 @@ class WorkerInfo:
     roles: tuple[Role, ...] = ()  # that SetRole may give it; empty: only its own
     # Operations of attention for a pair of tokens, relative to those of products for a token.
     pair_to_token: float = 0.0  # 0: not known
+    step_tokens: int = 0  # that a step computes at most, which nobody can interrupt; 0: not known
 
 
 @dataclass(frozen=True, slots=True)

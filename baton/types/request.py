@@ -69,6 +69,7 @@ class GenerationTask:
     timeout_s: float | None = None  # what is left of the request's deadline when this was sent
     cache_salt: str = ""
     cache_pin_s: float | None = None  # keep the prompt's KV in the store that long; up to MAX_PIN_S
+    slack_s: float = 0.0  # later than it came its prompt is due: who is due sooner goes first
 
 
 @dataclass(frozen=True, slots=True)

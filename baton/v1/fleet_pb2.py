@@ -25,27 +25,27 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/fleet.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\xf7\x02\n\nWorkerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x12\n\nmodel_name\x18\x06 \x01(\t\x12\"\n\x06layout\x18\x07 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x15\n\rmax_model_len\x18\t \x01(\r\x12\x11\n\ttransport\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x0c\n\x04\x63pus\x18\x0c \x01(\t\x12\x0f\n\x07threads\x18\r \x01(\r\x12\x0c\n\x04node\x18\x0e \x01(\t\x12\x10\n\x08protocol\x18\x0f \x01(\r\x12\x0f\n\x07version\x18\x10 \x01(\t\x12\x1d\n\x05roles\x18\x11 \x03(\x0e\x32\x0e.baton.v1.Role\x12\x15\n\rpair_to_token\x18\x12 \x01(\x01\"5\n\x0fRegisterRequest\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.baton.v1.WorkerInfo\"U\n\x0cRenewRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\"\n\x04load\x18\x03 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\"1\n\x0cLeaveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\x0f\n\rLeaveResponse\"-\n\nFleetLease\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\r\n\x05ttl_s\x18\x02 \x01(\x01*O\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x0e\n\nROLE_STORE\x10\x03\x32\xb5\x01\n\x05\x46leet\x12;\n\x08Register\x12\x19.baton.v1.RegisterRequest\x1a\x14.baton.v1.FleetLease\x12\x35\n\x05Renew\x12\x16.baton.v1.RenewRequest\x1a\x14.baton.v1.FleetLease\x12\x38\n\x05Leave\x12\x16.baton.v1.LeaveRequest\x1a\x17.baton.v1.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/fleet.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\x8c\x03\n\nWorkerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x12\n\nmodel_name\x18\x06 \x01(\t\x12\"\n\x06layout\x18\x07 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x15\n\rmax_model_len\x18\t \x01(\r\x12\x11\n\ttransport\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x0c\n\x04\x63pus\x18\x0c \x01(\t\x12\x0f\n\x07threads\x18\r \x01(\r\x12\x0c\n\x04node\x18\x0e \x01(\t\x12\x10\n\x08protocol\x18\x0f \x01(\r\x12\x0f\n\x07version\x18\x10 \x01(\t\x12\x1d\n\x05roles\x18\x11 \x03(\x0e\x32\x0e.baton.v1.Role\x12\x15\n\rpair_to_token\x18\x12 \x01(\x01\x12\x13\n\x0bstep_tokens\x18\x13 \x01(\r\"5\n\x0fRegisterRequest\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.baton.v1.WorkerInfo\"U\n\x0cRenewRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\"\n\x04load\x18\x03 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\"1\n\x0cLeaveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\x0f\n\rLeaveResponse\"-\n\nFleetLease\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\r\n\x05ttl_s\x18\x02 \x01(\x01*O\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x0e\n\nROLE_STORE\x10\x03\x32\xb5\x01\n\x05\x46leet\x12;\n\x08Register\x12\x19.baton.v1.RegisterRequest\x1a\x14.baton.v1.FleetLease\x12\x35\n\x05Renew\x12\x16.baton.v1.RenewRequest\x1a\x14.baton.v1.FleetLease\x12\x38\n\x05Leave\x12\x16.baton.v1.LeaveRequest\x1a\x17.baton.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=692
-  _globals['_ROLE']._serialized_end=771
+  _globals['_ROLE']._serialized_start=713
+  _globals['_ROLE']._serialized_end=792
   _globals['_WORKERINFO']._serialized_start=58
-  _globals['_WORKERINFO']._serialized_end=433
-  _globals['_REGISTERREQUEST']._serialized_start=435
-  _globals['_REGISTERREQUEST']._serialized_end=488
-  _globals['_RENEWREQUEST']._serialized_start=490
-  _globals['_RENEWREQUEST']._serialized_end=575
-  _globals['_LEAVEREQUEST']._serialized_start=577
-  _globals['_LEAVEREQUEST']._serialized_end=626
-  _globals['_LEAVERESPONSE']._serialized_start=628
-  _globals['_LEAVERESPONSE']._serialized_end=643
-  _globals['_FLEETLEASE']._serialized_start=645
-  _globals['_FLEETLEASE']._serialized_end=690
-  _globals['_FLEET']._serialized_start=774
-  _globals['_FLEET']._serialized_end=955
+  _globals['_WORKERINFO']._serialized_end=454
+  _globals['_REGISTERREQUEST']._serialized_start=456
+  _globals['_REGISTERREQUEST']._serialized_end=509
+  _globals['_RENEWREQUEST']._serialized_start=511
+  _globals['_RENEWREQUEST']._serialized_end=596
+  _globals['_LEAVEREQUEST']._serialized_start=598
+  _globals['_LEAVEREQUEST']._serialized_end=647
+  _globals['_LEAVERESPONSE']._serialized_start=649
+  _globals['_LEAVERESPONSE']._serialized_end=664
+  _globals['_FLEETLEASE']._serialized_start=666
+  _globals['_FLEETLEASE']._serialized_end=711
+  _globals['_FLEET']._serialized_start=795
+  _globals['_FLEET']._serialized_end=976
 # @@protoc_insertion_point(module_scope)

@@ -20,7 +20,7 @@ ROLE_DECODE: Role
 ROLE_STORE: Role
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("name", "role", "incarnation", "address", "pid", "model_name", "layout", "num_blocks", "max_model_len", "transport", "device", "cpus", "threads", "node", "protocol", "version", "roles", "pair_to_token")
+    __slots__ = ("name", "role", "incarnation", "address", "pid", "model_name", "layout", "num_blocks", "max_model_len", "transport", "device", "cpus", "threads", "node", "protocol", "version", "roles", "pair_to_token", "step_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class WorkerInfo(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ROLES_FIELD_NUMBER: _ClassVar[int]
     PAIR_TO_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: Role
     incarnation: str
@@ -57,7 +58,8 @@ class WorkerInfo(_message.Message):
     version: str
     roles: _containers.RepeatedScalarFieldContainer[Role]
     pair_to_token: float
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., transport: _Optional[str] = ..., device: _Optional[str] = ..., cpus: _Optional[str] = ..., threads: _Optional[int] = ..., node: _Optional[str] = ..., protocol: _Optional[int] = ..., version: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., pair_to_token: _Optional[float] = ...) -> None: ...
+    step_tokens: int
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., transport: _Optional[str] = ..., device: _Optional[str] = ..., cpus: _Optional[str] = ..., threads: _Optional[int] = ..., node: _Optional[str] = ..., protocol: _Optional[int] = ..., version: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., pair_to_token: _Optional[float] = ..., step_tokens: _Optional[int] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("info",)

@@ -74,6 +74,7 @@ class WorkerParts:
             node=self.node,
             roles=roles,
             pair_to_token=self.pair_to_token,
+            step_tokens=self.engine.max_batch_tokens,
         )
 
     async def close(self) -> None:

@@ -106,7 +106,7 @@ class Datacentre:
             lease_ttl_s=LEASE_TTL_S,
             max_answers=1 << 30,
             default_deadline_s=spec.deadline_s,
-            routing=RouteOptions(RoutePolicy(spec.policy), self._local_units(), _FETCH[spec.cache]),
+            routing=self._routing(),
             slos=self._slos(),
             retries=RetryOptions(seed=draw.getrandbits(32)),
             prior=_in_units(UNKNOWN_WORKER, spec.grain),
@@ -118,6 +118,11 @@ class Datacentre:
         conductor = Conductor(model, dialer, policy, lambda: f"{draw.getrandbits(64):016x}")
         self._network.add_fleet(CONDUCTOR, conductor.fleet)
         return conductor
+
+    def _routing(self) -> RouteOptions:
+        spec = self.spec
+        policy, fetch = RoutePolicy(spec.policy), _FETCH[spec.cache]
+        return RouteOptions(policy, self._local_units(), fetch, spec.patience)
 
     def _slos(self) -> Slos:
         spec = self.spec

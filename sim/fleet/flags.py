@@ -40,6 +40,7 @@ _HELP = {
     "eviction": "of the CPU tier",
     "admission": "early rejection by what a worker was given, what decodes now, or is predicted to",
     "local_tokens": "most that a decode worker prefills itself; -1: where costs say so",
+    "patience": "seconds for which shorter prompts may overtake one, per second that it takes",
     "chunk_tokens": "prompt tokens of a step of a prefill worker",
     "mixed_tokens": "prompt tokens of a step of a worker that decodes, too",
     "prompts_first": "workers that do both decode only when no prompt can be computed",

@@ -51,6 +51,7 @@ class FleetSpec:
     admission: Admission = Admission.OFF
     slo_ttft_s: float = 30.0
     slo_tbt_s: float = 0.2
+    patience: float = 0.0  # seconds for which a prompt may be overtaken, per second that it takes
     local_tokens: int = 0  # most that a decode worker prefills itself; -1: where costs say so
     chunk_tokens: int = 8192  # prompt tokens of a step of a prefill worker
     mixed_tokens: int = 512  # and of a step of a worker that decodes, too

@@ -9,7 +9,7 @@ import pytest
 from baton.errors import Overloaded
 from baton.types.fleet import Role, WorkerLoad, WorkerState
 from conductor.admission import Admission, Slos, TpotBy
-from conductor.backlog import Backlog
+from conductor.backlog import Ahead, Backlog
 from conductor.cost_model import DecodeCost, PrefillCost, WorkerCost
 from conductor.router import Decision, RouteOptions, RouteRequest, route
 from conductor.service import Policy
@@ -26,10 +26,10 @@ def decide(
     running: int = 0,
     cost: WorkerCost = MEASURED,
     tokens: int = 100,
-    levels: tuple[tuple[int, float], ...] = (),
+    ahead: tuple[Ahead, ...] = (),
     priority: int = 0,
 ) -> Decision:
-    backlog = Backlog(1, queue_s, levels or ((0, queue_s),)) if queue_s else Backlog()
+    backlog = Backlog(1, queue_s, ahead or (Ahead((0, 0.0), queue_s),)) if queue_s else Backlog()
     idle = WorkerLoad(running=running)
     fleet = FleetView(
         (
@@ -103,10 +103,10 @@ async def test_urgent_requests_are_judged_by_the_work_ahead_of_them(
     rejections: list[str],
 ) -> None:
     admission = Admission(9, Slos(ttft_s=1.0), rejections.append)
-    levels = ((-1, 0.5), (5, 8.0))
-    admission.judge(decide(queue_s=8.5, levels=levels, priority=0))
+    ahead = (Ahead((-1, 0.0), 0.5), Ahead((5, 0.0), 8.0))
+    admission.judge(decide(queue_s=8.5, ahead=ahead, priority=0))
     with pytest.raises(Overloaded):
-        admission.judge(decide(queue_s=8.5, levels=levels, priority=5))
+        admission.judge(decide(queue_s=8.5, ahead=ahead, priority=5))
 
 
 async def test_a_batch_that_would_be_too_slow_turns_requests_away(rejections: list[str]) -> None:
@@ -181,7 +181,7 @@ async def test_which_sequences_count_against_the_tpot(
     admission = Admission(9, Slos(tpot_s=0.04, tpot_by=by))
     for _ in range(ended):
         admission.note_decode(10.0)
-    backlog = Backlog(1, 4.9, ((0, 4.9),))
+    backlog = Backlog(1, 4.9, (Ahead((0, 0.0), 4.9),))
     decode = WorkerView(
         worker_info("d0", Role.DECODE), WorkerState.LIVE, WorkerLoad(), 30, cost=MEASURED,
         own_decoding=24,

@@ -144,6 +144,16 @@ def test_prompts_that_waited_for_one_another_count_by_their_own_time() -> None:
     assert samples.cost().prefill.seconds(1000) == pytest.approx(2.0, rel=0.1)
 
 
+def test_a_prompt_that_was_overtaken_tells_nothing() -> None:
+    samples, truth = begin(), PrefillCost(0.0, 1e-3, 0.0)
+    for batch in range(2 * MIN_SAMPLES):
+        at = 100.0 * batch
+        for began, ended in ((2.0, 3.0), (4.0, 5.0)):  # the short ones that overtake it
+            samples.add_prefill(1000, 0, Span("prefill", at + began, at + ended))
+        samples.add_prefill(9000, 0, Span("prefill", at, at + 11.0))
+    assert samples.cost().prefill.seconds(9000) == pytest.approx(truth.seconds(9000), rel=0.05)
+
+
 def test_prompts_that_share_steps_share_their_time() -> None:
     """Steps of 64 tokens, prompts of 48: two of four end with the same step."""
     samples, at = begin(), 0.0

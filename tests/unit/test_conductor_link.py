@@ -68,9 +68,11 @@ Pair = tuple[
 ]
 
 
-def start(link: Link, attempt: AttemptId, seconds: float, priority: int = 0) -> None:
+def start(
+    link: Link, attempt: AttemptId, seconds: float, priority: int = 0, slack_s: float = 0.0
+) -> None:
     task = GenerationTask(attempt, (1, 2, 3), SamplingParams())
-    assignment = Assignment(Role.PREFILL, Deaf(), 3, seconds, priority)
+    assignment = Assignment(Role.PREFILL, Deaf(), 3, seconds, priority, slack_s)
     link.start(attempt, assignment, StartPrefill(task))
 
 
@@ -109,9 +111,9 @@ async def test_a_prompt_is_work_until_its_first_token() -> None:
     running = asyncio.create_task(link.run())
     start(link, R, 4.0)
     start(link, S, 2.0)
-    assert link.backlog().ahead_s(0.0, priority=0) == 6.0
+    assert link.backlog().ahead_s(0.0, (0, 0.0)) == 6.0
     await asyncio.sleep(1)
-    assert link.backlog().ahead_s(1.0, priority=0) == 5.0
+    assert link.backlog().ahead_s(1.0, (0, 1.0)) == 5.0
     await far.send(first_token(R))  # earlier than predicted
     await settle()
     assert (link.backlog().tokens, link.backlog().free_at) == (3, 3.0)
@@ -137,9 +139,21 @@ async def test_urgent_prompts_wait_for_urgent_ones_only() -> None:
     start(link, R, 4.0, priority=5)
     start(link, S, 1.0, priority=0)
     backlog = link.backlog()
-    assert backlog.ahead_s(0.0, priority=5) == 5.0
-    assert backlog.ahead_s(0.0, priority=0) == 1.0
-    assert backlog.ahead_s(0.0, priority=-1) == 0.0
+    assert backlog.ahead_s(0.0, (5, 0.0)) == 5.0
+    assert backlog.ahead_s(0.0, (0, 0.0)) == 1.0
+    assert backlog.ahead_s(0.0, (-1, 0.0)) == 0.0
+
+
+@virtual_time
+async def test_prompts_wait_for_those_that_are_due_before_them() -> None:
+    link = Link("worker", duplex_pair("conductor", "worker")[0], Watcher())
+    start(link, R, 4.0, slack_s=4.0)
+    await asyncio.sleep(1.0)
+    start(link, S, 1.0, slack_s=1.0)
+    backlog = link.backlog()
+    assert backlog.free_at == 5.0
+    assert backlog.ahead_s(1.0, (0, 2.5)) == 1.0
+    assert backlog.ahead_s(1.0, (0, 5.0)) == 4.0
 
 
 @virtual_time

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from baton.types.fleet import BlockState, Role, WorkerLoad, WorkerState
 from baton.types.kv_events import Tier
-from conductor.backlog import Backlog
+from conductor.backlog import Ahead, Backlog
 from conductor.cost_model import (
     DecodeCost,
     PrefillCost,
@@ -58,7 +58,11 @@ def worker(
     own_attempts: int = 0,
     **info: object,
 ) -> WorkerView:
-    backlog = Backlog(round(queue_s * 1000), queue_s, ((0, queue_s),)) if queue_s else Backlog()
+    backlog = (
+        Backlog(round(queue_s * 1000), queue_s, (Ahead((0, 0.0), queue_s),))
+        if queue_s
+        else Backlog()
+    )
     return WorkerView(
         worker_info(name, role, **(ROOM | info)),
         state,
@@ -268,10 +272,16 @@ def test_a_busy_group_spreads_by_load() -> None:
 
 
 def test_more_urgent_requests_do_not_see_the_queue_of_others() -> None:
-    patient = replace(prefill("p0"), backlog=Backlog(1000, 1.0, ((5, 1.0),)))
+    patient = replace(prefill("p0"), backlog=Backlog(1000, 1.0, (Ahead((5, 0.0), 1.0),)))
     held = {"p0": 8}
-    assert chosen(ask(patient, prefill("p1"), decode(), held=held, priority=5)) == "p1"
-    assert chosen(ask(patient, prefill("p1"), decode(), held=held, priority=0)) == "p0"
+    assert (
+        chosen(ask(patient, prefill("p1"), decode(), held=held, priority=5, fetch=Fetch.NOBODY))
+        == "p1"
+    )
+    assert (
+        chosen(ask(patient, prefill("p1"), decode(), held=held, priority=0, fetch=Fetch.NOBODY))
+        == "p0"
+    )
 
 
 def test_prompts_that_only_a_report_tells_of_count_as_queue() -> None:

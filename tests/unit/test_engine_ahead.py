@@ -201,7 +201,7 @@ def test_a_step_that_was_withdrawn_can_be_scheduled_again() -> None:
     first, second = schedule(rig), schedule(rig)
     assert rig.scheduler.withdraw(second) == ()
     rig.submit(make_task(2, start=100, priority=-1))
-    assert shape(schedule(rig)) == [*shape(second), (2, 0, 2)]
+    assert shape(schedule(rig)) == [(2, 0, 2), *shape(second)]
     assert first.step == 1
 
 

@@ -31,10 +31,9 @@ def test_decodes_come_first() -> None:
     rig.submit(make_task(20))
     rig.step()
     rig.submit(make_task(3, start=100, priority=-1))
-    assert shape(rig.step()) == [(1, 8, 8)]  # nothing is left for the newcomer
-    assert shape(rig.step()) == [(1, 16, 4), (2, 0, 3)]
+    assert shape(rig.step()) == [(2, 0, 3), (1, 8, 4)]  # the more urgent one goes first
     rig.submit(make_task(9, start=200, priority=-2))
-    assert shape(rig.step()) == [(2, 3, 1), (1, 20, 1), (3, 0, 4)]
+    assert shape(rig.step()) == [(2, 3, 1), (3, 0, 4), (1, 12, 3)]
 
 
 def test_chunks_are_shorter_while_others_decode() -> None:
@@ -102,6 +101,41 @@ def test_priority_then_arrival() -> None:
         rig.submit(make_task(4, max_tokens=1, start=100 * number, priority=priority))
     order = [shape(rig.step())[0][0] for _ in range(4)]
     assert order == [4, 2, 3, 1]
+
+
+def test_who_is_due_sooner_overtakes_a_prompt_between_two_chunks() -> None:
+    rig = make_rig(max_batch_tokens=8)
+    rig.submit(make_task(20, max_tokens=1, slack_s=9.0))
+    assert shape(rig.step()) == [(1, 0, 8)]
+    rig.submit(make_task(6, max_tokens=1, start=100, slack_s=5.0))
+    rig.submit(make_task(4, max_tokens=1, start=200, slack_s=12.0))
+    assert shape(rig.step()) == [(2, 0, 6), (1, 8, 2)]
+    assert shape(rig.step()) == [(1, 10, 6), (3, 0, 2)]  # nobody is due before it any more
+    assert shape(rig.step()) == [(1, 16, 4), (3, 2, 2)]
+    rig.drain()
+
+
+def test_who_shares_the_prefix_of_a_running_prompt_does_not_compute_it_again() -> None:
+    rig = make_rig(max_batch_tokens=8)
+    rig.submit(make_task(24, max_tokens=1, slack_s=9.0))
+    assert shape(rig.step()) == [(1, 0, 8)]
+    rig.submit(make_task(17, max_tokens=1, name="shares"))
+    assert shape(rig.step()) == [(1, 8, 8)]
+    assert shape(rig.step()) == [(2, 16, 1), (1, 16, 4)]
+    rig.drain()
+
+
+def test_nobody_is_overtaken_by_those_that_come_when_it_is_due() -> None:
+    """Short prompts come for ever, more of them than can be computed."""
+    rig = make_rig(max_batch_tokens=8, num_blocks=64, max_num_seqs=4)
+    long = rig.submit(make_task(40, max_tokens=1, slack_s=10.0, name="long"))
+    for now in range(40):
+        short = make_task(9, max_tokens=1, start=41 + now, slack_s=1.0, name=str(now))
+        rig.submit(short, now=float(now))
+        rig.step()
+        if long.number in rig.endings:
+            break
+    assert 10 <= now < 18  # those that came until then, and its own five steps
 
 
 def test_a_cached_prefix_is_not_computed_again_but_the_last_token_is() -> None:

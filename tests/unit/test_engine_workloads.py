@@ -43,7 +43,13 @@ def random_plan(dice: random.Random, index: int) -> Plan:
     resumed = tuple(answer[: min(dice.choice((0, 0, 2)), len(answer) - 1)])
     salt = dice.choice(("", "", "", "tenant"))
     task = GenerationTask(
-        AttemptId(str(index)), prompt, params, resumed, dice.randint(0, 2), cache_salt=salt
+        AttemptId(str(index)),
+        prompt,
+        params,
+        resumed,
+        dice.randint(0, 2),
+        cache_salt=salt,
+        slack_s=dice.choice((0.0, 0.0, 1.0, 2.0)),
     )
     at = dice.choice((0, 5, dice.randint(0, 20)))  # many arrive together
     cancel_at = at + dice.randint(0, 30) if dice.random() < 0.25 else None

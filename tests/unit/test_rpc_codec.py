@@ -109,6 +109,7 @@ tasks = st.builds(
     timeout_s=st.none() | real,
     cache_salt=text,
     cache_pin_s=st.none() | real,
+    slack_s=real,
 )
 logprobs = st.builds(TokenLogprob, logprob=real, top=pairs)
 sampled = st.builds(SampledToken, token_id=u32, index=u32, logprob=st.none() | logprobs)
@@ -166,6 +167,7 @@ infos = st.builds(
     threads=u32,
     node=text,
     pair_to_token=real,
+    step_tokens=u32,
 )
 hellos = st.builds(
     Hello,
