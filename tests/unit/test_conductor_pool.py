@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.types.fleet import BlockState, Role, WorkerLoad, WorkerState
-from conductor.backlog import Backlog
+from conductor.backlog import Ahead, Backlog
 from conductor.cost_model import DecodeCost, WorkerCost
 from conductor.views import Board, Column, FleetView, Pool, WorkerView
 from tests.fake_worker import worker_info
@@ -44,7 +44,7 @@ def views(draw: st.DrawFn, name: str = "") -> WorkerView:
             waiting_tokens=10 * draw(few),
             blocks=((BlockState.ACTIVE, draw(st.integers(0, blocks))),),
         ),
-        backlog=Backlog(10, free_at, ((0, free_at),)) if free_at else Backlog(),
+        backlog=Backlog(10, free_at, (Ahead((0, 0.0), free_at),)) if free_at else Backlog(),
         cost=WorkerCost(decode=DecodeCost(0.02, 1e-3 * draw(few))),
     )
 
