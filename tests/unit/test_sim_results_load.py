@@ -1,6 +1,7 @@
 """What experiments draw: loads over time from records, and curves as text."""
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,7 +12,11 @@ from sim.results.sparkline import sparklines
 
 
 def record(at_s: float, ttft_s: float | None, end_s: float, code: str = OK) -> Record:
-    return Record(0, at_s, code, ttft_s, end_s, 1000, 10, 0, *[None] * 6, "p0", "d0", None)
+    blank = dict.fromkeys(field.name for field in fields(Record))
+    texts = {"prefill": "p0", "decode": "d0"}
+    numbers = {"index": 0, "prompt_tokens": 1000, "output_tokens": 10, "cached_tokens": 0}
+    times = {"at_s": at_s, "ttft_s": ttft_s, "end_s": end_s}
+    return Record(**{**blank, **texts, **numbers, **times, "code": code})
 
 
 def test_loads_count_who_waits_for_the_first_token_and_who_decodes():
@@ -42,7 +47,7 @@ def test_what_comes_before_the_cluster_has_filled_does_not_count():
     assert variation(Loads(rising, rising).settled.prefill) == 0
 
 
-def test_curves_of_one_name_have_one_scale():
+def test_every_curve_has_its_own_scale():
     drawn = sparklines(
         {
             "low": {"prefill": np.array([0.0, 4.0]), "decode": np.array([1.0, 0.0])},
@@ -50,10 +55,10 @@ def test_curves_of_one_name_have_one_scale():
         }
     )
     assert drawn.splitlines() == [
-        "low   prefill   ▄  0 to 8",
+        "low   prefill   █  0 to 4",
         "low   decode   █   0 to 1",
         "high  prefill  █▂  0 to 8",
-        "high  decode       0 to 1",
+        "high  decode       0 to 0",
     ]
 
 
