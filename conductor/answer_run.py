@@ -127,11 +127,17 @@ class AnswerRun:
         """A (new) attempt starts; `split` when a prefill worker takes part."""
         self._begin(self._next_number, split)
 
+    def follow(self, older: AnswerRun) -> None:
+        """`older` made this answer for an earlier connection to this conductor: the attempts that
+        it began may be on their way to workers still, and their numbers are not used again."""
+        self._next_number = max(self._next_number, older._next_number)
+
     def adopt(self, attempt: AttemptId) -> None:
         """Take over an attempt that another conductor began, or one before the client came back.
         The worker answers with all its tokens."""
+        following = max(self._next_number, attempt.number + NUMBER_GAP)
         self._begin(attempt.number, split=False)
-        self._next_number = attempt.number + NUMBER_GAP
+        self._next_number = following
         self._adopting = True
         self._awaiting = f"attempt {attempt} was not handed over in time"
 

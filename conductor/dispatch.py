@@ -174,6 +174,12 @@ class Serving:
         self._attempts.let_go()
         self.abort(error)
 
+    def follow(self, older: Serving) -> None:
+        """`older`, of the same request, was handed over to this one. Before `deltas` begins."""
+        for name, run in self._runs.items():
+            if (before := older._runs.get(name)) is not None:
+                run.follow(before)
+
     def on_output(self, duty: Role, worker: str, output: AttemptOutput) -> None:
         """Called by a link. Spans are kept even when the request has already ended."""
         if output.finish is not None:

@@ -228,6 +228,8 @@ class Conductor:
         if older is not None:  # its client has gone, which was not noticed yet
             older.hand_over(TakenOver("the client came back on another connection"))
         serving = self._servings[request.key] = self._dispatcher.serve(request)
+        if older is not None:
+            serving.follow(older)
         return serving
 
     def abort_all(self, error: BatonError) -> None:

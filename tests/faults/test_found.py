@@ -21,6 +21,7 @@ import baton.kv.blocks.offer
 import sim.checks
 import sim.run
 from baton.types.fleet import Peer, Role
+from conductor.answer_run import AnswerRun
 from conductor.link import Stage
 from conductor.retries import Tries
 from sim.checks import NEWS_S, RELEASE_S, Ending
@@ -117,6 +118,13 @@ def conductors_noticed_at_once_that_a_client_had_gone(patch: Patch) -> None:
     patch.setattr(sim.checks, "_during", as_before)
 
 
+def a_number_was_used_by_two_connections(patch: Patch) -> None:
+    """A client came back twice to one conductor, which began both times an attempt with the same
+    number. The end of the first was taken for that of the second, and the prefill worker kept the
+    KV of that until its lease ended. test_conductor_takeover.py"""
+    patch.setattr(AnswerRun, "follow", lambda run, older: None)
+
+
 MakePlan = Callable[[int], Plan]
 
 
@@ -127,6 +135,7 @@ def without_disks(seed: int) -> Plan:
 BUGS: dict[Callable[[Patch], None], tuple[MakePlan, int]] = {
     offers_ignored_their_cancellation: (without_disks, 25),
     one_death_was_counted_twice: (without_disks, 440),
+    a_number_was_used_by_two_connections: (make_plan_of_several, 4728),
 }
 RULES: dict[Callable[[Patch], None], tuple[MakePlan, int]] = {
     a_conductor_knew_its_workers_at_once: (without_disks, 1635),

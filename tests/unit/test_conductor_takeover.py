@@ -5,6 +5,7 @@ from __future__ import annotations
 from baton.errors import StaleAttempt, TakenOver, WorkerLost
 from baton.types.fleet import Role
 from baton.types.request import (
+    AttemptId,
     AttemptOutput,
     Finish,
     FinishReason,
@@ -17,7 +18,7 @@ from conductor.request import Answer, Request, Sent
 from tests.fake_worker import EOS, tiny_model
 
 
-def resumed_run(sent: int) -> AnswerRun:
+def new_run(sent: int) -> AnswerRun:
     prompt, sampling = (1, 2), SamplingParams(max_tokens=8)
     request = Request(
         id="r",
@@ -33,7 +34,11 @@ def resumed_run(sent: int) -> AnswerRun:
         deadline=60.0,
         sent=(Sent(sent),),
     )
-    run = AnswerRun(request, request.answers[0], tiny_model().tokenizer, (EOS,))
+    return AnswerRun(request, request.answers[0], tiny_model().tokenizer, (EOS,))
+
+
+def resumed_run(sent: int) -> AnswerRun:
+    run = new_run(sent)
     run.begin(split=True)
     return run
 
@@ -52,6 +57,15 @@ def test_who_has_just_come_back_outnumbers_attempts_that_nobody_told_of() -> Non
     assert isinstance(run.error, WorkerLost)
     run.begin(split=True)
     assert run.attempt.number > first + NUMBER_GAP
+
+
+def test_numbers_of_an_earlier_connection_are_not_used_again() -> None:
+    older, newer = resumed_run(sent=3), new_run(sent=3)
+    newer.follow(older)
+    newer.adopt(AttemptId(older.attempt.request_id, 0))
+    newer.fail(WorkerLost("it was replaced"))
+    newer.begin(split=True)
+    assert newer.attempt.number > older.attempt.number
 
 
 def test_who_has_had_it_for_a_while_leaves_it_to_the_newer_one() -> None:
