@@ -338,7 +338,7 @@ async def test_a_worker_that_computes_for_longer_than_predicted_does_not_look_id
         now = asyncio.get_running_loop().time
         seen = []
         for _ in range(9):
-            seen.append(fleet.view().workers[0].queue_s(now()))
+            seen.append(fleet.view().workers[0].queue_s(now(), (0, now())))
             await asyncio.sleep(0.1)
         assert seen[:3] == pytest.approx([0.4, 0.3, 0.2])
         assert all(0.07 < seconds <= 0.1 + 1e-9 for seconds in seen[3:])

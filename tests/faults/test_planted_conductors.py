@@ -110,7 +110,7 @@ PLANTED: dict[Callable[[Patch], None], int] = {
     records_of_requests_are_kept_for_ever: 0,
     who_had_the_answer_before_takes_it_back: 2,
     other_conductors_hear_nothing_of_a_workers_blocks: 0,
-    own_records_are_not_looked_at: 12,
+    own_records_are_not_looked_at: 15,
     a_replaced_attempt_can_be_adopted: 10188,
 }
 
