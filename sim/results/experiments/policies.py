@@ -33,6 +33,5 @@ POLICIES = Experiment(
     Replay(first=1000, speed=1.33),
     Replay(speed=1.33),
     "Times hang on the load, which is not published; here it is 1.33 times the recorded one, so "
-    "only the order and, roughly, the ratios can be compared. In the first 300 requests there is "
-    "little to read from others, and local came out before global (2.80 and 2.88 s).",
+    "only the order and, roughly, the ratios can be compared.",
 )
