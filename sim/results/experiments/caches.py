@@ -68,8 +68,7 @@ CACHES = Experiment(
     Replay(first=1000, output_scale=ONE_TOKEN),
     "Where nothing is evicted, the nodes together find what one LRU cache finds. In small caches "
     "they find less, because a block is in GPUs and in a CPU tier at once, and on every node that "
-    "has read it; of the evictions, length-aware keeps the most there. A piece of the trace "
-    "refers to few blocks (300 requests to 7,814, 1,000 to 21,514), and its requests come back to "
-    "nodes that know them, so that local caches find nearly as much: the published gap is that of "
-    "the whole trace.",
+    "has read it. A piece of the trace refers to few blocks (300 requests to 7,814, 1,000 to "
+    "21,514), and its requests come back to nodes that know them, so that local caches find nearly "
+    "as much: the published gap is that of the whole trace.",
 )
