@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import statistics
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,15 +12,14 @@ from pathlib import Path
 
 from baton.bench.stats import Outcome
 from baton.bench.timelines import STAGES, ttft_parts
-from baton.cli.plan import new_environ
 from baton.client.http import Client
 from baton.errors import BatonError
 from bench.calibration.load import Group, Planned, asks, name_of
 from bench.calibration.overheads import Lone
 from bench.calibration.results import timings
 from bench.client import Target, complete
+from bench.served import served
 
-_START_S = 300.0
 _REQUEST_S = 120.0
 _SETTLE_S = 0.05  # after an answer: what it left to do is done
 KV_MIB = 512
@@ -118,30 +115,15 @@ async def serving(
     """A cluster of its own, and this process on the CPUs of its conductor."""
     say(f"starting {prefill}P+{decode}D")
     before = os.sched_getaffinity(0)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "baton.cli.main", "serve", str(model), "--json"),
-        *("--prefill", str(prefill), "--decode", str(decode), "--port", "0", "--grpc-port", "0"),
-        *SERVE,
-        stdout=asyncio.subprocess.PIPE,
-        env=new_environ(),
-    )
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(_START_S):
-            async for line in process.stdout:
-                event = json.loads(line)
-                if event["event"] == "ready":
-                    break
-            else:
-                raise SystemExit("the cluster did not start")
+    workers = ("--prefill", str(prefill), "--decode", str(decode))
+    async with served([str(model), *workers, *SERVE]) as event:
         host, _, port = event["http"].rpartition(":")
         pids = await _pids(event["http"])
         os.sched_setaffinity(0, os.sched_getaffinity(pids["front"][0]))
-        yield Cluster(Target(host, int(port), event["model"]), vocabulary, pids)
-    finally:
-        os.sched_setaffinity(0, before)
-        process.terminate()
-        await process.communicate()
+        try:
+            yield Cluster(Target(host, int(port), event["model"]), vocabulary, pids)
+        finally:
+            os.sched_setaffinity(0, before)
 
 
 async def _pids(address: str) -> dict[str, tuple[int, ...]]:

@@ -10,12 +10,11 @@ import argparse
 import asyncio
 import json
 import os
-import secrets
 import shlex
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,8 +35,8 @@ from bench.overload.figures import (
     figures,
     rejection_cpu_s,
 )
+from bench.served import served
 
-_START_S = 180.0
 _LOOK_S = 0.25
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -70,7 +69,8 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
         flags += ["--slo-ttft-ms", str(options.slo_ttft_ms)]
         flags += ["--slo-tpot-ms", str(options.slo_tpot_ms)]
     slo = Slo(options.slo_ttft_ms / 1e3, options.slo_tpot_ms / 1e3)
-    async with _serving(flags) as (address, model):
+    async with served(flags) as event:
+        address, model = event["http"], event["model"]
         async with Client(address) as client:
             pids = _pids(await client.cluster())
         plan = Plan(address, model, options.prompt_tokens, options.output_tokens, options.seed, ())
@@ -158,30 +158,6 @@ async def _look(pids: Mapping[str, int], looks: list[Look]) -> None:
 def _stat(pid: int) -> list[str]:
     """The fields after the command's name: proc(5)."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-@asynccontextmanager
-async def _serving(flags: Sequence[str]) -> AsyncIterator[tuple[str, str]]:
-    """Address and model of a cluster of its own."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "baton.cli.main", "serve", "--json"),
-        *("--port", "0", "--grpc-port", "0", *flags),
-        stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "BATON_CLUSTER_TOKEN": secrets.token_hex(16)},
-    )
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(_START_S):
-            async for line in process.stdout:
-                event = json.loads(line)
-                if event["event"] == "ready":
-                    break
-            else:
-                raise SystemExit("the cluster did not start")
-        yield event["http"], event["model"]
-    finally:
-        process.terminate()
-        await process.communicate()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,26 +12,9 @@ from bench.calibration.load import asks, poisson, requests
 from bench.calibration.overheads import Lone, fit_overheads
 from bench.calibration.page import MARK, write_page
 from bench.calibration.results import Seen, as_markdown, rows
-from sim.costs.calibrate import Calibrated
 from sim.costs.compute import Prefill
 from sim.costs.serving import Overheads
-
-ENGINE = Calibrated(step_s=0.004, token_s=2e-4, pair_s=1e-8, decode_s=5e-4, context_s=1e-7)
-TRUTH = Overheads(
-    ask_s=0.002,
-    ask_token_s=1e-6,
-    ask_wait_s=0.001,
-    tell_s=5e-4,
-    tell_token_s=2e-4,
-    prefill_s=0.003,
-    prefill_token_s=1e-5,
-    decode_s=0.001,
-    decode_seq_s=3e-4,
-    handoff_s=0.004,
-    handoff_block_s=0.001,
-    handoff_wait_s=0.002,
-    lend_s=0.0005,
-)
+from tests.unit.calibration_kit import ENGINE, OVERHEADS
 
 
 def lone(together: int, prompt: int, output: int) -> Lone:
@@ -59,7 +42,7 @@ def test_overheads_of_an_exact_cluster_are_found_again() -> None:
         [lone(1, p, o) for p in (64, 512, 1024) for o in (1, 16, 40)] + some, ENGINE
     )
     for name in Overheads.__slots__:
-        assert getattr(found, name) == pytest.approx(getattr(TRUTH, name), rel=1e-3), name
+        assert getattr(found, name) == pytest.approx(getattr(OVERHEADS, name), rel=1e-3), name
 
 
 def test_what_the_client_does_not_wait_for_is_lending() -> None:

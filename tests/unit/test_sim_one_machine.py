@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from baton.errors import ConfigError
-from sim.costs.calibrate import Calibrated, calibrated
+from sim.costs.calibrate import calibrated
 from sim.costs.compute import Prefill
 from sim.costs.cores import Kind
 from sim.costs.serving import Overheads, serving_of
 from sim.fleet.run import simulate
 from sim.fleet.spec import FleetSpec
 from sim.workload.trace import Request
-
-ENGINE = Calibrated(step_s=0.004, token_s=2e-4, pair_s=1e-8, decode_s=5e-4, context_s=1e-7)
-MORE = Overheads(
-    ask_s=0.002,
-    ask_token_s=1e-6,
-    ask_wait_s=0.001,
-    tell_s=5e-4,
-    tell_token_s=2e-4,
-    prefill_s=0.003,
-    prefill_token_s=1e-5,
-    decode_s=0.001,
-    decode_seq_s=3e-4,
-    handoff_s=0.004,
-    handoff_block_s=0.001,
-    handoff_wait_s=0.002,
-)
+from tests.unit.calibration_kit import ENGINE, OVERHEADS
 
 
 def calibration(path: Path, **changes: Any) -> str:
@@ -44,7 +29,7 @@ def calibration(path: Path, **changes: Any) -> str:
     def figures(seconds: dict[str, float]) -> list[dict[str, Any]]:
         return [{"name": name, "median_s": median} for name, median in seconds.items()]
 
-    overheads = {field.name: getattr(MORE, field.name) for field in fields(MORE)}
+    overheads = asdict(OVERHEADS) | {"lend_s": 0.0}  # which nobody waits for
     serving = {"cores": 2, "overheads": overheads, "beside": {"prefill": {"decode": 1.2}}}
     found = {
         "model": "small",
