@@ -43,7 +43,7 @@ $(VENV)/.serve: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
 	@echo "installing baton with the development tools"
-	$(PIP) -e '.[nixl,cuda,redis,dev]'
+	$(PIP) -e '.[nixl,cuda,redis,ray,otel,docs,dev]'
 	@touch $@ $(VENV)/.serve
 
 venv: $(VENV)/.dev ## make .venv with everything that development needs
