@@ -111,7 +111,9 @@ class Serving:
         self._predictions = Predictions(parts.fleet, parts.metrics, parts.admission)
         self._timers: dict[Event, asyncio.TimerHandle] = {}  # of what has not come yet
         self._stopwatch = Stopwatch(parts.metrics, request.received)
-        self.timeline: Timeline = parts.traces.begin(request.id, request.model, request.received)
+        self.timeline: Timeline = parts.traces.begin(
+            request.id, request.model, request.received, request.tracing
+        )
         self.timeline.prompt_tokens = request.prompt_tokens
 
     @property

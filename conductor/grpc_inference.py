@@ -6,6 +6,7 @@ field at fault, where there is one, in `baton-error-param`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
@@ -17,12 +18,13 @@ from baton.errors import InternalError, InvalidRequest
 from baton.rpc.errors import status_of, trailing_metadata
 from baton.tokenizer import Tokenizer
 from baton.types.request import SampledToken
+from baton.types.trace import TRACEPARENT, TRACESTATE, parse_trace_context
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
 from conductor.http import body_too_large, check_key
-from conductor.request import Ask, Options, Prompt
+from conductor.request import Arrival, Ask, Options, Prompt
 from conductor.resume import Bookmark
 from conductor.service import Conductor
 from conductor.validate import DEFAULT_COMPLETION_TOKENS, check_model, make_chat
@@ -53,11 +55,12 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
         """grpc cancels this coroutine when the client cancels, goes, or its deadline passes; the
         generator's clean-up then cancels the work."""
         conductor = self._conductor
+        arrival = _arrival_of(context)
         try:
             self._check(request, context)
             timeout_s = context.time_remaining()
             token = request.resume_token or None
-            prepared = await conductor.prepare(_to_ask(request), "gen", timeout_s, token)
+            prepared = await conductor.prepare(_to_ask(request), "gen", timeout_s, token, arrival)
             bookmark = Bookmark(prepared)
             with_details = prepared.answers[0].sampling.logprobs is not None
             async with aclosing(conductor.generate(prepared)) as results:
@@ -100,6 +103,16 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
             check_key(given if isinstance(given, str) else None, self._api_keys)
         if request.ByteSize() > self._max_bytes:
             raise body_too_large(self._max_bytes)
+
+
+def _arrival_of(context: grpc.aio.ServicerContext) -> Arrival:
+    """Of a request that has come just now."""
+    given: dict[str, list[str]] = {TRACEPARENT: [], TRACESTATE: []}
+    for key, value in context.invocation_metadata() or ():
+        if key in given and isinstance(value, str):
+            given[key].append(value)
+    caller = parse_trace_context(given[TRACEPARENT], given[TRACESTATE])
+    return Arrival(asyncio.get_running_loop().time(), caller)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from baton.errors import InvalidRequest, Unauthenticated
+from baton.types.trace import TRACEPARENT, TRACESTATE, parse_trace_context
 from conductor.cluster import ConductorIdentity, describe_cluster, other_conductors
 from conductor.event_stream import keepalive_headers
 from conductor.http_errors import JsonResponse, error_handlers
@@ -26,6 +27,7 @@ from conductor.openai import (
 )
 from conductor.openai_reply import ChatReply, CompletionReply, Reply
 from conductor.openapi import make_document
+from conductor.request import Arrival
 from conductor.service import Conductor
 from conductor.validate import check_model, check_token_ids, quote
 
@@ -98,11 +100,15 @@ def _guarded_routes(
     async def generate(
         request: Request, body_class: type[ChatBody] | type[CompletionBody], prefix: str
     ) -> Response:
-        body = parse_body(body_class, await read_body(request, max_body_bytes))
+        content = await read_body(request, max_body_bytes)
+        arrival = arrival_of(request)
+        body = parse_body(body_class, content)
         token = request.headers.get("last-event-id")
         if token is not None and not body.stream:
             raise InvalidRequest("only a stream can be gone on with", param="Last-Event-ID")
-        prepared = await conductor.prepare(body.to_ask(), prefix, resume_token=token)
+        prepared = await conductor.prepare(
+            body.to_ask(), prefix, resume_token=token, arrival=arrival
+        )
         tokenizer = conductor.model.tokenizer
         form: type[Reply] = ChatReply if isinstance(body, ChatBody) else CompletionReply
         reply = form(prepared, tokenizer, bool(body.return_token_ids))
@@ -163,6 +169,13 @@ def _guarded_routes(
         Route("/detokenize", detokenize, methods=["POST"]),
         Route("/trace/{request_id:path}", trace),
     ]
+
+
+def arrival_of(request: Request) -> Arrival:
+    """Of a request whose body has come just now."""
+    headers = request.headers
+    caller = parse_trace_context(headers.getlist(TRACEPARENT), headers.getlist(TRACESTATE))
+    return Arrival(asyncio.get_running_loop().time(), caller)
 
 
 async def read_body(request: Request, limit: int) -> bytes:

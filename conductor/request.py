@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from baton.types.request import SamplingParams
+from baton.types.trace import TraceContext, span_id_of, trace_id_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,35 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrival:
+    """How a request came: when its last byte was there (loop time), and under which span of the
+    client's, if it says so."""
+
+    at: float
+    caller: TraceContext | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tracing:
+    """Of one request. `context` is its own span, whose parent is the client's `caller`. Between its
+    arrival and `read_at` it was parsed, and until `tokenized_at` its prompts became token ids."""
+
+    context: TraceContext
+    caller: TraceContext | None
+    read_at: float
+    tokenized_at: float
+
+
+def begin_trace(name: str, caller: TraceContext | None, sample: float) -> TraceContext:
+    """The span of the request with that unique name: in the client's trace, which decides whether
+    it is sampled, or in one of its own, which is with probability `sample`."""
+    if caller is not None:
+        return TraceContext(caller.trace_id, span_id_of(name), caller.sampled, caller.state)
+    trace_id = trace_id_of(name)
+    return TraceContext(trace_id, span_id_of(name), int(trace_id[:8], 16) < sample * 2**32)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A request that can be served. `deadline` is in the event loop's time, seconds.
 
@@ -106,6 +136,8 @@ class Request:
     cache_pin_s: float | None
     received: float
     deadline: float
+    operation: str  # "chat" or "text_completion", as OpenTelemetry calls them
+    tracing: Tracing
     sent: tuple[Sent, ...] = ()
 
     def sent_of(self, index: int) -> Sent:

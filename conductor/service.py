@@ -26,7 +26,7 @@ from conductor.fleet import MAP_BLOCKS, Fleet
 from conductor.metrics import Metrics
 from conductor.planner import Planner, PlannerOptions
 from conductor.records import Records
-from conductor.request import Ask, Chat, Prompt, Request
+from conductor.request import Arrival, Ask, Chat, Prompt, Request, Tracing, begin_trace
 from conductor.resume import check_token, digest_of, parse_token
 from conductor.retries import Retries, RetryOptions
 from conductor.router import RouteOptions
@@ -68,6 +68,7 @@ class Policy:
     map_blocks: int = MAP_BLOCKS
     prior: WorkerCost = UNKNOWN_WORKER  # what workers cost until they were measured
     planner: PlannerOptions | None = None  # None: workers keep their roles
+    trace_sample: float = 0.0  # of the traces that clients have not begun themselves
     keepalive_s: float = 5.0  # of silence in a stream over HTTP, until a comment is sent; 0: never
 
 
@@ -163,10 +164,16 @@ class Conductor:
         id_prefix: str,
         timeout_s: float | None = None,
         resume_token: str | None = None,
+        arrival: Arrival | None = None,
     ) -> Request:
         """Validate and tokenize. With a token, the client comes back for the rest of its answers.
-        Raises InvalidRequest, ModelNotFound, Overloaded or NoWorker."""
-        received = asyncio.get_running_loop().time()
+        Without an `arrival` it has come just now. Raises InvalidRequest, ModelNotFound, Overloaded
+        or NoWorker."""
+        now = asyncio.get_running_loop().time
+        read_at = now()
+        received, caller = read_at, None
+        if arrival is not None:
+            received, caller = arrival.at, arrival.caller
         try:
             limits = self.limits
             sampling = check_ask(ask, limits)
@@ -177,14 +184,18 @@ class Conductor:
             self.admission.check_open()
             prompts = [await self._to_ids(prompt, ask.add_special_tokens) for prompt in ask.prompts]
             allowed = self.policy.default_deadline_s
+            key = self._make_key(ask, id_prefix) if point is None else point.key
+            span = key if point is None else f"{key} {self._make_id()}"  # one for each time
+            context = begin_trace(span, caller, self.policy.trace_sample)
             return build_request(
                 ask,
                 sampling,
                 prompts,
                 limits,
-                key=self._make_key(ask, id_prefix) if point is None else point.key,
+                key=key,
                 received=received,
                 deadline=received + (allowed if timeout_s is None else min(timeout_s, allowed)),
+                tracing=Tracing(context, caller, read_at, now()),
                 sent=() if point is None else point.sent,
             )
         except BatonError as error:

@@ -12,6 +12,7 @@ from baton.types.link import FetchPart
 from baton.types.registry import AnswerPlace
 from baton.types.request import AttemptId, Span
 from conductor.estimate import Candidate
+from conductor.request import Tracing
 from conductor.router import Decision
 
 MAX_BYTES = 16 << 20  # of all timelines; a request may have hundreds of answers, each its attempts
@@ -39,6 +40,7 @@ class Timeline:
     request_id: str
     model: str
     received_s: float
+    tracing: Tracing
     grown: Callable[[Timeline, int], None]
     nbytes: int = TIMELINE_BYTES  # about
     outcome: str = "running"
@@ -77,6 +79,7 @@ class Timeline:
         spans = sorted(self.spans, key=lambda entry: entry[2].start_s)
         return {
             "request_id": self.request_id,
+            "trace_id": self.tracing.context.trace_id,
             "model": self.model,
             "outcome": self.outcome,
             "received_s": self.received_s,
@@ -153,8 +156,8 @@ class Traces:
     def __len__(self) -> int:
         return len(self._timelines)
 
-    def begin(self, request_id: str, model: str, received: float) -> Timeline:
-        timeline = Timeline(request_id, model, self.epoch_s + received, self._on_growth)
+    def begin(self, request_id: str, model: str, received: float, tracing: Tracing) -> Timeline:
+        timeline = Timeline(request_id, model, self.epoch_s + received, tracing, self._on_growth)
         if (before := self._timelines.pop(request_id, None)) is not None:
             self.nbytes -= before.nbytes
         self._timelines[request_id] = timeline

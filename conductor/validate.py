@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from baton.errors import InvalidRequest, ModelNotFound
 from baton.types.request import MAX_PIN_S, SamplingParams
-from conductor.request import Answer, Ask, Chat, Options, Request, Sent
+from conductor.request import Answer, Ask, Chat, Options, Request, Sent, Tracing
 
 MAX_ANSWERS = 128
 MAX_STOP_STRINGS = 16
@@ -121,6 +121,7 @@ def build_request(
     key: str,
     received: float,
     deadline: float,
+    tracing: Tracing,
     sent: tuple[Sent, ...] = (),
 ) -> Request:
     """Join what `check_ask` returned with the tokenized prompts. Raises InvalidRequest."""
@@ -143,6 +144,8 @@ def build_request(
         cache_pin_s=ask.cache_pin_s,
         received=received,
         deadline=deadline,
+        operation="chat" if isinstance(ask.prompts[0], Chat) else "text_completion",
+        tracing=tracing,
         sent=sent,
     )
 

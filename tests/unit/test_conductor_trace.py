@@ -5,9 +5,12 @@ from __future__ import annotations
 from baton.types.fleet import Peer
 from baton.types.registry import AnswerPlace
 from baton.types.request import AttemptId, Span
+from baton.types.trace import TraceContext
+from conductor.request import Tracing
 from conductor.trace import ENTRY_BYTES, TIMELINE_BYTES, Timeline, Traces
 
 SPAN = Span("decode", 1.0, 2.0)
+TRACING = Tracing(TraceContext("7" * 32, "8" * 16, sampled=False), None, 0.0, 0.0)
 
 
 def kept(traces: Traces, count: int) -> list[str]:
@@ -22,7 +25,7 @@ def fill(timeline: Timeline, spans: int) -> None:
 def test_the_oldest_go_when_there_are_too_many() -> None:
     traces = Traces(0.0, capacity=3)
     for n in range(5):
-        traces.begin(f"r{n}", "m", 0.0)
+        traces.begin(f"r{n}", "m", 0.0, TRACING)
     assert kept(traces, 5) == ["r2", "r3", "r4"]
     assert traces.nbytes == 3 * TIMELINE_BYTES
 
@@ -30,7 +33,7 @@ def test_the_oldest_go_when_there_are_too_many() -> None:
 def test_the_oldest_go_when_one_grows_large() -> None:
     room = 3 * TIMELINE_BYTES + 100 * ENTRY_BYTES
     traces = Traces(0.0, max_bytes=room)
-    timelines = [traces.begin(f"r{n}", "m", 0.0) for n in range(3)]
+    timelines = [traces.begin(f"r{n}", "m", 0.0, TRACING) for n in range(3)]
     fill(timelines[1], 100)
     assert kept(traces, 3) == ["r0", "r1", "r2"]
     fill(timelines[2], 1)
@@ -44,7 +47,7 @@ def test_the_oldest_go_when_one_grows_large() -> None:
 
 def test_one_that_is_larger_than_all_may_be_is_not_kept() -> None:
     traces = Traces(0.0, max_bytes=10 * ENTRY_BYTES)
-    timeline = traces.begin("r0", "m", 0.0)
+    timeline = traces.begin("r0", "m", 0.0, TRACING)
     fill(timeline, 20)
     assert (len(traces), traces.nbytes) == (0, 0)
     assert len(timeline.spans) == 20
@@ -52,8 +55,8 @@ def test_one_that_is_larger_than_all_may_be_is_not_kept() -> None:
 
 def test_a_request_that_comes_back_replaces_its_timeline() -> None:
     traces = Traces(0.0)
-    fill(traces.begin("r0", "m", 0.0), 5)
-    again = traces.begin("r0", "m", 1.0)
+    fill(traces.begin("r0", "m", 0.0, TRACING), 5)
+    again = traces.begin("r0", "m", 1.0, TRACING)
     again.adopt_attempt(AnswerPlace(AttemptId("r0.0", 1), Peer("d", "life", "d:1")))
     again.end_attempt(AttemptId("r0.0", 1), "complete")
     assert traces.get("r0") is again

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from baton.types.fleet import Role
 from baton.types.request import WireError
+from baton.types.trace import TraceContext
 from baton.v1 import fleet_pb2, fleet_pb2_grpc, inference_pb2_grpc
 from baton.v1 import inference_pb2 as pb
 from tests.fake_worker import EOS, FakeCluster, fake_server, say, wait_for
@@ -82,6 +83,15 @@ async def test_sampling_options_reach_the_workers(cluster: FakeCluster) -> None:
     assert task.sampling.seed == 2**64 - 5
     assert task.sampling.logit_bias == ((7, -1.5),)
     assert task.sampling.stop_token_ids == (9,)
+
+
+async def test_a_request_goes_on_in_its_client_s_trace(cluster: FakeCluster) -> None:
+    trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    metadata = (("traceparent", f"00-{trace_id}-{parent}-00"), ("tracestate", "a=1"))
+    await generate(cluster, metadata=metadata, request_id="mine")
+    timeline = cluster.conductor.traces.get("mine")
+    assert timeline is not None
+    assert timeline.tracing.caller == TraceContext(trace_id, parent, sampled=False, state="a=1")
 
 
 async def test_details_with_logprobs(cluster: FakeCluster) -> None:

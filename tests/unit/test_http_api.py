@@ -407,6 +407,20 @@ async def test_trace_of_a_request(cluster: FakeCluster) -> None:
         assert missing.json()["error"]["code"] == "not_found"
 
 
+async def test_a_request_goes_on_in_its_client_s_trace(cluster: FakeCluster) -> None:
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    seen = {}
+    async with client_of(cluster) as client:
+        for name, parent in (("good", f"00-{trace_id}-b7ad6b7169203331-01"), ("bad", "00-1-2-01")):
+            body = {"model": "tiny", "prompt": "x", "request_id": name}
+            headers = {"traceparent": parent}
+            (await client.post("/v1/completions", json=body, headers=headers)).raise_for_status()
+            seen[name] = (await client.get(f"/trace/{name}")).json()["trace_id"]
+    assert seen["good"] == trace_id
+    assert len(seen["bad"]) == 32
+    assert seen["bad"] != trace_id
+
+
 async def test_api_keys_guard_what_costs() -> None:
     async with fake_server(api_key=("k1", "k2")) as cluster, client_of(cluster) as client:
         body = {"model": "tiny", "prompt": "x"}
