@@ -24,7 +24,7 @@ NATIVE := setup.py $(wildcard baton/native/src/*)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test faults chaos rolling soak fuzz lint format proto bench bench-gpu results demo-model clean
+.PHONY: help venv serve test faults chaos rolling soak fuzz lint format proto docs docs-reference bench bench-gpu results demo-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -51,12 +51,13 @@ venv: $(VENV)/.dev ## make .venv with everything that development needs
 serve: $(VENV)/.serve ## a whole cluster on this machine, one answer, then serve until Ctrl-C
 	@exec $(BIN)/baton serve --try '$(PROMPT)' $(SERVE_FLAGS)
 
-lint: $(VENV)/.dev ## ruff, mypy, import layers, generated stubs
+lint: $(VENV)/.dev ## ruff, mypy, import layers, generated stubs and references, links in documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/gen_proto.py --check
+	$(BIN)/python -m tools.docs --check
 
 # One thread per process: the tests start many processes on few cores.
 test fuzz: export OMP_NUM_THREADS ?= 1
@@ -89,6 +90,13 @@ format: $(VENV)/.dev ## rewrite the sources with ruff
 proto: $(VENV)/.dev ## generate the stubs in baton/v1 from proto/
 	$(BIN)/python tools/gen_proto.py
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.dev ## the documentation's site in site/; a broken link is an error
+	$(BIN)/python -m mkdocs build --quiet
+
+docs-reference: $(VENV)/.dev ## the references in docs/ that are made from the sources
+	$(BIN)/python -m tools.docs
+
 bench: $(VENV)/.dev ## baton next to vLLM and transformers: same model, cores and load, in turns
 	$(BIN)/python -m bench $(BENCH_FLAGS)
 
@@ -103,4 +111,4 @@ demo-model: $(VENV)/.dev ## train the built-in model again (an hour or two on tw
 	$(BIN)/python -m tools.train_demo
 
 clean: ## remove what was built, and .venv
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis site

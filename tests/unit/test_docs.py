@@ -1,0 +1,105 @@
+"""The documentation: generated parts are fresh, links lead somewhere, the site needs no network."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.docs.__main__ import main
+from tools.docs.blocks import fill
+from tools.docs.config_reference import BLOCKS
+from tools.docs.links import broken_links
+from tools.docs.markdown import anchors, links, replace_links
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_documents_are_fresh_and_their_links_lead_somewhere(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_site_is_built_that_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-d", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert {"index.html", "configuration.html", "architecture.html"} <= {p.name for p in pages}
+    loaded = re.compile(r"<(?:script|img|iframe)[^>]*src=\"?(?:https?:)?//|<link[^>]*href=\"?http")
+    for page in pages:
+        text = re.sub(r"<link[^>]*rel=\"?canonical[^>]*>", "", page.read_text())
+        assert not loaded.search(text), page.name
+
+
+def test_generated_parts_are_replaced_and_prose_stays() -> None:
+    page = "# A\n\n<!-- generated: t -->\nold\n<!-- end of t -->\n\nprose\n"
+    fresh = fill(page, {"t": lambda: "new"})
+    assert "old" not in fresh
+    assert fresh.index("# A") < fresh.index("new") < fresh.index("prose")
+    assert fill(fresh, {"t": lambda: "new"}) == fresh
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "",
+        "<!-- generated: t -->\n",
+        "<!-- generated: other -->\n<!-- end of other -->\n",
+        "<!-- generated: t -->\n<!-- generated: t -->\n<!-- end of t -->\n",
+    ],
+)
+def test_a_page_without_its_blocks_is_an_error(page: str) -> None:
+    with pytest.raises(ValueError, match="block"):
+        fill(page, {"t": lambda: "new"})
+
+
+def test_options_are_told_with_variable_default_and_choices() -> None:
+    conductor = BLOCKS["conductor"]().splitlines()
+    assert "| `--port` | `BATON_PORT` | `8000` | port of HTTP; 0 = any free one |" in conductor
+    [policy] = [line for line in conductor if "`--policy`" in line]
+    assert "`cache-aware` | how workers are chosen: `random`" in policy
+    assert "--role" in BLOCKS["elastic"]()
+    assert "--listen" not in BLOCKS["elastic"]()
+    assert "| `--try` |" in BLOCKS["serve"]()
+
+
+def test_links_in_code_are_none() -> None:
+    text = "[a](b.md#c) `[x](y)` ![i](i.png)\n```\n[x](y)\n```\n[`code`](z)\n"
+    assert [link.target for link in links(text)] == ["b.md#c", "i.png", "z"]
+    assert next((link.path, link.anchor) for link in links(text)) == ("b.md", "c")
+    assert replace_links(text, lambda link: link.text.upper()).splitlines() == [
+        "A `[x](y)` I",
+        "```",
+        "[x](y)",
+        "```",
+        "`CODE`",
+    ]
+
+
+def test_headings_have_the_anchors_that_github_gives_them() -> None:
+    text = '# What is `it`?\n## A — b\n```\n# none\n```\n## A — b\n<a id="here"></a>\n'
+    assert anchors(text) == {"what-is-it", "a--b", "a--b-1", "here"}
+
+
+def test_broken_links_are_told_with_their_lines(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "a.md").write_text("# A\n[1](b.md#b) [2](b.md#c)\n[3](gone.md) [4](#a) [5](#z)\n")
+    (tmp_path / "b.md").write_text("# B\n[6](https://example.com/x) [7](../..)\n")
+    assert broken_links(tmp_path) == [
+        "a.md:2: b.md#c: there is no such heading",
+        "a.md:3: gone.md: there is no such file",
+        "a.md:3: #z: there is no such heading",
+        "b.md:2: ../..: it is outside of the repository",
+    ]
