@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from baton.config import option
 from baton.errors import ConfigError
 from baton.telemetry import LEVELS
+from baton.worker.cluster_options import ClusterOptions
 from conductor.admission import Slos, TpotBy
 from conductor.estimate import Fetch
 from conductor.fleet import MAP_BLOCKS
@@ -18,7 +19,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
-class ConductorConfig:
+class ConductorConfig(ClusterOptions):
     host: str = option("127.0.0.1", "address to serve HTTP on")
     port: int = option(8000, "port of HTTP; 0 = any free one")
     grpc_host: str = option("", "address to serve gRPC on; empty = the same as --host")
@@ -27,10 +28,6 @@ class ConductorConfig:
     model_name: str = option("", "served name; empty = the last part of --model")
     name: str = option("conductor-0", "name in logs and in the fleet")
     advertise: str = option("", "host that workers reach this conductor by; empty: what it bound")
-    redis: str = option(
-        "", "redis://[:password@]host:port, where several conductors of a cluster find one another"
-    )
-    cluster_name: str = option("default", "which of the clusters in that Redis this one is")
     lease_ttl: float = option(10.0, "seconds after which a silent worker is dead")
     max_queue: int = option(1024, "answers being worked on at most; more get 429")
     policy: str = option(

@@ -58,8 +58,8 @@ class Server:
         self._model = model
         self._token = token
         self._dialer = dialer or GrpcWorkerDialer(token)
-        if registry is None and config.redis:
-            registry = open_registry(config.redis, config.cluster_name)
+        if registry is None and (redis := config.redis_options):
+            registry = open_registry(redis)
         self._registry = registry
         self._stopping = asyncio.Event()
         self._drain_s = config.drain_timeout

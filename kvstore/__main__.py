@@ -33,7 +33,7 @@ def main() -> None:
 
 
 async def _run(config: StoreConfig) -> None:
-    registry = find_registry(config.conductor, config.redis, config.cluster_name)
+    registry = find_registry(config.conductor, config.redis_options)
     cluster_token()
     signals = StopSignals()
     signals.install()

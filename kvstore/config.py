@@ -8,18 +8,17 @@ from baton.config import option
 from baton.errors import ConfigError
 from baton.telemetry import LEVELS
 from baton.worker.address import is_address
+from baton.worker.cluster_options import ClusterOptions
 from kvstore.eviction import POLICIES
 
 
 @dataclass(frozen=True, slots=True)
-class StoreConfig:
+class StoreConfig(ClusterOptions):
     """See `--help`. Raises ConfigError for values that cannot work."""
 
     name: str = option("", "name in the fleet and in logs; empty: store and the node's name")
     node: str = option("", "host that this process is on; empty: the host's name")
     conductor: tuple[str, ...] = option((), "host:port of the gRPC servers of conductors")
-    redis: str = option("", "redis://[:password@]host:port, to find conductors there")
-    cluster_name: str = option("default", "which of the clusters in that Redis this one is")
     model: str = option("", "model directory or hub id; empty: the built-in demo model")
     model_name: str = option("", "served name; empty: the model's last part")
     dtype: str = option(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from baton.errors import ConfigError
+from baton.rpc.redis_options import RedisOptions
 from baton.types.registry import ConductorInfo, RequestRecord
 
 
@@ -34,13 +35,13 @@ class Registry(Protocol):
         """Close connections. Safe to call twice."""
 
 
-def open_registry(url: str, cluster: str) -> Registry:
-    """The registry at `redis://` or `rediss://`. Connects when it is first used.
+def open_registry(options: RedisOptions) -> Registry:
+    """The registry in Redis. Connects when it is first used.
 
-    Raises ConfigError for a URL that cannot be one, and when the client library is missing.
+    Raises ConfigError for options that cannot work, and when the client library is missing.
     """
     try:  # only who asks for Redis needs its library
         from baton.rpc.registry_redis import RedisRegistry
     except ImportError as error:
         raise ConfigError(f"--redis needs its client library: baton-llm[redis] ({error})") from None
-    return RedisRegistry(url, cluster)
+    return RedisRegistry(options)

@@ -9,6 +9,7 @@ from baton.cpus import parse_cpus
 from baton.errors import ConfigError
 from baton.telemetry import LEVELS
 from baton.worker.address import is_address
+from baton.worker.cluster_options import ClusterOptions
 from baton.worker.links import ORPHAN_S
 
 KERNELS = ("auto", "native", "reference", "triton", "flash")
@@ -16,15 +17,13 @@ KERNELS = ("auto", "native", "reference", "triton", "flash")
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerConfig:
+class WorkerConfig(ClusterOptions):
     """See `--help`. Raises ConfigError for values that cannot work."""
 
     name: str = option("", "name in the fleet and in logs; empty: role, host and process id")
     node: str = option("", "host that this process is on, for its store; empty: the host's name")
     store: str = option("", "host:port of this node's store; empty: none")
     conductor: tuple[str, ...] = option((), "host:port of the gRPC servers of conductors")
-    redis: str = option("", "redis://[:password@]host:port, to find conductors there")
-    cluster_name: str = option("default", "which of the clusters in that Redis this one is")
     model: str = option("", "model directory or hub id; empty: the built-in demo model")
     model_name: str = option("", "served name; empty: the model's last part")
     dtype: str = option("auto", "of weights and KV", choices=("auto", "float32", "bfloat16"))

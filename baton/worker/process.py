@@ -38,7 +38,7 @@ def main(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> None:
 
 
 async def _run(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> None:
-    registry = find_registry(config.conductor, config.redis, config.cluster_name)
+    registry = find_registry(config.conductor, config.redis_options)
     cluster_token()
     signals = StopSignals()
     signals.install()

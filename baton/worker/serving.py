@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from baton.errors import BatonError, ConfigError, WorkerLost, WorkerMoved
 from baton.rpc.grpc_client import GrpcFleetClient
 from baton.rpc.grpc_server import RpcServer
+from baton.rpc.redis_options import RedisOptions
 from baton.rpc.registry import Registry, open_registry
 from baton.telemetry import setup_logging
 from baton.types.fleet import Role, WorkerInfo, WorkerLoad
@@ -89,12 +90,12 @@ class Place:
             await self.registry.aclose()
 
 
-def find_registry(conductors: tuple[str, ...], redis: str, cluster: str) -> Registry | None:
+def find_registry(conductors: tuple[str, ...], redis: RedisOptions | None) -> Registry | None:
     """Where conductors are found besides those that were told. Raises ConfigError when there are
     neither."""
-    if not conductors and not redis:
+    if not conductors and redis is None:
         raise ConfigError("--conductor host:port is missing (or --redis, to find conductors)")
-    return open_registry(redis, cluster) if redis else None
+    return open_registry(redis) if redis else None
 
 
 def run_process(name: str, log_level: str, work: Coroutine[Any, Any, None]) -> None:

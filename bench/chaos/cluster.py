@@ -17,6 +17,7 @@ from typing import Any
 from baton.client.http import Client
 from baton.errors import BatonError
 from baton.rpc.grpc_client import GrpcWorkerDialer
+from baton.rpc.redis_options import RedisOptions
 from baton.rpc.registry import open_registry
 from baton.types.fleet import WorkerLoad
 from baton.types.link import StepReport
@@ -169,7 +170,9 @@ class Cluster:
         return all(name in members and members[name]["state"] == "dead" for members in told)
 
     async def _announced(self) -> set[str]:
-        registry = open_registry(f"redis://127.0.0.1:{self._redis_port}", _CLUSTER_NAME)
+        registry = open_registry(
+            RedisOptions(f"redis://127.0.0.1:{self._redis_port}", _CLUSTER_NAME)
+        )
         try:
             return {info.name for info in await registry.conductors()}
         except BatonError:

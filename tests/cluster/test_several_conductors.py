@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from baton.rpc.redis_options import RedisOptions
 from baton.rpc.registry import open_registry
 from tests.cluster.by_hand import ByHand, Conductor, by_hand, until
 from tests.redis_server import BINARY, WHY_NOT
@@ -50,7 +51,7 @@ def announced(cluster: ByHand) -> set[str]:
     """The names of the conductors in Redis."""
 
     async def look() -> set[str]:
-        registry = open_registry(cluster.redis.url, "test")
+        registry = open_registry(RedisOptions(cluster.redis.url, "test"))
         names = {info.name for info in await registry.conductors()}
         await registry.aclose()
         return names

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from baton.rpc.memory import MemoryNetwork
+from baton.rpc.redis_options import RedisOptions
 from baton.rpc.registry import open_registry
 from baton.rpc.registry_memory import MemoryRegistry, RegistryServer
 from baton.types.registry import ConductorInfo
@@ -81,7 +82,7 @@ async def test_the_end_does_not_need_the_registry() -> None:
 async def test_a_conductor_process_is_found_in_redis_until_it_stops() -> None:
     with redis_server("secret") as server:
         flags = ("--redis", server.url, "--cluster-name", "x", "--advertise", "host-7")
-        registry = open_registry(server.url, "x")
+        registry = open_registry(RedisOptions(server.url, "x"))
         with conductor_process("--name", "c-1", *flags) as (process, event):
             while not (found := await registry.conductors()):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)

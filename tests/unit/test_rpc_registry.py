@@ -11,8 +11,9 @@ import pytest
 import redis.asyncio as redis
 
 from baton.errors import ConfigError, RegistryUnavailable
-from baton.rpc import registry_redis
+from baton.rpc import redis_calls
 from baton.rpc.memory import Fault, NoFaults
+from baton.rpc.redis_options import RedisOptions
 from baton.rpc.registry import Registry, open_registry
 from baton.rpc.registry_memory import MemoryRegistry, RegistryServer
 from baton.types.fleet import Peer
@@ -43,7 +44,7 @@ async def pair(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Registry, 
         both: list[Registry] = [MemoryRegistry(shared, name) for name in "ab"]
     else:
         running, cluster = request.getfixturevalue("server"), secrets.token_hex(4)
-        both = [open_registry(running.url, cluster) for _ in "ab"]
+        both = [open_registry(RedisOptions(running.url, cluster)) for _ in "ab"]
     yield both[0], both[1]
     for registry in both:
         await registry.aclose()
@@ -112,7 +113,10 @@ async def test_records_of_requests(pair: tuple[Registry, Registry]) -> None:
 
 @needs_redis
 async def test_clusters_that_share_a_redis_do_not_see_each_other(server: RedisServer) -> None:
-    one, other = open_registry(server.url, "x"), open_registry(server.url, "y")
+    one, other = (
+        open_registry(RedisOptions(server.url, "x")),
+        open_registry(RedisOptions(server.url, "y")),
+    )
     await one.announce(A, 60.0)
     await one.note_request("r", RECORD, 60.0)
     assert await other.conductors() == ()
@@ -123,7 +127,7 @@ async def test_clusters_that_share_a_redis_do_not_see_each_other(server: RedisSe
 
 @needs_redis
 async def test_every_key_has_a_time_to_live_but_the_index(server: RedisServer) -> None:
-    registry = open_registry(server.url, "ttl")
+    registry = open_registry(RedisOptions(server.url, "ttl"))
     await registry.announce(A, 60.0)
     await registry.note_request("r", RECORD, 60.0)
     client = redis.Redis.from_url(server.url, decode_responses=True)
@@ -140,7 +144,7 @@ async def test_every_key_has_a_time_to_live_but_the_index(server: RedisServer) -
 
 @needs_redis
 async def test_entries_of_another_version_are_left_out(server: RedisServer) -> None:
-    registry = open_registry(server.url, "old")
+    registry = open_registry(RedisOptions(server.url, "old"))
     await registry.announce(A, 60.0)
     client = redis.Redis.from_url(server.url)
     await client.sadd("baton:{old}:conductors", "strange")
@@ -155,7 +159,7 @@ async def test_entries_of_another_version_are_left_out(server: RedisServer) -> N
 @needs_redis
 async def test_it_gets_over_a_restart_that_forgot_everything() -> None:
     with redis_server() as server:
-        registry = open_registry(server.url, "c")
+        registry = open_registry(RedisOptions(server.url, "c"))
         await registry.announce(A, 60.0)
         server.kill()
         with pytest.raises(RegistryUnavailable) as failure:
@@ -179,9 +183,9 @@ async def test_it_gets_over_a_restart_that_forgot_everything() -> None:
 async def test_a_redis_that_hangs_is_waited_for_once_per_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(registry_redis, "CALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(redis_calls, "CALL_TIMEOUT_S", 0.1)
     with redis_server() as server:
-        registry = open_registry(server.url, "c")
+        registry = open_registry(RedisOptions(server.url, "c"))
         await registry.announce(A, 60.0)
         server.freeze()
         failures = await asyncio.gather(
@@ -205,7 +209,7 @@ async def test_a_redis_that_hangs_is_waited_for_once_per_pause(
 @needs_redis
 async def test_a_wrong_password_is_an_error_that_does_not_show_it() -> None:
     with redis_server("right") as server:
-        registry = open_registry(server.url.replace("right", "wr0ng"), "c")
+        registry = open_registry(RedisOptions(server.url.replace("right", "wr0ng"), "c"))
         with pytest.raises(RegistryUnavailable) as failure:
             await registry.conductors()
         assert "wr0ng" not in failure.value.message
@@ -216,7 +220,7 @@ async def test_a_wrong_password_is_an_error_that_does_not_show_it() -> None:
 @pytest.mark.parametrize("url", ["host:1", "http://host:1", "redis://:secret@host:port"])
 async def test_an_impossible_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError) as failure:
-        open_registry(url, "c")
+        open_registry(RedisOptions(url, "c"))
     assert "secret" not in failure.value.message
 
 
@@ -252,7 +256,7 @@ async def test_faults_of_the_one_in_memory() -> None:
     assert await other.find_request("r") == RECORD
     with pytest.raises(RegistryUnavailable):
         await registry.conductors()
-    assert asyncio.get_running_loop().time() == registry_redis.CALL_TIMEOUT_S
+    assert asyncio.get_running_loop().time() == redis_calls.CALL_TIMEOUT_S
     server.down = True
     with pytest.raises(RegistryUnavailable):
         await other.find_request("r")
