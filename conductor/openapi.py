@@ -7,14 +7,12 @@ this document allows and forbids, and compares.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from importlib.metadata import version
 from typing import Any
 
 from pydantic import BaseModel
 
-from baton.types.request import MAX_PIN_S
 from conductor.openai import (
     MAX_FIELDS,
     UNSUPPORTED,
@@ -23,46 +21,12 @@ from conductor.openai import (
     DetokenizeBody,
     TokenizeBody,
 )
+from conductor.openapi_fields import MEANINGS, NOTHING, RANGES
 from conductor.openapi_replies import ERROR, REPLIES
-from conductor.validate import (
-    LEAST_REPETITION_PENALTY,
-    MAX_ANSWERS,
-    MAX_LOGPROBS,
-    MAX_SALT_LENGTH,
-    MAX_STOP_TOKENS,
-    REQUEST_ID,
-    ROLES,
-    Limits,
-)
+from conductor.validate import ROLES, Limits
 
 Json = dict[str, Any]
 
-_INT32 = 2**31
-_RANGES: Mapping[str, Json] = {
-    "messages": {"minItems": 1},
-    "max_tokens": {"minimum": 1, "maximum": _INT32 - 1},
-    "max_completion_tokens": {"minimum": 1, "maximum": _INT32 - 1},
-    "min_tokens": {"minimum": 0, "maximum": _INT32 - 1},
-    "stop_token_ids": {"maxItems": MAX_STOP_TOKENS},
-    "seed": {"minimum": -(2**63), "maximum": 2**64 - 1},
-    "n": {"minimum": 1, "maximum": MAX_ANSWERS},
-    "temperature": {"minimum": 0, "maximum": 2},
-    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
-    "top_k": {"minimum": -1, "maximum": _INT32 - 1},
-    "min_p": {"minimum": 0, "maximum": 1},
-    "presence_penalty": {"minimum": -2, "maximum": 2},
-    "frequency_penalty": {"minimum": -2, "maximum": 2},
-    "repetition_penalty": {"minimum": LEAST_REPETITION_PENALTY, "maximum": 100},
-    "cache_salt": {"maxLength": MAX_SALT_LENGTH},
-    "cache_pin_s": {"exclusiveMinimum": 0, "maximum": MAX_PIN_S},
-    "priority": {"minimum": -_INT32, "maximum": _INT32 - 1},
-    "request_id": {"pattern": f"^{REQUEST_ID}$"},
-    "top_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
-}
-_NOTHING: Json = {
-    "enum": [None, False, "", [], {}],
-    "description": "Not supported: taken when its value asks for nothing.",
-}
 _ALWAYS = ("400", "408", "413")
 _BUSY = ("409", "429", "502", "503", "504")
 _LAST_EVENT_ID: Json = {
@@ -205,10 +169,11 @@ def _body(schema: Json, limits: Limits) -> Json:
     fields: Json = schema["properties"]
     for name, field in fields.items():
         field.pop("title", None)
-        if name in _RANGES:
-            _value(field).update(_RANGES[name])
+        field["description"] = MEANINGS[name]
+        if name in RANGES:
+            _value(field).update(RANGES[name])
     if "logprobs" in fields and _value(fields["logprobs"])["type"] == "integer":
-        _value(fields["logprobs"]).update(_RANGES["top_logprobs"])
+        _value(fields["logprobs"]).update(RANGES["top_logprobs"])
     token = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
     for name in ("tokens", "stop_token_ids"):
         if name in fields:
@@ -218,13 +183,14 @@ def _body(schema: Json, limits: Limits) -> Json:
             _limit_tokens(choice, token)
     _value(fields["model"])["enum"] = [limits.model_name]
     if "max_tokens" in fields:
-        fields |= dict.fromkeys(sorted(UNSUPPORTED - fields.keys()), _NOTHING)
+        fields |= dict.fromkeys(sorted(UNSUPPORTED - fields.keys()), NOTHING)
     return {**schema, "properties": fields, "maxProperties": MAX_FIELDS}
 
 
 def _inner(name: str, schema: Json) -> Json:
-    for field in schema["properties"].values():
+    for key, field in schema["properties"].items():
         field.pop("title", None)
+        field["description"] = MEANINGS[key]
     if name == "Message":
         schema["properties"]["role"]["enum"] = list(ROLES)
     if name == "ResponseFormat":

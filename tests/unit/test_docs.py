@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.docs import grpc_reference, http_reference
 from tools.docs.__main__ import main
 from tools.docs.blocks import fill
 from tools.docs.config_reference import BLOCKS
@@ -36,7 +37,9 @@ def test_a_site_is_built_that_asks_nothing_of_the_network(tmp_path: Path) -> Non
     )
     assert built.returncode == 0, built.stdout + built.stderr
     pages = list(tmp_path.rglob("*.html"))
-    assert {"index.html", "configuration.html", "architecture.html"} <= {p.name for p in pages}
+    assert {"index.html", "configuration.html", "architecture.html", "grpc.html"} <= {
+        p.name for p in pages
+    }
     loaded = re.compile(r"<(?:script|img|iframe)[^>]*src=\"?(?:https?:)?//|<link[^>]*href=\"?http")
     for page in pages:
         text = re.sub(r"<link[^>]*rel=\"?canonical[^>]*>", "", page.read_text())
@@ -73,6 +76,30 @@ def test_options_are_told_with_variable_default_and_choices() -> None:
     assert "--role" in BLOCKS["elastic"]()
     assert "--listen" not in BLOCKS["elastic"]()
     assert "| `--try` |" in BLOCKS["serve"]()
+
+
+def test_fields_of_http_are_told_with_types_and_ranges() -> None:
+    bodies = http_reference.bodies().splitlines()
+    assert "| `temperature` | number from 0 to 2 | 0 is greedy; left out: 1. |" in bodies
+    assert any("| list of [Message](#message) | **Required.**" in line for line in bodies)
+    assert any("| list of up to 128 integers from 0 to" in line for line in bodies)
+    assert all(line.split("|")[3].strip() for line in bodies if line.startswith("| `"))
+    replies = http_reference.replies()
+    assert "| `choices[].message.content` | string |" in replies
+    assert "| `choices[].token_ids` | list of integers | Only where it was asked for. |" in replies
+    [chat] = [line for line in http_reference.endpoints().splitlines() if "/chat/" in line]
+    assert "[ChatBody](#chatbody) | [ChatAnswer](#chatanswer) or `text/event-stream` |" in chat
+    assert "| 429 |" in http_reference.errors()
+
+
+def test_messages_of_grpc_are_told_with_the_comments_of_their_fields() -> None:
+    public, internal = grpc_reference.public(), grpc_reference.internal()
+    assert "| `Generate` | [GenerateRequest](#generaterequest) | stream of [Gen" in public
+    assert "| 8 | `logit_bias` | map of uint32 to double | Added to" in public
+    assert "| 2 | `text` | string, one of `prompt` |" in public
+    assert "| 9 | `cache_pin_s` | optional double | Keep the prompt's KV" in public
+    assert "### service Handoff\n\nServed by prefill workers" in internal
+    assert "| 2 | `ROLE_DECODE` |" in internal
 
 
 def test_links_in_code_are_none() -> None:

@@ -11,12 +11,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tools.docs import config_reference
+from tools.docs import config_reference, grpc_reference, http_reference
 from tools.docs.blocks import Blocks, fill
 from tools.docs.links import broken_links
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES: Mapping[str, Blocks] = {"docs/configuration.md": config_reference.BLOCKS}
+PAGES: Mapping[str, Blocks] = {
+    "docs/configuration.md": config_reference.BLOCKS,
+    "docs/reference/grpc.md": grpc_reference.BLOCKS,
+    "docs/reference/http.md": http_reference.BLOCKS,
+}
 
 
 def stale_pages(root: Path = ROOT) -> list[str]:
