@@ -111,10 +111,7 @@ class Serving:
         self._predictions = Predictions(parts.fleet, parts.metrics, parts.admission)
         self._timers: dict[Event, asyncio.TimerHandle] = {}  # of what has not come yet
         self._stopwatch = Stopwatch(parts.metrics, request.received)
-        self.timeline: Timeline = parts.traces.begin(
-            request.id, request.model, request.received, request.tracing
-        )
-        self.timeline.prompt_tokens = request.prompt_tokens
+        self.timeline: Timeline = parts.traces.begin(request)
 
     @property
     def usage(self) -> Usage:
@@ -147,6 +144,8 @@ class Serving:
                     error = await self._begin_due()
                 if batch:
                     yield batch
+                    if self.timeline.passed_s is None and self._stopwatch.first_at is not None:
+                        self.timeline.note_passed(asyncio.get_running_loop().time())
             if error is not None and not self._all_told:
                 raise error
         finally:
@@ -188,6 +187,9 @@ class Serving:
             self._attempts.done(output.attempt)
             for span in output.finish.spans:
                 self.timeline.add_span(worker, str(output.attempt), span)
+        if self._stopwatch.first_at is None and output.tokens:
+            now = asyncio.get_running_loop().time()
+            self.timeline.note_heard(output.attempt, output.tokens[0].index, now)
         self._inbox.put(Output(duty, worker, output))
         if len(self._inbox) > MAX_UNREAD * len(self._runs):
             self._give_up()
@@ -221,7 +223,7 @@ class Serving:
                 continue
             self._due.remove(run)
             run.adopt(place.attempt)
-            self.timeline.adopt_attempt(place)
+            self.timeline.adopt_attempt(place, asyncio.get_running_loop().time())
             try:
                 self._attempts.adopt(place)
             except WorkerLost as error:
@@ -304,7 +306,8 @@ class Serving:
             if run.num_tokens:
                 metrics.resumes.inc()
         run.begin(split=decision.prefill is not None)
-        self.timeline.add_attempt(run.attempt, decision, run.num_tokens)
+        sent = asyncio.get_running_loop().time()  # later than `now`: workers were chosen
+        self.timeline.add_attempt(run.attempt, decision, run.num_tokens, sent)
         self._predictions.begin(run.answer.index, decision, now)
 
     # -- hearing -------------------------------------------------------------------------------
@@ -319,7 +322,7 @@ class Serving:
                     continue
                 delta = self._apply(run, event)
                 if delta is not None:
-                    self._note_progress(delta, now)
+                    self._note_progress(run, delta, now)
                     batch.append(delta)
                 self._follow_up(run)
         except BatonError as error:
@@ -370,7 +373,8 @@ class Serving:
         elif run.phase is Phase.DONE:
             self._open.discard(run.attempt.request_id)
             self._attempts.cancel(run.attempt, "the answer is complete")
-            self.timeline.end_attempt(run.attempt, "complete")
+            now = asyncio.get_running_loop().time()
+            self.timeline.end_attempt(run.attempt, "complete", now)
         elif run.awaiting_peer:
             self._arm_grace(run, PEER_GRACE_S)
 
@@ -379,11 +383,11 @@ class Serving:
         request."""
         error = run.error or InternalError("an attempt failed without an error")
         name = run.attempt.request_id
-        self.timeline.end_attempt(run.attempt, f"{error.code}: {error.message}")
         self._failed_at[name] = self._attempts.cancel(run.attempt, "the attempt failed")
         if not isinstance(error, WorkerMoved):  # whoever computed the prompt has it still
             self._attempts.avoid(*self._failed_at[name])
         now = asyncio.get_running_loop().time()
+        self.timeline.end_attempt(run.attempt, f"{error.code}: {error.message}", now)
         pause_s = self._tries[name].after(error, run.progressed, now)
         run.phase = Phase.PAUSING
         if pause_s > 0:
@@ -412,9 +416,10 @@ class Serving:
         del self._timers[event]  # a request may look for a worker hundreds of times
         self._inbox.put(event)
 
-    def _note_progress(self, delta: Delta, now: float) -> None:
+    def _note_progress(self, run: AnswerRun, delta: Delta, now: float) -> None:
         self.timeline.output_tokens += len(delta.tokens)
         if delta.tokens and self._stopwatch.first_at is None:
+            self.timeline.first_by = run.attempt
             span = self._parts.traces.span("first_token", self._request.received, now)
             self.timeline.add_span("conductor", "", span)
         finished = delta.finish_reason is not None

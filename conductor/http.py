@@ -29,6 +29,7 @@ from conductor.openai_reply import ChatReply, CompletionReply, Reply
 from conductor.openapi import make_document
 from conductor.request import Arrival
 from conductor.service import Conductor
+from conductor.trace_json import timeline_json
 from conductor.validate import check_model, check_token_ids, quote
 
 BODY_TIMEOUT_S = 60.0
@@ -158,7 +159,8 @@ def _guarded_routes(
                 param="request_id",
                 code="not_found",
             )
-        return JsonResponse(timeline.as_json())
+        now_s = conductor.traces.epoch_s + asyncio.get_running_loop().time()
+        return JsonResponse(timeline_json(timeline, now_s))
 
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),

@@ -265,10 +265,7 @@ class Conductor:
         self.metrics.prompt_tokens.inc(usage.prompt_tokens)
         self.metrics.cached_tokens.inc(usage.cached_tokens)
         serving.timeline.cached_tokens = usage.cached_tokens
-        now = asyncio.get_running_loop().time()
-        serving.timeline.outcome = outcome
-        span = self.traces.span("request", request.received, now)
-        serving.timeline.add_span("conductor", "", span)
+        serving.timeline.end(outcome, asyncio.get_running_loop().time())
 
     async def _to_ids(self, prompt: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
         if isinstance(prompt, tuple):

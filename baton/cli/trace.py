@@ -10,15 +10,11 @@ from typing import Annotated, Any
 import orjson
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from baton.cli.options import Json, Url, connect
+from baton.cli.waterfall import ms, span_bars, stage_bars
 from baton.client.http import DEFAULT_URL
-
-_BAR_WIDTH = 44
-_OTHER_COLUMNS = 50  # characters that the table needs besides the bars
-_COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
 
 
 def trace(
@@ -26,7 +22,7 @@ def trace(
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
-    """Show one recent request's timeline: workers, reasons, spans."""
+    """Where one recent request's time went: stages of its TTFT, attempts and reasons, spans."""
     timeline = asyncio.run(_fetch(url, request_id))
     if as_json:
         sys.stdout.write(orjson.dumps(timeline).decode() + "\n")
@@ -41,8 +37,8 @@ async def _fetch(url: str, request_id: str) -> dict[str, Any]:
 
 
 def render(timeline: Mapping[str, Any], width: int = 100) -> RenderableType:
-    """A header, the choice of workers with its reasons, and one bar for each span. The bars shrink
-    where `width` characters of terminal leave them less room."""
+    """A header, the stages of the time to the first token, the choice of workers with its reasons,
+    and one bar for each span. Bars shrink where `width` characters leave them less room."""
     header = Text.assemble(
         (str(timeline.get("request_id", "")), "bold"),
         f"  {timeline.get('model', '')}  {timeline.get('outcome', '')}  "
@@ -50,8 +46,49 @@ def render(timeline: Mapping[str, Any], width: int = 100) -> RenderableType:
         f"({timeline.get('cached_tokens', 0)} cached), "
         f"{timeline.get('output_tokens', 0)} output tokens",
     )
-    error = [Text(str(timeline["error"]))] if timeline.get("error") else []
-    return Group(header, *error, *_choices(timeline), _bars(timeline, width))
+    lines = [header]
+    if timeline.get("trace_id"):
+        lines.append(Text(f"trace {timeline['trace_id']}", style="dim"))
+    if timeline.get("error"):
+        lines.append(Text(str(timeline["error"]), style="red"))
+    parts: list[RenderableType] = [*lines, *_first_token(timeline, width), *_choices(timeline)]
+    return Group(*parts, *span_bars(timeline, width))
+
+
+def _first_token(timeline: Mapping[str, Any], width: int) -> list[RenderableType]:
+    stages = timeline.get("ttft_stages") or []
+    if not stages:
+        return []
+    told = sum(stage["seconds"] for stage in stages)
+    if timeline.get("ttft_s") is None:
+        title = "no token came" if timeline.get("ended_s") else "no token yet"
+        title = f"{title}; {ms(told)} are known"
+        total = stages[-1]["end_s"] - timeline["received_s"]
+    else:
+        total = timeline["ttft_s"]
+        title = f"TTFT {ms(total)}, {timeline.get('ttft_attributed') or 0:.1%} attributed"
+    parts: list[RenderableType] = [Text(), Text(title, style="bold")]
+    parts.append(stage_bars(stages, timeline["received_s"], total, width))
+    later = timeline.get("second_token_stages") or []
+    if later:
+        named = ", ".join(f"{_name(stage)} {ms(stage['seconds'])}" for stage in later)
+        parts.append(Text(f"then, until the second token: {named}"))
+    return [*parts, *_pace(timeline), Text()]
+
+
+def _pace(timeline: Mapping[str, Any]) -> list[Text]:
+    """How fast the rest came, of a request with one answer."""
+    answers = {str(attempt["attempt"]).rpartition("#")[0] for attempt in timeline["attempts"]}
+    tokens = timeline.get("output_tokens", 0) - 1
+    ended_s, ttft_s = timeline.get("ended_s"), timeline.get("ttft_s")
+    if ended_s is None or ttft_s is None or tokens < 1 or len(answers) != 1:
+        return []
+    rest_s = ended_s - timeline["received_s"] - ttft_s
+    return [Text(f"then {tokens} tokens in {ms(rest_s)}: TPOT {ms(rest_s / tokens)}")]
+
+
+def _name(stage: Mapping[str, Any]) -> str:
+    return str(stage["name"]).replace("_", " ")
 
 
 def _choices(timeline: Mapping[str, Any]) -> list[Text]:
@@ -62,6 +99,8 @@ def _choices(timeline: Mapping[str, Any]) -> list[Text]:
         lines.append(Text(f"attempt {attempt.get('attempt', '')}: {pair}  ({reasons})"))
         if "predicted_ttft_s" in attempt:
             lines.append(Text(_predicted(attempt, timeline.get("margins") or {})))
+        if "sent_s" in attempt:
+            lines.append(Text(_times(attempt, timeline["received_s"])))
         if attempt.get("resumed_at"):
             lines.append(Text(f"  went on behind {attempt['resumed_at']} tokens"))
         if attempt.get("ended") not in (None, "complete"):
@@ -75,52 +114,27 @@ def _predicted(attempt: Mapping[str, Any], margins: Mapping[str, float]) -> str:
     parts = []
     for name in ("ttft", "tpot"):
         margin = f" (× {margins[name]:.2f} for admission)" if name in margins else ""
-        parts.append(f"{name.upper()} {_ms(attempt[f'predicted_{name}_s'])}{margin}")
+        parts.append(f"{name.upper()} {ms(attempt[f'predicted_{name}_s'])}{margin}")
     return f"  predicted: {', '.join(parts)}" + (", a guess" if attempt.get("is_guess") else "")
 
 
 def _candidate(candidate: Mapping[str, Any]) -> str:
     """What was expected of a worker that could have computed the prompt."""
-    parts = [f"queue {_ms(candidate['queue_s'])}"]
+    parts = [f"queue {ms(candidate['queue_s'])}"]
     if candidate.get("fetch_tokens"):
-        parts.append(f"fetch {candidate['fetch_tokens']} tokens {_ms(candidate['fetch_s'])}")
-    parts.append(f"prefill {_ms(candidate['prefill_s'])}")
+        parts.append(f"fetch {candidate['fetch_tokens']} tokens {ms(candidate['fetch_s'])}")
+    parts.append(f"prefill {ms(candidate['prefill_s'])}")
     cached = candidate.get("cached_tokens")
     return (
         f"  {candidate['worker']} ({candidate['why']}): {' + '.join(parts)} = "
-        f"{_ms(candidate['ttft_s'])}" + (f", {cached} tokens cached" if cached else "")
+        f"{ms(candidate['ttft_s'])}" + (f", {cached} tokens cached" if cached else "")
     )
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms"
-
-
-def _bars(timeline: Mapping[str, Any], width: int) -> Table:
-    bar_width = max(8, min(_BAR_WIDTH, width - _OTHER_COLUMNS))
-    spans = timeline.get("spans") or []
-    start = min([timeline.get("received_s", 0.0), *(span["start_s"] for span in spans)])
-    end = max((span["end_s"] for span in spans), default=start)
-    total = max(end - start, 1e-9)
-    sources = list(dict.fromkeys(span["source"] for span in spans))
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("source", "span", "", "start ms", "ms"):
-        table.add_column(column, justify="right" if "ms" in column else "left", no_wrap=True)
-    for span in spans:
-        begin, length = span["start_s"] - start, span["end_s"] - span["start_s"]
-        colour = _COLOURS[sources.index(span["source"]) % len(_COLOURS)]
-        table.add_row(
-            span["source"],
-            span["name"],
-            Text(bar(begin / total, length / total, bar_width), style=colour),
-            f"{begin * 1e3:.1f}",
-            f"{length * 1e3:.1f}",
-        )
-    return table
-
-
-def bar(begin: float, length: float, width: int = _BAR_WIDTH) -> str:
-    """`width` characters with a bar over the share [begin, begin + length]; at least one mark."""
-    left = min(round(begin * width), width - 1)
-    marks = max(1, round((begin + length) * width) - left)
-    return (" " * left + "█" * min(marks, width - left)).ljust(width)
+def _times(attempt: Mapping[str, Any], received_s: float) -> str:
+    """When it began and what came of it, from the request's arrival on."""
+    parts = [f"sent at {ms(attempt['sent_s'] - received_s)}"]
+    for key, what in (("first_token_s", "first token"), ("ended_s", "ended")):
+        if attempt.get(key):
+            parts.append(f"{what} at {ms(attempt[key] - received_s)}")
+    return f"  {', '.join(parts)}"

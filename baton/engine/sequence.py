@@ -71,6 +71,7 @@ class Sequence:
         "penalized",
         "planned",
         "preemptions",
+        "second_token_at",
         "started_at",
         "steps",
         "stop_ids",
@@ -117,6 +118,7 @@ class Sequence:
         self.arrived_at: float | None = None  # of KV that was fetched for it
         self.early_at: float | None = None  # when its first step began, if that was before
         self.first_token_at: float | None = None
+        self.second_token_at: float | None = None
 
     @property
     def remaining(self) -> int:
@@ -154,8 +156,11 @@ class Sequence:
 
     def append(self, token: SampledToken, now: float) -> None:
         self.context.append(token.token_id)
-        if self.first_token_at is None:
-            self.first_token_at = now
+        if self.second_token_at is None:
+            if self.first_token_at is None:
+                self.first_token_at = now
+            else:
+                self.second_token_at = now
 
     def natural_end(self, max_model_len: int) -> FinishReason | None:
         """STOP or LENGTH when the answer so far is complete. (The sampler keeps stop tokens out
@@ -173,7 +178,8 @@ class Sequence:
 
     def spans(self, now: float, unix_offset: float) -> tuple[Span, ...]:
         """Where the time went until `now`; `unix_offset` turns loop time into unix seconds. One
-        begins where the one before it ends; a prefill that did not wait for all KV begins earlier.
+        begins where the one before it ends; a prefill that did not wait for all KV begins earlier,
+        and the first step of decoding is a part of it.
         """
         marks = [("queue", self.submitted_at)]
         if self.started_at is not None:
@@ -185,7 +191,7 @@ class Sequence:
         ends = [start for _, start in marks[1:]] + [now]
         if self.early_at is not None:
             marks = [(n, self.early_at if n == "prefill" else start) for n, start in marks]
-        return tuple(
-            Span(name, start + unix_offset, end + unix_offset)
-            for (name, start), end in zip(marks, ends, strict=True)
-        )
+        stretches = [(name, start, end) for (name, start), end in zip(marks, ends, strict=True)]
+        if self.first_token_at is not None and self.second_token_at is not None:
+            stretches.append(("first_step", self.first_token_at, self.second_token_at))
+        return tuple(Span(n, start + unix_offset, end + unix_offset) for n, start, end in stretches)

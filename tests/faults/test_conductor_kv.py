@@ -16,6 +16,7 @@ from conductor.cluster import ConductorIdentity, describe_cluster
 from conductor.expected import ExpectedBlocks
 from conductor.fleet import Fleet
 from conductor.service import Policy
+from conductor.trace_json import timeline_json
 from tests.fake_worker import (
     BLOCK_SIZE,
     FINGERPRINT,
@@ -172,7 +173,9 @@ async def test_a_prefix_draws_requests_and_a_salt_does_not() -> None:
         assert cached in metrics
         assert "baton_prefix_map_blocks 6.0" in metrics
         traces = cluster.conductor.traces
-        attempt = traces.get(next(iter(traces._timelines))).as_json()["attempts"][0]  # type: ignore[union-attr]
+        timeline = traces.get(next(iter(traces._timelines)))
+        assert timeline is not None
+        attempt = timeline_json(timeline, now_s=0.0)["attempts"][0]
         found = {c["worker"]: c["cached_tokens"] for c in attempt["candidates"]}
         assert found["prefill-1"] == 6 * BLOCK_SIZE
         assert max(found.values()) == 6 * BLOCK_SIZE
@@ -227,5 +230,5 @@ async def test_long_prompts_are_hashed_as_far_as_somebody_has_them() -> None:
         (match,) = cluster.conductor.fleet.prefix_map.matches(keys(25))
         assert match.blocks == 20
         timeline = next(iter(cluster.conductor.traces._timelines.values()))
-        candidate = timeline.as_json()["attempts"][0]["candidates"][0]
+        candidate = timeline_json(timeline, now_s=0.0)["attempts"][0]["candidates"][0]
         assert candidate["cached_tokens"] == 20 * BLOCK_SIZE

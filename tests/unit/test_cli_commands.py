@@ -23,7 +23,8 @@ from baton.cli.report import Reporter
 from baton.cli.serve_options import ServeOptions
 from baton.cli.status import fleet_table, store_lines
 from baton.cli.top import view
-from baton.cli.trace import bar, render
+from baton.cli.trace import render
+from baton.cli.waterfall import bar
 from baton.client.http import Client, Prompt
 from baton.errors import ConfigError, InternalError
 from tests.unit.fake_cluster import EVENTS, sse
@@ -298,6 +299,56 @@ def test_trace_bars_cover_the_request() -> None:
     assert prefill.rstrip().endswith("500.0")
     assert prefill.index("█") < decode.index("█")
     assert text_of(render({"request_id": "r2"})).startswith("r2")
+
+
+def first_token(**told: Any) -> dict[str, Any]:
+    stages = [("tokenize", 10.0, 10.1), ("prefix_load", 10.1, 10.4), ("prefill", 10.4, 10.95)]
+    return {
+        "request_id": "r1",
+        "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
+        "outcome": "ok",
+        "received_s": 10.0,
+        "ended_s": 12.0,
+        "output_tokens": 11,
+        "ttft_s": 1.0,
+        "ttft_attributed": 0.95,
+        "ttft_stages": [
+            {"name": name, "start_s": start, "end_s": end, "seconds": end - start}
+            for name, start, end in stages
+        ],
+        "second_token_stages": [{"name": "exposed_transfer", "seconds": 0.02}],
+        "attempts": [
+            {"attempt": "r1.0#0", "sent_s": 10.1, "first_token_s": 11.0, "ended_s": 11.5},
+            {"attempt": "r1.0#1", "sent_s": 11.5, "ended": "worker_lost: gone"},
+        ],
+    } | told
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_trace_attributes_every_millisecond_of_the_ttft(width: int) -> None:
+    text = text_of(render(first_token(), width=width), width=width)
+    assert "…" not in text
+    assert "TTFT 1000.0 ms, 95.0% attributed" in text
+    table = text.split("attributed\n")[1].split("then")[0].replace("█", "").splitlines()[1:]
+    assert [row.split("  ")[1] for row in table] == [
+        *("tokenize", "prefix load", "prefill", "unattributed")
+    ]
+    assert sum(float(row.split()[-2]) for row in table) == pytest.approx(1000.0)
+    assert sum(float(row.split()[-1].rstrip("%")) for row in table) == pytest.approx(100.0)
+    words = " ".join(text.split())
+    assert "until the second token: exposed transfer 20.0 ms" in words
+    assert "then 10 tokens in 1000.0 ms: TPOT 100.0 ms" in words
+    assert "sent at 100.0 ms, first token at 1000.0 ms, ended at 1500.0 ms" in words
+    assert "ended: worker_lost: gone" in words
+
+
+def test_trace_of_a_request_without_a_token() -> None:
+    missing = {"ttft_s": None, "ttft_attributed": None}
+    failed = text_of(render(first_token(**missing, outcome="no_worker", error="nobody is there")))
+    assert "no token came; 950.0 ms are known" in failed
+    assert "nobody is there" in failed
+    running = text_of(render(first_token(**missing, outcome="running", ended_s=None)))
+    assert "no token yet; 950.0 ms are known" in running
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from conductor.dispatch import Usage
 from conductor.request import Ask, Options
 from conductor.retries import RetryOptions
 from conductor.service import Conductor, Policy
+from conductor.trace_json import timeline_json
 from tests.fake_worker import EOS, Meeting, Script, echo, fake_cluster, say, wait_for
 from tests.virtual_time import virtual_time
 
@@ -385,7 +386,7 @@ async def test_traces_tell_workers_reasons_and_spans() -> None:
         request_id = next(iter(cluster.conductor.traces._timelines))
         timeline = cluster.conductor.traces.get(request_id)
         assert timeline is not None
-        body = timeline.as_json()
+        body = timeline_json(timeline, now_s=0.0)
         assert body["outcome"] == "ok"
         assert body["attempts"][0]["prefill"] == "prefill-0"
         assert body["attempts"][0]["ended"] == "complete"

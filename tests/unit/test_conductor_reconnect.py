@@ -21,6 +21,7 @@ from conductor.records import FEW, RETRY_S, Records
 from conductor.request import Ask, Options, Sent
 from conductor.resume import Bookmark, digest_of, parse_token
 from conductor.service import Conductor
+from conductor.trace_json import timeline_json
 from tests.fake_worker import EOS
 from tests.scripted_worker import Site, site, until
 from tests.virtual_time import settle, virtual_time
@@ -401,7 +402,7 @@ async def test_a_request_id_is_its_own_when_it_comes_back() -> None:
         assert client.tokens() == list(ANSWER)
         timeline = place.conductors[1].traces.get("mine:1")
         assert timeline is not None
-        (attempt,) = timeline.as_json()["attempts"]
+        (attempt,) = timeline_json(timeline, now_s=0.0)["attempts"]
         assert attempt["reasons"] == ["another conductor began it, or an earlier connection"]
         with pytest.raises(BatonError):
             await place.conductors[1].prepare(ask, "test", resume_token="mine:1")

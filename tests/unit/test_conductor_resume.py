@@ -29,6 +29,7 @@ from conductor.request import Ask, Options
 from conductor.retries import RetryOptions
 from conductor.router import RouteRequest, route
 from conductor.service import Policy
+from conductor.trace_json import timeline_json
 from tests.fake_worker import (
     BLOCK_SIZE,
     EOS,
@@ -407,7 +408,7 @@ async def test_the_trace_tells_why_each_attempt_ended() -> None:
     async with dying("abcdef", 3) as cluster:
         await ask(cluster.conductor, max_tokens=20)
         timeline = next(iter(cluster.conductor.traces._timelines.values()))
-        first, second = timeline.as_json()["attempts"]
+        first, second = timeline_json(timeline, now_s=0.0)["attempts"]
         assert first["ended"].startswith("worker_lost: worker decode-")
         assert (first["resumed_at"], second["resumed_at"]) == (0, 3)
         assert second["ended"] == "complete"

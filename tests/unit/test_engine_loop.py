@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 from dataclasses import replace
@@ -116,9 +117,12 @@ async def test_spans_tell_where_the_time_went() -> None:
         task = make_task("x")
         rig.engine.submit(task)
         finish = await rig.heard.finish(task.attempt)
-    assert [span.name for span in finish.spans][-2:] == ["prefill", "decode"]
-    for before, after in zip(finish.spans, finish.spans[1:], strict=False):
+    *stretches, first_step = finish.spans
+    assert [span.name for span in stretches] == ["queue", "prefill", "decode"]
+    for before, after in itertools.pairwise(stretches):
         assert before.end_s == after.start_s
+    assert first_step.name == "first_step"
+    assert stretches[-1].start_s == first_step.start_s < first_step.end_s <= stretches[-1].end_s
     assert all(abs(span.start_s - 1e9) < 60 for span in finish.spans), "unix time"
 
 
