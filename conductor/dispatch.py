@@ -29,13 +29,14 @@ from baton.errors import (
 from baton.tokenizer import Tokenizer
 from baton.types.fleet import Role, WorkerState
 from baton.types.registry import AnswerPlace
-from baton.types.request import AttemptId, AttemptOutput
+from baton.types.request import AttemptId, AttemptOutput, Finish
 from conductor.admission import Admission
 from conductor.answer_run import AnswerRun, Delta, Phase
 from conductor.attempts import Attempts, Placer, peers
 from conductor.fleet import Fleet
 from conductor.inbox import Abort, Again, Event, Inbox, Late, Lost, Output
 from conductor.link import Stage
+from conductor.live import Live
 from conductor.metrics import Metrics, Stopwatch
 from conductor.predictions import Predictions
 from conductor.records import LINGER_S, Records
@@ -71,6 +72,7 @@ class Dispatcher:
         routing: RouteOptions,
         retries: Retries,
         records: Records,
+        live: Live,
     ) -> None:
         self.fleet = fleet
         self.tokenizer = tokenizer
@@ -81,6 +83,7 @@ class Dispatcher:
         self.placer = Placer(fleet, routing)
         self.retries = retries
         self.records = records
+        self.live = live
 
     def serve(self, request: Request) -> Serving:
         self.retries.budget.deposit()
@@ -156,6 +159,7 @@ class Serving:
             self._attempts.cancel_all("the request has ended")
             now = asyncio.get_running_loop().time()
             self._stopwatch.end(now)
+            self.timeline.tpot_s = self._stopwatch.tpot_s
             if self._stopwatch.first_at is not None:
                 self._parts.admission.note_decode(now - self._stopwatch.first_at)
 
@@ -187,12 +191,19 @@ class Serving:
             self._attempts.done(output.attempt)
             for span in output.finish.spans:
                 self.timeline.add_span(worker, str(output.attempt), span)
+            self._note_kv(duty, output.attempt, output.finish)
         if self._stopwatch.first_at is None and output.tokens:
             now = asyncio.get_running_loop().time()
             self.timeline.note_heard(output.attempt, output.tokens[0].index, now)
         self._inbox.put(Output(duty, worker, output))
         if len(self._inbox) > MAX_UNREAD * len(self._runs):
             self._give_up()
+
+    def _note_kv(self, duty: Role, attempt: AttemptId, finish: Finish) -> None:
+        record, run = self.timeline.attempts.get(attempt), self._runs[attempt.request_id]
+        if record is not None and record.decision is not None:
+            tokens = len(run.answer.prompt) + record.resumed_at
+            self._parts.live.note_finish(record.decision, tokens, duty, finish)
 
     def on_lost(
         self, duty: Role, worker: str, attempt: AttemptId, stage: Stage, reason: str
@@ -422,6 +433,7 @@ class Serving:
             self.timeline.first_by = run.attempt
             span = self._parts.traces.span("first_token", self._request.received, now)
             self.timeline.add_span("conductor", "", span)
+            self.timeline.ttft_s = now - self._request.received
         finished = delta.finish_reason is not None
         self._predictions.note(delta.index, len(delta.tokens), finished, now)
         self._stopwatch.note(delta.index, len(delta.tokens), finished, now)

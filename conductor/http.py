@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's endpoints, health, metrics, the fleet and traces."""
+"""The HTTP API: OpenAI's endpoints, health, metrics, the fleet, traces and the live page."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from conductor.cluster import ConductorIdentity, describe_cluster, other_conduct
 from conductor.event_stream import keepalive_headers
 from conductor.http_errors import JsonResponse, error_handlers
 from conductor.http_generate import DIRECT_SEND, GenerationResponse, StreamResponse
+from conductor.http_live import live_routes, page_routes
 from conductor.openai import (
     ChatBody,
     CompletionBody,
@@ -43,10 +44,11 @@ def make_app(
 ) -> Starlette:
     """The application. Its lifespan is the process's business, not its own."""
     guarded = _guarded_routes(conductor, identity, max_body_bytes)
+    guarded += live_routes(conductor, identity)
     if api_keys:
         guarded = [_with_key(route, api_keys) for route in guarded]
     app = Starlette(
-        routes=[*_open_routes(conductor, identity, bool(api_keys)), *guarded],
+        routes=[*page_routes(), *_open_routes(conductor, identity, bool(api_keys)), *guarded],
         exception_handlers=error_handlers(),
     )
     app.router.redirect_slashes = False

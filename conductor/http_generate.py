@@ -44,7 +44,7 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _until_gone(receive, self._run(scope, receive, send))
+            await until_gone(receive, self._run(scope, receive, send))
         except TimeoutError:
             log.warning("request %s: the client did not read its answer", self._request.id)
 
@@ -167,7 +167,7 @@ def _event(data: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
-async def _until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Run `work`; cancel it, and wait for its clean-up, when the client disconnects."""
     task = asyncio.create_task(work, name="generate")
     watcher = asyncio.create_task(_wait_disconnect(receive), name="watch-client")

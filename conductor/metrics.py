@@ -138,6 +138,12 @@ class Stopwatch:
             if count > 1:
                 metrics.tpot.observe((last - first) / (count - 1))
 
+    @property
+    def tpot_s(self) -> float | None:
+        """Of the slowest answer so far."""
+        answers = [(last - first, count - 1) for first, last, count in self._answers.values()]
+        return max((seconds / gaps for seconds, gaps in answers if gaps > 0), default=None)
+
     def end(self, now: float) -> None:
         self._metrics.e2e.observe(now - self._received)
 

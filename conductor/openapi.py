@@ -92,6 +92,7 @@ def _guarded_paths(with_key: bool) -> Json:
         "/v1/models/{name}": {"get": _named("The served model", "name", "Model")},
         "/tokenize": _post("Text or messages to token ids", "TokenizeBody", "Tokens"),
         "/detokenize": _post("Token ids to text", "DetokenizeBody", "Text"),
+        "/live.json": {"get": _get("The cluster now, and the last requests", _ref("Live"), ())},
         "/trace/{request_id}": {
             "get": _named("The timeline of a recent request", "request_id", "Trace")
         },

@@ -118,6 +118,7 @@ class Server:
                     lease.cancel()
                     await self._drain()
                     log.info("closing")
+                    self.conductor.live.close()
                     http.should_exit = True
                     await serving
                     health.cancel()

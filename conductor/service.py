@@ -23,6 +23,7 @@ from conductor.cost_model import UNKNOWN_WORKER, WorkerCost
 from conductor.dispatch import Dispatcher, Serving, Usage
 from conductor.elastic import Elastic
 from conductor.fleet import MAP_BLOCKS, Fleet
+from conductor.live import Live
 from conductor.metrics import Metrics
 from conductor.planner import Planner, PlannerOptions
 from conductor.records import Records
@@ -98,6 +99,7 @@ class Conductor:
             policy.max_answers, policy.slos, self.metrics.note_rejection, policy.retries.seed
         )
         self.records = Records(registry, self.incarnation)
+        self.live = Live(lambda: self.metrics.output_tokens.value, policy.slos)
         self._dispatcher = Dispatcher(
             self.fleet,
             model.tokenizer,
@@ -108,6 +110,7 @@ class Conductor:
             policy.routing,
             Retries(policy.retries, now, self.metrics.note_retry_refusal),
             self.records,
+            self.live,
         )
         self.elastic = self._make_elastic(policy)
         self._servings: dict[str, Serving] = {}  # by the requests' keys
@@ -213,6 +216,7 @@ class Conductor:
         serving: Serving | None = None
         try:
             with self.admission.admit(request), self.metrics.running.track_inprogress():
+                self.live.note_begin()
                 serving = self._serve(request)
                 async with aclosing(serving.deltas()) as deltas:
                     async for batch in deltas:
@@ -266,6 +270,7 @@ class Conductor:
         self.metrics.cached_tokens.inc(usage.cached_tokens)
         serving.timeline.cached_tokens = usage.cached_tokens
         serving.timeline.end(outcome, asyncio.get_running_loop().time())
+        self.live.note_end(outcome, serving.timeline.ttft_s, serving.timeline.tpot_s)
 
     async def _to_ids(self, prompt: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
         if isinstance(prompt, tuple):

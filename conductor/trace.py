@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from baton.types.registry import AnswerPlace
 from baton.types.request import AttemptId, Span
@@ -62,6 +63,8 @@ class Timeline:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0  # of the prompt; known at the end
+    ttft_s: float | None = None
+    tpot_s: float | None = None  # of the slowest answer; known at the end
     error: str | None = None  # what the client was told
     margins: dict[str, float] = field(default_factory=dict)  # by SLO, when it was let in
     attempts: dict[AttemptId, AttemptRecord] = field(default_factory=dict)
@@ -182,6 +185,10 @@ class Traces:
     def span(self, name: str, start: float, end: float) -> Span:
         """A span of this process; `start` and `end` are loop times."""
         return Span(name, self.epoch_s + start, self.epoch_s + end)
+
+    def recent(self, count: int) -> list[Timeline]:
+        """The last ones that began, the newest first."""
+        return list(islice(reversed(self._timelines.values()), count))
 
     def get(self, request_id: str) -> Timeline | None:
         return self._timelines.get(request_id)

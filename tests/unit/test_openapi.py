@@ -124,7 +124,7 @@ async def test_the_document_has_every_path_and_nothing_else(client: httpx.AsyncC
         for method in ("get", "post"):
             status = (await client.request(method, url)).status_code
             assert (status != 405) == (method in operations), (method, path)
-    assert len(paths) == 12
+    assert len(paths) == 13
 
 
 def test_only_guarded_paths_ask_for_a_key() -> None:

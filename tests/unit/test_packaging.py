@@ -136,6 +136,13 @@ def test_the_command_starts_processes_without_importing_them() -> None:
     }
 
 
+def test_the_live_page_is_package_data() -> None:
+    assert project()["tool"]["setuptools"]["package-data"]["conductor"] == ["page/*"]
+    files = [path for path in (ROOT / "conductor/page").iterdir() if not path.is_dir()]
+    assert "index.html" in {path.name for path in files}
+    assert sum(path.stat().st_size for path in files) <= 100e3
+
+
 def test_the_demo_model_is_package_data() -> None:
     assert project()["tool"]["setuptools"]["package-data"]["baton.demo"] == ["model/*"]
     size = sum(path.stat().st_size for path in (ROOT / "baton/demo/model").iterdir())
