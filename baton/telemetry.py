@@ -10,11 +10,25 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import TextIO
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from baton import __version__
+
 LEVELS = ("debug", "info", "warning", "error")
+
+# Twice as many series, for what the first scrape after a restart shows as well.
+disable_created_metrics()
 
 
 class LineFormatter(logging.Formatter):
@@ -58,24 +72,84 @@ class Tally(Collector):
         return [CounterMetricFamily(self._name, self._help, value=self.value)]
 
 
-class Distribution(Collector):
-    """A histogram for what happens per token; see Tally. `bounds` ascend."""
+class Tallies(Collector):
+    """Tallies by one label. All its values are said at the start: nobody can add others, and each
+    is exported from the start on, so that rates see its first event."""
 
-    def __init__(self, name: str, help: str, bounds: Sequence[float]) -> None:
+    def __init__(self, name: str, help: str, label: str, values: Iterable[str]) -> None:
         self._name = name
         self._help = help
+        self._label = label
+        self._counts = dict.fromkeys(map(str, values), 0)
+
+    def add(self, value: str, count: int = 1) -> None:
+        """Raises KeyError for a label that was not said."""
+        self._counts[value] += count
+
+    def __getitem__(self, value: str) -> int:
+        return self._counts[value]
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(self._name, self._help, labels=[self._label])
+        for value, count in self._counts.items():
+            family.add_metric([value], count)
+        return [family]
+
+
+class Buckets:
+    """How often values fell below each of `bounds`, which ascend."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = tuple(bounds)
         self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
+        self.sum = 0.0
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
 
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self.sum += value
+
+    def cumulated(self) -> list[tuple[str, float]]:
+        """As histograms are exported."""
+        names = [*map(str, map(float, self._bounds)), "+Inf"]
+        return list(zip(names, accumulate(self._counts), strict=True))
+
+
+class Distribution(Buckets, Collector):
+    """A histogram for what happens per token; see Tally."""
+
+    def __init__(self, name: str, help: str, bounds: Sequence[float]) -> None:
+        super().__init__(bounds)
+        self._name = name
+        self._help = help
 
     def collect(self) -> Iterable[Metric]:
-        names = [*map(str, map(float, self._bounds)), "+Inf"]
-        buckets = list(zip(names, accumulate(self._counts), strict=True))
-        return [HistogramMetricFamily(self._name, self._help, buckets, self._sum)]
+        return [HistogramMetricFamily(self._name, self._help, self.cumulated(), self.sum)]
+
+
+class Distributions(Collector):
+    """Distributions by one label; see Tallies."""
+
+    def __init__(
+        self, name: str, help: str, bounds: Sequence[float], label: str, values: Iterable[str]
+    ) -> None:
+        self._name = name
+        self._help = help
+        self._label = label
+        self._parts = {str(value): Buckets(bounds) for value in values}
+
+    def __getitem__(self, value: str) -> Buckets:
+        """Raises KeyError for a label that was not said."""
+        return self._parts[value]
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._help, labels=[self._label])
+        for value, part in self._parts.items():
+            family.add_metric([value], part.cumulated(), part.sum)
+        return [family]
 
 
 class Metrics:
@@ -105,9 +179,33 @@ class Metrics:
         self.registry.register(metric)
         return metric
 
+    def tallies(self, name: str, help: str, label: str, values: Iterable[str]) -> Tallies:
+        metric = Tallies(_checked(name), help, label, values)
+        self.registry.register(metric)
+        return metric
+
+    def distributions(
+        self, name: str, help: str, bounds: Sequence[float], label: str, values: Iterable[str]
+    ) -> Distributions:
+        metric = Distributions(_checked(name), help, bounds, label, values)
+        self.registry.register(metric)
+        return metric
+
+    def add_process(self, kind: str) -> None:
+        """What every process exports: its version, and what it takes of the machine."""
+        info = self.gauge("baton_process_info", "1, for its labels.", ["kind", "version"])
+        info.labels(kind, __version__).set(1)
+        ProcessCollector(registry=self.registry)
+
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self.registry)
+
+    def render_for(self, accept: str) -> tuple[bytes, str]:
+        """The exposition in the format that a scraper's `Accept` asks for, and its content type.
+        Only OpenMetrics has exemplars."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
 
 
 def _checked(name: str) -> str:

@@ -24,7 +24,13 @@ class DecodeService:
     def __init__(self, parts: WorkerParts, dialer: HandoffDialer, blocks: BlocksDialer) -> None:
         self._engine = parts.make_engine(self)
         self.sharing = Sharing(parts, self._engine, blocks, self._load_changed)
-        self.links = LinkServer(self, self.load, self.sharing.news, parts.orphan_timeout_s)
+        self.links = LinkServer(
+            self,
+            self.load,
+            self.sharing.news,
+            parts.orphan_timeout_s,
+            parts.metrics.kv_event_lag,
+        )
         self._reader = HandoffReader(
             parts.identity,
             parts.shared.view(),
@@ -33,6 +39,7 @@ class DecodeService:
             self._quarantine,
             self._end_quarantine,
             parts.handoff,
+            parts.metrics.handoff,
         )
         self._intake = Intake(self._engine, self._reader, self.links.report, self.links.begun)
 

@@ -8,7 +8,11 @@ import sys
 
 from baton.config import parse_config
 from baton.errors import ConfigError
+from baton.rpc.registry import Registry
+from baton.types.fleet import Role
 from baton.worker.lifecycle import StopSignals, watch_parent
+from baton.worker.member_metrics import MemberMetrics
+from baton.worker.monitor import monitored
 from baton.worker.serving import (
     CLOSE_TIMEOUT_S,
     Place,
@@ -17,7 +21,7 @@ from baton.worker.serving import (
     run_process,
     serve,
 )
-from kvstore.build import build, store_name
+from kvstore.build import StoreParts, build, store_name
 from kvstore.config import StoreConfig
 
 
@@ -37,10 +41,25 @@ async def _run(config: StoreConfig) -> None:
     cluster_token()
     signals = StopSignals()
     signals.install()
-    parts = await build(config)
+    metrics = MemberMetrics("store")
+    async with monitored(
+        config.listen, config.metrics_port, metrics.own.render_for, metrics.loop_lag
+    ):
+        await _serve(config, await build(config), metrics, registry, signals)
+
+
+async def _serve(
+    config: StoreConfig,
+    parts: StoreParts,
+    metrics: MemberMetrics,
+    registry: Registry | None,
+    signals: StopSignals,
+) -> None:
     place = Place(config.conductor, registry, config.listen, config.advertise, config.drain_timeout)
     try:
-        await serve(place, parts.info, parts.make_service(), signals)
+        service = parts.make_service(metrics.kv_event_lag)
+        metrics.follow(parts.identity, Role.STORE, service.load)
+        await serve(place, parts.info, service, signals)
         await parts.store.settle()
         parts.store.check_integrity()  # nobody reads or writes any more: the books must agree
     finally:

@@ -18,6 +18,7 @@ from baton.kv.transport.registry import make_transport
 from baton.kv.transport.shared import SharedTransport
 from baton.model.hub import resolve_model
 from baton.model.spec import choose_dtype, kv_layout, load_spec
+from baton.telemetry import Buckets
 from baton.types.fleet import Role, WorkerInfo
 from baton.types.kv_events import Tier
 from baton.worker.address import reachable_address
@@ -51,9 +52,17 @@ class StoreParts:
     files: tuple[Path, ...]  # of the CPU tier
     keep: bool
 
-    def make_service(self) -> StoreService:
+    def make_service(self, news_lag: Buckets | None = None) -> StoreService:
         shared = SharedTransport(self.transport)
-        return StoreService(self.store, self.tier, self.identity, shared, self.memory, self.options)
+        return StoreService(
+            self.store,
+            self.tier,
+            self.identity,
+            shared,
+            self.memory,
+            self.options,
+            news_lag=news_lag,
+        )
 
     def info(self, address: str) -> WorkerInfo:
         """The registration."""

@@ -27,6 +27,9 @@ class StoreConfig(ClusterOptions):
     block_size: int = option(32, "tokens of a KV block, as the workers have it")
     listen: str = option("127.0.0.1:0", "host:port of this store's gRPC server; port 0: any")
     advertise: str = option("", "host or host:port that others reach it by; empty: what it bound")
+    metrics_port: int = option(
+        0, "port of /metrics and /health over HTTP, on the host of --listen; 0: none"
+    )
     memory_mib: int = option(1024, "CPU tier: blocks in shared memory")
     memory_dir: str = option("/dev/shm", "file system of the CPU tier")
     memory_name: str = option("", "of its files there, one store each; empty: the store's name")
@@ -50,6 +53,7 @@ class StoreConfig(ClusterOptions):
         _require(self.disk_gib > 0, "disk_gib", "more than 0")
         _require(self.disk_segment_mib >= 1, "disk_segment_mib", "at least 1")
         _require(0 <= self.pin_share <= 0.9, "pin_share", "0 to 0.9: other blocks need room, too")
+        _require(0 <= self.metrics_port <= 65535, "metrics_port", "from 0 to 65535")
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
         _require(self.drain_timeout >= 0, "drain_timeout", "at least 0")
         _require(is_address(self.listen), "listen", "host:port")

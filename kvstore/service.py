@@ -21,6 +21,7 @@ from baton.kv.identity import Identity
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.shared import SharedTransport
 from baton.rpc.grpc_server import RpcServer
+from baton.telemetry import Buckets
 from baton.types.fleet import BlockState, WorkerLoad
 from baton.types.kv_events import Tier
 from baton.types.link import StartDecode, StartPrefill
@@ -117,6 +118,7 @@ class StoreService:
         memory: PoolMemory,
         options: BlocksOptions,
         tell_s: float = TELL_S,
+        news_lag: Buckets | None = None,
     ) -> None:
         self._tell_s = tell_s
         self._store = store
@@ -124,7 +126,7 @@ class StoreService:
         self._source = StoreSource(store)
         sink = StoreSink(store)
         self.blocks = BlocksServer(identity, shared, memory, self._source, sink, options)
-        self.links = LinkServer(NoDuty(), self.load, KvNews(store))
+        self.links = LinkServer(NoDuty(), self.load, KvNews(store), news_lag=news_lag)
         self._closed = asyncio.Event()
 
     def serve_on(self, server: RpcServer) -> None:

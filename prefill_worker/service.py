@@ -30,7 +30,9 @@ class PrefillService:
     def __init__(self, parts: WorkerParts, blocks: BlocksDialer) -> None:
         self._engine = parts.make_engine(self)
         self.sharing = Sharing(parts, self._engine, blocks, self._load_changed)
-        self.links = LinkServer(self, self.load, self.sharing.news)
+        self.links = LinkServer(
+            self, self.load, self.sharing.news, news_lag=parts.metrics.kv_event_lag
+        )
         self._pairs: set[Duplex[PrefillMessage, DecodeMessage]] = set()
         self._endings = Endings(self._engine, self.links.report)
         self._publisher = HandoffPublisher(
@@ -40,6 +42,7 @@ class PrefillService:
             self._endings.release,
             self._endings.on_end,
             parts.handoff,
+            parts.metrics.handoff,
         )
 
     # -- process -------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from baton.engine.batch import Runner
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
 from baton.engine.events import EngineListener, KvReady
+from baton.engine.figures import EngineFigures
 from baton.engine.loans import Loans
 from baton.engine.publish import Publisher
 from baton.engine.scheduler import Advance, Scheduler
@@ -32,6 +33,7 @@ from baton.errors import (
     Overloaded,
     StaleAttempt,
 )
+from baton.telemetry import Metrics
 from baton.types.fleet import WorkerLoad
 from baton.types.request import (
     AttemptId,
@@ -63,6 +65,7 @@ class Engine:
         listener: EngineListener,
         wall_clock: Callable[[], float] = time.time,
         make_steps: MakeSteps = StepThreads,
+        figures: EngineFigures | None = None,
     ) -> None:
         if pool.num_blocks != config.num_blocks:
             raise InternalError(
@@ -71,6 +74,7 @@ class Engine:
         self._config = config
         self._listener = listener
         self._wall_clock = wall_clock
+        self._figures = figures or EngineFigures(Metrics())
         self.loans = Loans(pool, self._state_changed)
         self._scheduler = Scheduler(pool, config, self.loans)
         self._steps = Stepper(
@@ -82,6 +86,7 @@ class Engine:
             self._report,
             self._want,
             make_steps,
+            self._figures,
         )
         self._sequences: dict[AttemptId, Sequence] = {}  # live ones, handed-off ones included
         self._reservations: dict[AttemptId, Reservation] = {}
@@ -324,6 +329,7 @@ class Engine:
         del self._sequences[attempt]
         self._stop_deadline(attempt)
         spans = sequence.spans(_now(), self._unix_epoch())
+        self._figures.preemptions.value += sequence.preemptions
         return Finish(ending.reason, ending.error, sequence.cached_tokens, spans)
 
     # -- telling the listener ---------------------------------------------------------------
@@ -360,6 +366,8 @@ class Engine:
             if token is not None or finish is not None:
                 tokens = () if token is None else (token,)
                 outputs.append(AttemptOutput(sequence.task.attempt, tokens, finish))
+            if token is not None and token.index == len(sequence.task.output):
+                self._figures.note_prompt(sequence)
             if advance.handed_off and token is not None:
                 self._stop_deadline(sequence.task.attempt)
                 prefilled.append((sequence, token))

@@ -260,6 +260,7 @@ class Residents:
         if sequence.started_at is None:
             sequence.started_at = now
             sequence.cached_tokens = min(sequence.planned, len(sequence.task.prompt))
+            sequence.found_tokens = sequence.cached_tokens
         last = min(sequence.fetchable, (len(sequence.context) - 1) // self._config.block_size)
         if last > len(hits) == computed:  # what is being computed need not be fetched
             sequence.fetchable = 0  # once: if it is preempted, the pool may still have it

@@ -62,6 +62,7 @@ class Sequence:
         "ending",
         "fetchable",
         "first_token_at",
+        "found_tokens",
         "hand_off",
         "keys",
         "leased",
@@ -105,6 +106,7 @@ class Sequence:
         self.limit = len(self.context) + 1 if hand_off else len(task.prompt) + params.max_tokens
         self.keys: list[bytes] = []  # of the leading full blocks, as far as anybody asked
         self.cached_tokens = 0
+        self.found_tokens = 0  # of the prompt, that this pool had when its turn came
         self.preemptions = 0
         self.ending: Ending | None = None  # decided while a step used it; the commit acts
         self.stop_ids = (() if params.ignore_eos else eos_token_ids) + params.stop_token_ids

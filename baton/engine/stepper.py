@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 
 from baton.engine.batch import Batch, BatchItem, BatchResult, Runner
 from baton.engine.events import KvReady
+from baton.engine.figures import EngineFigures
 from baton.engine.publish import Publisher
 from baton.engine.scheduler import MAX_IN_FLIGHT, Advance, Scheduler
 from baton.engine.sequence import Ending, Sequence, error_ending
@@ -41,6 +42,7 @@ class Stepper:
         report: Callable[[tuple[Advance, ...]], None],
         want: Callable[[], None],
         make_steps: MakeSteps,
+        figures: EngineFigures,
     ) -> None:
         self._scheduler = scheduler
         self._publisher = publisher
@@ -53,6 +55,8 @@ class Stepper:
         self._changed = False  # there is news that the step behind the running one lacks
         self._stopped = False
         self._failures = 0  # in a row
+        self._figures = figures
+        self._begun_at = 0.0  # the step that runs: when it was put, or the one before it ended
 
     async def run(self) -> None:
         """Run steps until `stop`; when cancelled or failed, `close` must follow.
@@ -102,12 +106,15 @@ class Stepper:
         if self._changed:
             self._changed = False
             self.take_back()
+        now = asyncio.get_running_loop().time()
         while not (
             self._stopped
             or self._steps.recovering
             or self._steps.in_flight == MAX_IN_FLIGHT
-            or (batch := self._scheduler.schedule(asyncio.get_running_loop().time())) is None
+            or (batch := self._scheduler.schedule(now)) is None
         ):
+            if not self._steps.in_flight:
+                self._begun_at = now
             published = self._scheduler.to_publish(batch)
             if published and not self._steps.in_flight:
                 self._begin(batch)
@@ -125,6 +132,7 @@ class Stepper:
                 self._report(self._scheduler.withdraw(event.batch))
             else:
                 self._fail(event.batch, event.outcome)
+            self._begun_at = asyncio.get_running_loop().time()
             self._begin_running()
 
     def _goes_by_layers(self, published: Iterable[tuple[Sequence, BatchItem]]) -> bool:
@@ -145,10 +153,12 @@ class Stepper:
         self._failures = 0
         self._announce(self._publisher.end())
         now = asyncio.get_running_loop().time()
+        self._figures.note_step(batch, now - self._begun_at)
         self._report(self._scheduler.commit(batch, result, now))
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         self._failures += 1
+        self._figures.failed_steps.value += 1
         log.error(
             "Step %d with %d sequences failed (%d in a row).",
             batch.step,

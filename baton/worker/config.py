@@ -31,6 +31,9 @@ class WorkerConfig(ClusterOptions):
     kernels: str = option("auto", "what computes; auto: the fastest here", choices=KERNELS)
     listen: str = option("127.0.0.1:0", "host:port of this worker's gRPC server; port 0: any")
     advertise: str = option("", "host or host:port that others reach it by; empty: what it bound")
+    metrics_port: int = option(
+        0, "port of /metrics and /health over HTTP, on the host of --listen; 0: none"
+    )
     block_size: int = option(32, "tokens of a KV block: 16, 32, 64, 128 or 256")
     num_blocks: int = option(0, "KV blocks; 0: as many as --kv-memory-mib holds")
     kv_memory_mib: int = option(
@@ -79,6 +82,7 @@ class WorkerConfig(ClusterOptions):
         for name in (*bounds, "by_layers_kib", "threads", "drain_timeout", "orphan_timeout"):
             _require(getattr(self, name) >= 0, name, "at least 0")
         _require(0 < self.memory_share <= 1, "memory_share", "more than 0 and at most 1")
+        _require(0 <= self.metrics_port <= 65535, "metrics_port", "from 0 to 65535")
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
         _require(is_address(self.listen), "listen", "host:port")
         if self.cpus:

@@ -20,6 +20,7 @@ from baton.engine.events import KvWanted
 from baton.errors import BatonError, InternalError
 from baton.hashing import KEY_BYTES
 from baton.types.fleet import Peer
+from baton.types.kv_events import Tier
 from baton.types.link import FetchPart
 from baton.types.request import AttemptId
 
@@ -51,14 +52,25 @@ class Consumer(Protocol):
     def arrived(self, sequence: int, blocks: int) -> None: ...
 
 
+Note = Callable[[Tier, float, int, int], None]
+"""Told of each source that was asked: its tier, seconds, blocks that came, and that were wanted."""
+
+
 class Fetcher:
     """Owns one task per fetch; `run` must be running. What comes last is read in so many groups
     of layers; 0: the engine hears when everything has come, and not before."""
 
-    def __init__(self, borrower: Borrower, engine: Consumer, layer_groups: int) -> None:
+    def __init__(
+        self,
+        borrower: Borrower,
+        engine: Consumer,
+        layer_groups: int,
+        note: Note = lambda *_: None,
+    ) -> None:
         self._borrower = borrower
         self._engine = engine
         self._layer_groups = layer_groups
+        self._note = note
         self._plans: dict[AttemptId, tuple[FetchPart, ...]] = {}
         self._tasks: dict[AttemptId, asyncio.Task[int]] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -137,8 +149,10 @@ class Fetcher:
             if by_layers and blocks == len(place):
                 self._engine.layers_came(wanted.sequence, layer_end)
 
+        now = asyncio.get_running_loop().time
+        began = now()
         try:
-            return await self._borrower.borrow(
+            count = await self._borrower.borrow(
                 part.source,
                 keys,
                 place,
@@ -148,4 +162,6 @@ class Fetcher:
             )
         except BatonError as error:
             log.info("%s computes what %s has: %s", wanted.attempt, part.source.name, error.message)
-            return 0
+            count = 0
+        self._note(part.tier, now() - began, count, len(place))
+        return count

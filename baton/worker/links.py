@@ -27,6 +27,7 @@ from baton.errors import (
 )
 from baton.rpc.errors import to_wire
 from baton.rpc.services import Duplex
+from baton.telemetry import Buckets
 from baton.types.fleet import Role, WorkerLoad
 from baton.types.link import (
     Adopt,
@@ -70,9 +71,16 @@ class _Link:
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
     said: WorkerLoad | None = None  # the load in the last report
     news: Subscription | None = None
+    since: float | None = None  # when there came something to send
 
     def tell(self, output: AttemptOutput) -> None:
         self.pending.append(output)
+        self.stir()
+
+    def stir(self) -> None:
+        """There is, or may be, something to send."""
+        if self.since is None:
+            self.since = asyncio.get_running_loop().time()
         self.wake.set()
 
 
@@ -96,11 +104,13 @@ class LinkServer:
         load: Callable[[], WorkerLoad],
         news: KvNews | None = None,
         orphan_timeout_s: float = ORPHAN_S,
+        news_lag: Buckets | None = None,
     ) -> None:
         self._duty = duty
         self._load = load
         self._news = news
         self._orphan_timeout_s = orphan_timeout_s
+        self._news_lag = news_lag
         self._links: list[_Link] = []
         self._held: dict[AttemptId, _Held] = {}
         self._current: dict[str, AttemptId] = {}  # request id -> its live attempt
@@ -150,7 +160,7 @@ class LinkServer:
     def load_changed(self) -> None:
         """Blocks came free or were taken without any output: conductors hear of it too."""
         for link in self._links:
-            link.wake.set()
+            link.stir()
 
     def _tell_others(self) -> None:
         self._others = None
@@ -202,7 +212,7 @@ class LinkServer:
         link = _Link(stream)
         link.news = self._news.subscribe() if self._news is not None else None
         self._links.append(link)
-        link.wake.set()  # the first report tells the load
+        link.stir()  # the first report tells the load
         writer = asyncio.create_task(self._write(link), name="link-writer")
         try:
             while True:
@@ -234,7 +244,7 @@ class LinkServer:
             case Resync():
                 if link.news is not None:
                     link.news.resync()
-                    link.wake.set()
+                    link.stir()
 
     def _set_role(self, role: Role) -> None:
         """The first conductor that asks is heard."""
@@ -363,14 +373,18 @@ class LinkServer:
 
     async def _send_pending(self, link: _Link) -> None:
         async with link.sending:  # at the end there are two senders: none overtakes the other
+            since, link.since = link.since, None
             load = self._load()
             if link.pending or load != link.said:
                 outputs, link.pending = tuple(link.pending), []
                 link.said = load
                 await link.stream.send(StepReport(outputs, load))
             if link.news is not None:  # after the tokens, for which somebody waits
-                for message in link.news.take():
+                news = link.news.take()
+                for message in news:
                     await link.stream.send(message)
+                if news and since is not None and self._news_lag is not None:
+                    self._news_lag.observe(asyncio.get_running_loop().time() - since)
 
     async def _close(self, link: _Link) -> None:
         try:

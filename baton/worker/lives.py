@@ -34,6 +34,7 @@ async def live_on(
     life: Role | None = role
     while life is not None:
         service = makes[life](parts)
+        parts.metrics.follow(parts.identity, life, service.load)
         service.links.other_roles = frozenset(roles) - {life}
         life = await serve(partial(parts.info, life, roles=roles), service)
         parts = parts.reborn(name_life())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from baton.cpus import Placement, format_cpus
 from baton.engine.batch import Runner
@@ -19,7 +19,9 @@ from baton.kv.identity import Identity
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.kv.transport.shared import SharedTransport
 from baton.types.fleet import Role, WorkerInfo
+from baton.types.kv_events import Tier
 from baton.worker.links import ORPHAN_S
+from baton.worker.metrics import WorkerMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +45,31 @@ class WorkerParts:
     orphan_timeout_s: float = ORPHAN_S
     wall_clock: Callable[[], float] = time.time
     make_steps: MakeSteps = StepThreads
+    metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
 
     def make_engine(self, listener: EngineListener) -> Engine:
         """The worker's one engine, over an empty pool."""
         pool = BlockPool(self.engine.num_blocks)
-        return Engine(self.runner, pool, self.engine, listener, self.wall_clock, self.make_steps)
+        return Engine(
+            self.runner,
+            pool,
+            self.engine,
+            listener,
+            self.wall_clock,
+            self.make_steps,
+            self.metrics.engine,
+        )
+
+    def note_fetch(self, tier: Tier, seconds: float, came: int, wanted: int) -> None:
+        """Of `wanted` blocks, so many were read from somebody else's tier."""
+        layout = self.identity.layout
+        tokens, nbytes = came * layout.block_size, came * layout.block_bytes
+        self.metrics.fetches.note(tier, seconds, tokens, nbytes, came == wanted)
 
     def reborn(self, incarnation: str) -> WorkerParts:
         """For another life of the worker in the same process, after the one before has ended: the
-        weights and the memory stay, and nothing is in them that anybody could still ask for."""
+        weights, the memory and what was counted stay, and nothing is in the memory that anybody
+        could still ask for."""
         identity = replace(self.identity, incarnation=incarnation)
         return replace(self, identity=identity, shared=SharedTransport(self.transport))
 

@@ -10,13 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
+from baton.rpc.registry import Registry
 from baton.types.fleet import Role, WorkerInfo
 from baton.worker.build import build, worker_name
 from baton.worker.config import WorkerConfig
 from baton.worker.lifecycle import StopSignals, exit_now
 from baton.worker.lives import Make, live_on
+from baton.worker.metrics import WorkerMetrics
+from baton.worker.monitor import monitored
 from baton.worker.parts import WorkerParts
 from baton.worker.serving import (
     CLOSE_TIMEOUT_S,
@@ -42,7 +46,22 @@ async def _run(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> 
     cluster_token()
     signals = StopSignals()
     signals.install()
-    parts = await _unless_stopped(build(config, role), signals)
+    metrics = WorkerMetrics()
+    async with monitored(
+        config.listen, config.metrics_port, metrics.own.render_for, metrics.loop_lag
+    ):
+        parts = await _unless_stopped(build(config, role), signals)
+        await _serve(config, role, makes, replace(parts, metrics=metrics), registry, signals)
+
+
+async def _serve(
+    config: WorkerConfig,
+    role: Role,
+    makes: Mapping[Role, Make],
+    parts: WorkerParts,
+    registry: Registry | None,
+    signals: StopSignals,
+) -> None:
     place = Place(config.conductor, registry, config.listen, config.advertise, config.drain_timeout)
 
     async def one_life(info: Callable[[str], WorkerInfo], service: Service) -> Role | None:

@@ -68,7 +68,7 @@ class Sharing:
         self.server = BlocksServer(*common, source, None, options)
         self._borrower = Borrower(*common, dialer, options)
         groups = parts.engine.layer_groups if parts.early_prefill else 0
-        self._fetcher = Fetcher(self._borrower, engine, groups)
+        self._fetcher = Fetcher(self._borrower, engine, groups, parts.note_fetch)
         self._offers: Offers | None = None
         self._pins: PromptPins | None = None
         if parts.store:

@@ -25,6 +25,7 @@ from baton.errors import (
     StaleAttempt,
 )
 from baton.kv.digest import cells_of, combine
+from baton.kv.handoff.figures import HandoffFigures
 from baton.kv.handoff.leases import Deadlines, Ending, History, Lease
 from baton.kv.handoff.line import DigestLine
 from baton.kv.handoff.options import HandoffOptions, check_hello
@@ -32,6 +33,7 @@ from baton.kv.identity import Identity, life
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.rpc.errors import to_wire
 from baton.rpc.services import Duplex
+from baton.telemetry import Metrics
 from baton.types.handoff import (
     Abort,
     Attach,
@@ -77,12 +79,14 @@ class HandoffPublisher:
         release: Callable[[AttemptId], None],
         on_end: Callable[[AttemptId, Ending], None],
         options: HandoffOptions,
+        figures: HandoffFigures | None = None,
     ) -> None:
         self._identity = identity
         self._transport = transport
         self._release = release
         self._on_end = on_end
         self._options = options
+        self._figures = figures or HandoffFigures(Metrics())
         self._leases: dict[AttemptId, Lease[_Pair]] = {}
         self._pairs: dict[str, _Pair] = {}
         self._deadlines = Deadlines()
@@ -396,6 +400,7 @@ class HandoffPublisher:
                 lease.pair.outbox.put_nowait(last)
         if not lease.expected:
             return  # nobody here works on it: nothing to free, and it may still arrive
+        self._figures.leases.add(how)
         self._history.ended(attempt, how, None if how is Ending.RELEASED else last)
         if lease.published:
             self._release(attempt)

@@ -26,6 +26,7 @@ from baton.errors import (
     TransportError,
 )
 from baton.kv.digest import Cell, cells_of, combine, verify_digests
+from baton.kv.handoff.figures import HandoffFigures
 from baton.kv.handoff.options import HandoffOptions
 from baton.kv.handoff.pair import Inbox, Pair
 from baton.kv.identity import Identity, life
@@ -34,6 +35,7 @@ from baton.kv.settle import settle, verdict
 from baton.kv.transport.base import PoolMemory, Transfer, Transport
 from baton.rpc.errors import from_wire
 from baton.rpc.services import HandoffDialer
+from baton.telemetry import Metrics
 from baton.types.fleet import Peer
 from baton.types.handoff import (
     Abort,
@@ -133,6 +135,7 @@ class HandoffReader:
         quarantine: Callable[[AttemptId], None],
         end_quarantine: Callable[[AttemptId], None],
         options: HandoffOptions,
+        figures: HandoffFigures | None = None,
     ) -> None:
         self._identity = identity
         self._transport = transport
@@ -141,6 +144,7 @@ class HandoffReader:
         self._quarantine = quarantine
         self._end_quarantine = end_quarantine
         self._options = options
+        self._figures = figures or HandoffFigures(Metrics())
         self._pairs: dict[str, Pair] = {}  # by life: the transport knows each once, too
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -173,12 +177,17 @@ class HandoffReader:
                 fetched = await self._fetch(fetch, reserve)
         except TimeoutError:
             late = DeadlineExceeded(f"{attempt}: no KV from {peer.name} within {timeout_s:g} s")
+            self._figures.note_failure(late)
             self._abandon(fetch, late.message)
             raise late from None
         except BaseException as error:
+            self._figures.note_failure(error)
             self._abandon(fetch, str(error) or type(error).__name__)
             raise
         pair.close(attempt)
+        stats = fetched.stats
+        seconds = stats.released_s - (stats.first_range_s or stats.attached_s)
+        self._figures.note_taken(seconds, stats.exposed_s, stats.nbytes)
         return fetched
 
     async def _pair(self, peer: Peer) -> Pair:

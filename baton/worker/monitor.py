@@ -1,0 +1,151 @@
+"""Watching a process over HTTP: `/metrics` and `/health`, on the event loop that they are about.
+
+For a scraper every few seconds and nobody else, so there is no framework: one request per
+connection, few connections, and a deadline for each from its first byte to its last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
+
+from baton.errors import ConfigError
+from baton.telemetry import Distribution, Metrics
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.25  # between two looks at how late the event loop is
+DEADLINE_S = 5.0  # of a connection
+MAX_CONNECTIONS = 16
+MAX_HEAD_BYTES = 8192
+LAGS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
+
+Render = Callable[[str], tuple[bytes, str]]
+"""The exposition for a value of `Accept`, and its content type."""
+
+
+@asynccontextmanager
+async def monitored(
+    listen: str, port: int, render: Render, lag: Distribution
+) -> AsyncIterator[None]:
+    """Serve `render` at `port`, on the host of `listen`; 0: do not. Raises ConfigError when that
+    is not possible."""
+    if not port:
+        yield
+        return
+    exporter = Exporter(render)
+    await exporter.start(listen.rpartition(":")[0], port)
+    watching = asyncio.create_task(watch_loop(lag), name="loop lag")
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
+        await exporter.aclose()
+
+
+def loop_lag(metrics: Metrics) -> Distribution:
+    """For `watch_loop`."""
+    return metrics.distribution(
+        "baton_event_loop_lag_seconds",
+        "How much later than asked for the process's event loop did something, looked at four "
+        "times a second.",
+        LAGS,
+    )
+
+
+async def watch_loop(lag: Distribution) -> None:
+    """Until cancelled."""
+    now = asyncio.get_running_loop().time
+    while True:
+        due = now() + LOOK_S
+        await asyncio.sleep(LOOK_S)
+        lag.observe(max(0.0, now() - due))
+
+
+class Exporter:
+    """The server. `aclose` ends what `start` began."""
+
+    def __init__(self, render: Render) -> None:
+        self._render = render
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def start(self, host: str, port: int) -> int:
+        """The port that was bound. Raises ConfigError."""
+        try:
+            self._server = await asyncio.start_server(
+                self._on_connection, host.strip("[]"), port, limit=MAX_HEAD_BYTES
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another "
+                "--metrics-port"
+            ) from error
+        bound: int = self._server.sockets[0].getsockname()[1]
+        log.info("metrics at http://%s:%d/metrics", host, bound)
+        return bound
+
+    async def aclose(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer), name="scrape")
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                await self._answer(reader, writer)
+        except (TimeoutError, EOFError, asyncio.LimitOverrunError, ConnectionError):
+            pass  # whoever it was does not want to know
+        finally:
+            writer.transport.abort()  # all was sent, or nobody waits for it
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.set_write_buffer_limits(high=0)  # `drain` waits until all was sent
+        if len(self._connections) > MAX_CONNECTIONS:
+            reply = _reply(HTTPStatus.SERVICE_UNAVAILABLE)
+        else:
+            reply = self._reply(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(reply)
+        await writer.drain()
+        writer.write_eof()
+        with suppress(ConnectionError):
+            await reader.read(1)  # until the other side has closed, too
+
+    def _reply(self, head: bytes) -> bytes:
+        line, *fields = head.decode("latin-1").split("\r\n")
+        method, _, rest = line.partition(" ")
+        path = rest.partition(" ")[0].partition("?")[0]
+        if path not in ("/metrics", "/health"):
+            return _reply(HTTPStatus.NOT_FOUND)
+        if method != "GET":
+            return _reply(HTTPStatus.METHOD_NOT_ALLOWED)
+        if path == "/health":
+            return _reply(HTTPStatus.OK, b'{"status":"ok"}', "application/json")
+        body, content_type = self._render(_accept(fields))
+        return _reply(HTTPStatus.OK, body, content_type)
+
+
+def _accept(fields: list[str]) -> str:
+    pairs = (field.partition(":") for field in fields)
+    return ",".join(value.strip() for name, _, value in pairs if name.lower() == "accept")
+
+
+def _reply(status: HTTPStatus, body: bytes = b"", content_type: str = "text/plain") -> bytes:
+    head = (
+        f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+        f"Content-Type: {content_type}\r\n"
+        f"Content-Length: {len(body)}\r\n"
+        "Connection: close\r\n\r\n"
+    )
+    return head.encode() + body
