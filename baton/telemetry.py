@@ -28,7 +28,7 @@ from baton import __version__
 LEVELS = ("debug", "info", "warning", "error")
 
 # Twice as many series, for what the first scrape after a restart shows as well.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class LineFormatter(logging.Formatter):

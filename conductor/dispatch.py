@@ -34,6 +34,7 @@ from conductor.admission import Admission
 from conductor.answer_run import AnswerRun, Delta, Phase
 from conductor.attempts import Attempts, Placer, peers
 from conductor.fleet import Fleet
+from conductor.goodput import Latencies
 from conductor.inbox import Abort, Again, Event, Inbox, Late, Lost, Output
 from conductor.link import Stage
 from conductor.live import Live
@@ -113,7 +114,7 @@ class Serving:
         self._failed_at: dict[str, frozenset[str]] = {}  # answer -> workers of its last attempt
         self._predictions = Predictions(parts.fleet, parts.metrics, parts.admission)
         self._timers: dict[Event, asyncio.TimerHandle] = {}  # of what has not come yet
-        self._stopwatch = Stopwatch(parts.metrics, request.received)
+        self._stopwatch = Stopwatch(parts.metrics, request.received, request.tracing.exemplar)
         self.timeline: Timeline = parts.traces.begin(request)
 
     @property
@@ -127,6 +128,11 @@ class Serving:
                 min(run.cached_tokens, len(run.answer.prompt)) for run in first_of_prompt.values()
             ),
         )
+
+    @property
+    def latencies(self) -> Latencies:
+        """So far."""
+        return self._stopwatch.latencies
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """What becomes known, in order; ends when every answer has ended.
@@ -241,10 +247,10 @@ class Serving:
                 run.fail(error)
                 self._pause(run)
             else:
-                reconnects.labels("adopted").inc()
+                reconnects.add("adopted")
                 self._note_place(place)
                 self._arm_grace(run, PEER_GRACE_S)
-        reconnects.labels("again").inc(len(self._due))
+        reconnects.add("again", len(self._due))
 
     def _note_place(self, place: AnswerPlace) -> None:
         """Tell other conductors where an answer is made."""
@@ -277,6 +283,7 @@ class Serving:
         except NoWorker as error:
             self._await_worker(run, error, now)
             return
+        self._parts.metrics.route_seconds.observe(asyncio.get_running_loop().time() - now)
         self._check(run, decision)
         self._note_begin(run, decision, now)
         try:
@@ -313,7 +320,7 @@ class Serving:
         metrics = self._parts.metrics
         metrics.note_decision(self._parts.placer.options.policy, decision.reason)
         if run.error is not None:
-            metrics.retries.labels(run.error.code).inc()
+            metrics.note_retry(run.error.code)
             if run.num_tokens:
                 metrics.resumes.inc()
         run.begin(split=decision.prefill is not None)

@@ -166,6 +166,11 @@ class Fleet:
     def prefix_map(self) -> PrefixMap:
         return self._kv.map
 
+    @property
+    def kv_gaps(self) -> int:
+        """Times that KV events of a holder were missing."""
+        return self._kv.gaps
+
     def view(self) -> FleetView:
         now = _now()
         if now >= self._view_until:

@@ -75,10 +75,9 @@ def _open_routes(conductor: Conductor, identity: ConductorIdentity, with_key: bo
             return JsonResponse({"status": "ready"})
         return JsonResponse({"status": "not ready"}, status_code=503)
 
-    async def metrics(_request: Request) -> Response:
-        return Response(
-            conductor.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+    async def metrics(request: Request) -> Response:
+        body, content_type = conductor.metrics.render_for(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
 
     async def cluster(_request: Request) -> Response:
         body = describe_cluster(conductor, identity)

@@ -16,6 +16,7 @@ class KvFeed:
 
     def __init__(self, prefix_map: PrefixMap) -> None:
         self.map = prefix_map
+        self.gaps = 0  # that were found in what holders said
         self._asked: set[str] = set()  # holders whose snapshot has not begun yet
 
     def on_link(self, holder: str, post: Post) -> None:
@@ -29,6 +30,7 @@ class KvFeed:
         elif holder in self._asked:
             return
         if not self.map.apply(holder, message):
+            self.gaps += 1
             self._ask(holder, post)
 
     def drop(self, holder: str) -> None:

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections import Counter as Tally
-from collections.abc import Iterable
-
 from prometheus_client import Counter
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 from baton import telemetry
+from baton.errors import WorkerLost
+from baton.types.fleet import Role
+from baton.worker.monitor import loop_lag
+from conductor.admission import Slos
 from conductor.fleet import Fleet
-from conductor.store_metrics import StoreCollector
+from conductor.fleet_metrics import FleetCollector
+from conductor.goodput import Goodput, Latencies
 
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4, 10)
+_ROUTING = (5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 
 
-class Metrics:
-    """One registry per conductor, so that several can live in one process."""
+MAX_OUTCOMES = 64  # codes of errors that are told apart: workers may send any
+OTHER = "other"
 
-    def __init__(self, fleet: Fleet) -> None:
+
+class Metrics:
+    """One registry per conductor, so that several can live in one process.
+
+    Nothing that a client says becomes a label. Series that alerts watch are there from the start,
+    so that the first event is seen as an increase.
+    """
+
+    def __init__(self, fleet: Fleet, slos: Slos | None = None) -> None:
         own = self._metrics = telemetry.Metrics()
-        self.requests = own.counter(
+        self._requests = own.counter(
             "baton_requests", "Requests by how they ended (ok, or an error code).", ["outcome"]
         )
+        self._outcomes = {"ok"}
+        self._requests.labels("ok")
         self.running = own.gauge("baton_requests_running", "Requests being worked on.")
+        self.goodput = Goodput(own, slos or Slos())
         self.ttft = own.histogram("baton_ttft_seconds", "Time to the first token.", _LONG)
         self.tpot = own.histogram(
             "baton_tpot_seconds", "Time per output token after the first, by answer.", _SHORT
@@ -45,19 +57,23 @@ class Metrics:
             "Attempts after the first one, by the error that ended the one before.",
             ["reason"],
         )
+        self.retries.labels(WorkerLost.code)
         self.resumes = own.counter(
-            "baton_resumes", "Attempts that went on behind tokens which the client had."
+            "baton_resumes",
+            "Migrations: attempts that went on behind tokens which the client had.",
         )
-        self.reconnects = own.counter(
+        self.reconnects = own.tallies(
             "baton_reconnects",
             "Answers that clients came back for: adopted where they are made, or made again.",
-            ["how"],
+            "how",
+            ("adopted", "again"),
         )
-        self.retry_refusals = own.counter(
+        self.retry_refusals = own.tallies(
             "baton_retry_refusals",
             "Failed requests that were not tried again: too many attempts (limit), too many "
             "failures in the cluster (budget).",
-            ["reason"],
+            "reason",
+            ("limit", "budget"),
         )
         self.poison = own.counter(
             "baton_poison_requests", "Requests stopped because workers died while computing them."
@@ -68,22 +84,45 @@ class Metrics:
             ["policy", "reason"],
         )
         self._decisions: dict[tuple[str, str], Counter] = {}
-        self.rejections = own.counter(
+        self.route_seconds = own.distribution(
+            "baton_route_seconds",
+            "Time to decide where an attempt goes, the search of the prefix map included.",
+            _ROUTING,
+        )
+        self._rejections = own.counter(
             "baton_rejections",
             "Requests turned away because of the load: the bound (queue), or an SLO that would be "
             "missed (ttft, tpot).",
             ["reason"],
         )
+        for reason in ("queue", "ttft", "tpot"):
+            self._rejections.labels(reason)
         self.ttft_ratio = own.histogram(
             "baton_ttft_prediction_ratio",
             "Time from routing to the first token, by what was predicted for it.",
             _RATIOS,
         )
-        self.role_changes = own.counter(
+        self._role_changes = own.counter(
             "baton_role_changes", "Workers that were asked to take another role.", ["role"]
         )
-        own.registry.register(_FleetCollector(fleet))
-        own.registry.register(StoreCollector(fleet))
+        for role in (Role.PREFILL, Role.DECODE):
+            self._role_changes.labels(role.value)
+        self.loop_lag = loop_lag(own)
+        own.add_process("conductor")
+        own.registry.register(FleetCollector(fleet))
+
+    def note_outcome(self, code: str) -> None:
+        """A request has ended: "ok", or the code of its error."""
+        self._requests.labels(self._bounded(code)).inc()
+
+    def note_retry(self, code: str) -> None:
+        """An attempt follows one that ended with an error of that code."""
+        self.retries.labels(self._bounded(code)).inc()
+
+    def _bounded(self, code: str) -> str:
+        if len(self._outcomes) < MAX_OUTCOMES:
+            self._outcomes.add(code)
+        return code if code in self._outcomes else OTHER
 
     def note_decision(self, policy: str, reason: str) -> None:
         counter = self._decisions.get((policy, reason))
@@ -92,16 +131,16 @@ class Metrics:
         counter.inc()
 
     def note_rejection(self, reason: str) -> None:
-        self.rejections.labels(reason).inc()
+        self._rejections.labels(reason).inc()
 
     def note_retry_refusal(self, reason: str) -> None:
         if reason == "poison":
             self.poison.inc()
         else:
-            self.retry_refusals.labels(reason).inc()
+            self.retry_refusals.add(reason)
 
     def note_role_change(self, role: str) -> None:
-        self.role_changes.labels(role).inc()
+        self._role_changes.labels(role).inc()
 
     def note_prediction(self, predicted_s: float, actual_s: float) -> None:
         if predicted_s > 0:
@@ -111,22 +150,34 @@ class Metrics:
         """The text exposition format."""
         return self._metrics.render()
 
+    def render_for(self, accept: str) -> tuple[bytes, str]:
+        """In the format that `Accept` asks for, and its content type; see `telemetry.Metrics`."""
+        return self._metrics.render_for(accept)
+
 
 class Stopwatch:
-    """Observes one request's latencies. All times are loop times."""
+    """Observes one request's latencies. All times are loop times. With a `trace_id`, the request
+    can become the example of its bucket."""
 
-    def __init__(self, metrics: Metrics, received: float) -> None:
+    def __init__(self, metrics: Metrics, received: float, trace_id: str | None = None) -> None:
         self._metrics = metrics
         self._received = received
         self._answers: dict[int, tuple[float, float, int]] = {}  # first, last, tokens
         self.first_at: float | None = None
+        self._worst_tpot_s: float | None = None
+        self._exemplar = {"trace_id": trace_id} if trace_id else None
+
+    @property
+    def latencies(self) -> Latencies:
+        ttft_s = None if self.first_at is None else self.first_at - self._received
+        return Latencies(ttft_s, self._worst_tpot_s)
 
     def note(self, answer: int, tokens: int, finished: bool, now: float) -> None:
         """`tokens` more tokens of an answer have arrived."""
         metrics = self._metrics
         if self.first_at is None and tokens:
             self.first_at = now
-            metrics.ttft.observe(now - self._received)
+            metrics.ttft.observe(now - self._received, self._exemplar)
         if tokens:
             first, last, count = self._answers.get(answer, (now, now, 0))
             if count:
@@ -136,7 +187,9 @@ class Stopwatch:
         if finished and answer in self._answers:
             first, last, count = self._answers[answer]
             if count > 1:
-                metrics.tpot.observe((last - first) / (count - 1))
+                tpot_s = (last - first) / (count - 1)
+                metrics.tpot.observe(tpot_s, self._exemplar)
+                self._worst_tpot_s = max(tpot_s, self._worst_tpot_s or 0.0)
 
     @property
     def tpot_s(self) -> float | None:
@@ -145,44 +198,4 @@ class Stopwatch:
         return max((seconds / gaps for seconds, gaps in answers if gaps > 0), default=None)
 
     def end(self, now: float) -> None:
-        self._metrics.e2e.observe(now - self._received)
-
-
-class _FleetCollector(Collector):
-    """Reads the fleet when it is scraped."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        workers = GaugeMetricFamily(
-            "baton_workers", "Workers by role and state.", labels=["role", "state"]
-        )
-        blocks = GaugeMetricFamily(
-            "baton_worker_blocks", "KV blocks by worker and state.", labels=["worker", "state"]
-        )
-        sequences = GaugeMetricFamily(
-            "baton_worker_sequences",
-            "Sequences in workers, running or waiting.",
-            labels=["worker", "state"],
-        )
-        views = self._fleet.view().workers
-        tally = Tally((view.info.role.value, view.state.value) for view in views)
-        for (role, state), count in tally.items():
-            workers.add_metric([role, state], count)
-        for view in views:
-            name = view.info.name
-            sequences.add_metric([name, "running"], view.load.running)
-            sequences.add_metric([name, "waiting"], view.load.waiting)
-            for block_state, count in view.load.blocks:
-                blocks.add_metric([name, block_state.value], count)
-        return workers, blocks, sequences, *self._prefix_map()
-
-    def _prefix_map(self) -> Iterable[GaugeMetricFamily]:
-        known = self._fleet.prefix_map
-        values = {
-            "baton_prefix_map_blocks": ("KV blocks whose holders are known.", known.num_blocks),
-            "baton_prefix_map_bytes": ("Memory of the prefix map.", known.memory_bytes),
-        }
-        for name, (help_text, value) in values.items():
-            yield GaugeMetricFamily(name, help_text, value=value)
+        self._metrics.e2e.observe(now - self._received, self._exemplar)

@@ -106,6 +106,11 @@ class Tracing:
     read_at: float
     tokenized_at: float
 
+    @property
+    def exemplar(self) -> str | None:
+        """The id of the trace, if somebody keeps it: then metrics may point to it."""
+        return self.context.trace_id if self.context.sampled else None
+
 
 def begin_trace(name: str, caller: TraceContext | None, sample: float) -> TraceContext:
     """The span of the request with that unique name: in the client's trace, which decides whether

@@ -23,6 +23,7 @@ from baton.rpc.registry import Registry, open_registry
 from baton.rpc.services import WorkerDialer
 from baton.types.registry import ConductorInfo
 from baton.worker.address import reachable_address
+from baton.worker.monitor import watch_loop
 from conductor.announce import announce
 from conductor.cluster import ConductorIdentity
 from conductor.config import ConductorConfig
@@ -114,8 +115,10 @@ class Server:
                     await http.listening.wait()
                     on_listening(identity)
                     lease = tasks.create_task(self._announce(identity), name="lease")
+                    lag = tasks.create_task(watch_loop(conductor.metrics.loop_lag), name="loop lag")
                     await self._stopping.wait()
                     lease.cancel()
+                    lag.cancel()
                     await self._drain()
                     log.info("closing")
                     self.conductor.live.close()

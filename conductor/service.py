@@ -92,7 +92,7 @@ class Conductor:
         self.fleet = Fleet(
             dialer, policy.lease_ttl_s, model.fingerprint, policy.map_blocks, policy.prior
         )
-        self.metrics = Metrics(self.fleet)
+        self.metrics = Metrics(self.fleet, policy.slos)
         now = asyncio.get_running_loop().time()
         self.traces = Traces(now)
         self.admission = Admission(
@@ -202,7 +202,7 @@ class Conductor:
                 sent=() if point is None else point.sent,
             )
         except BatonError as error:
-            self.metrics.requests.labels(error.code).inc()
+            self.metrics.note_outcome(error.code)
             raise
 
     def _make_key(self, ask: Ask, id_prefix: str) -> str:
@@ -232,7 +232,7 @@ class Conductor:
             outcome = InternalError.code
             raise
         finally:
-            self.metrics.requests.labels(outcome).inc()
+            self.metrics.note_outcome(outcome)
             if serving is not None:
                 if self._servings.get(request.key) is serving:
                     del self._servings[request.key]
@@ -266,6 +266,8 @@ class Conductor:
 
     def _note_end(self, request: Request, serving: Serving, outcome: str) -> None:
         usage = serving.usage
+        if outcome == "ok":
+            self.metrics.goodput.note(serving.latencies, usage.completion_tokens)
         self.metrics.prompt_tokens.inc(usage.prompt_tokens)
         self.metrics.cached_tokens.inc(usage.cached_tokens)
         serving.timeline.cached_tokens = usage.cached_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -28,6 +28,12 @@ async def exporting() -> AsyncIterator[tuple[Exporter, int]]:
         yield exporter, await exporter.start(HOST, 0)
     finally:
         await exporter.aclose()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - connections have no event
+            await asyncio.sleep(0)
 
 
 async def send(port: int, text: str) -> tuple[str, str]:
@@ -89,25 +95,20 @@ async def test_who_says_nothing_has_a_deadline(monkeypatch: pytest.MonkeyPatch) 
 async def test_connections_are_bounded() -> None:
     async with exporting() as (exporter, port):
         silent = [await asyncio.open_connection(HOST, port) for _ in range(monitor.MAX_CONNECTIONS)]
-        async with asyncio.timeout(PATIENCE_S):
-            while len(exporter._connections) < monitor.MAX_CONNECTIONS:
-                await asyncio.sleep(0)
+        await until(lambda: len(exporter._connections) == monitor.MAX_CONNECTIONS)
         assert "503" in (await get(port, "/metrics"))[0]
         for _, writer in silent:
             writer.close()
             await writer.wait_closed()
-        async with asyncio.timeout(PATIENCE_S):
-            while exporter._connections:
-                await asyncio.sleep(0)
+        await until(lambda: not exporter._connections)
         assert "200" in (await get(port, "/metrics"))[0]
 
 
 async def test_closing_ends_connections() -> None:
     async with exporting() as (exporter, port):
         reader, writer = await asyncio.open_connection(HOST, port)
+        await until(lambda: bool(exporter._connections))
         async with asyncio.timeout(PATIENCE_S):
-            while not exporter._connections:
-                await asyncio.sleep(0)
             await exporter.aclose()
             assert not exporter._connections
             assert await reader.read() == b""

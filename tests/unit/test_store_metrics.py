@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -44,7 +43,6 @@ SLOTS = 8
 STORE = worker_info("store-a", Role.STORE, max_model_len=0, layout=layout())
 BLOCK_BYTES = STORE.layout.block_bytes  # of what the conductor was told
 TOLD_S = 0.2
-DOC = Path(__file__).parents[2] / "ARCHITECTURE.md"
 
 
 @asynccontextmanager
@@ -213,14 +211,3 @@ async def test_what_became_of_a_worker_s_offers() -> None:
     for outcome, count in {"read": 5, "dropped": 4, "gone": 3, "failed": 2}.items():
         line = f'baton_worker_offers_total{{outcome="{outcome}",worker="prefill-0"}} {count}.0'
         assert line in text
-
-
-@virtual_time
-async def test_every_metric_is_described_in_the_architecture_and_the_other_way_round() -> None:
-    section = DOC.read_text().partition("\n## Metrics\n")[2].partition("\n## ")[0]
-    described = set(re.findall(r"`(baton_\w+)", section))
-    async with fake_cluster(say("ok")) as cluster:
-        lines = cluster.conductor.metrics.render().decode().splitlines()
-    types = [line.split()[2:] for line in lines if line.startswith("# TYPE ")]
-    exported = {name for name, _ in types if not name.endswith("_created")}
-    assert described == exported
