@@ -12,7 +12,7 @@ from baton.cli.bench_engine import BenchEngineOptions, bench_engine
 from baton.cli.bench_handoff import BenchHandoffOptions, bench_handoff
 from baton.cli.bench_process import PASS_ON, bench_router, bench_store
 from baton.cli.chat import chat
-from baton.cli.doctor import doctor
+from baton.cli.doctor.command import doctor
 from baton.cli.generate import generate
 from baton.cli.options import command
 from baton.cli.serve import serve

@@ -13,6 +13,7 @@ from baton.cpus import Placement, choose_placement
 from baton.engine.config import EngineConfig
 from baton.engine.make_runner import make_runner
 from baton.errors import ConfigError
+from baton.free_memory import available_bytes
 from baton.kv.digest import Verify
 from baton.kv.handoff.options import HandoffOptions
 from baton.kv.identity import Identity, life, new_incarnation
@@ -26,7 +27,6 @@ from baton.worker.config import WorkerConfig
 from baton.worker.memory import (
     GPU_WORKSPACE_BYTES,
     Room,
-    available_bytes,
     choose_num_blocks,
     cpu_workspace_bytes,
     weight_bytes,

@@ -14,10 +14,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import baton
-from baton.cli import doctor, generate, main
+from baton.cli import generate, main
 from baton.cli.bench import BenchServeOptions
 from baton.cli.bench_handoff import BenchHandoffOptions, bench_handoff
-from baton.cli.doctor import Check, Verdict
 from baton.cli.plan import make_plan
 from baton.cli.report import Reporter
 from baton.cli.serve_options import ServeOptions
@@ -395,42 +394,6 @@ def test_bench_handoff_takes_whole_numbers() -> None:
 def test_bench_handoff_knows_its_transports() -> None:
     with pytest.raises(ConfigError, match="nixl, nccl, shm by commas, not 'tcp'"):
         bench_handoff(BenchHandoffOptions(transport="shm, tcp"))
-
-
-def test_doctor_fails_only_on_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks: dict[str, Any] = {
-        "one": lambda: (Verdict.OK, "fine"),
-        "two": lambda: (Verdict.WARN, "missing", "get one"),
-    }
-    monkeypatch.setattr(doctor, "_CHECKS", checks)
-    result = runner.invoke(main.app, ["doctor", "--json"])
-    assert result.exit_code == 0
-    assert json.loads(result.stdout)["checks"][1]["advice"] == "get one"
-    checks["three"] = lambda: (Verdict.FAIL, "broken", "mend it")
-    result = runner.invoke(main.app, ["doctor"])
-    assert result.exit_code == 1
-    assert "mend it" in result.stdout
-
-
-def test_doctor_looks_at_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {
-        "torch": {"version": "2.13.0", "triton": True, "gpus": [], "cuda": None},
-        "nixl": "nixl does not work: No module named 'nixl'",
-        "transports": {"usable": [], "missing": ["nixl (not installed)"]},
-    }
-    monkeypatch.setattr(doctor, "_probe", found.__getitem__)
-    checks = {name: Check(name, *check()) for name, check in doctor._CHECKS.items()}
-    assert checks["torch"].detail == "2.13.0, Triton"
-    assert checks["GPU"].verdict is Verdict.WARN
-    assert "baton-llm[nixl]" in checks["NIXL"].advice
-    assert checks["transports"].verdict is Verdict.FAIL
-    assert "nixl (not installed)" in checks["transports"].advice
-    assert checks["demo model"].verdict is Verdict.OK
-    assert checks["Python"].verdict is Verdict.OK
-
-
-def test_a_broken_probe_is_explained() -> None:
-    assert "does not work" in str(doctor._probe("no-such-library"))
 
 
 @pytest.mark.parametrize(("part", "said"), [("store", "block-kib"), ("router", "prompt-tokens")])

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from baton.errors import ConfigError
+from baton.free_memory import available_bytes
 from baton.types.fleet import KvLayout
 from baton.worker.config import WorkerConfig
 from baton.worker.memory import (
     CPU_CAP_BYTES,
     MIB,
     Room,
-    available_bytes,
     choose_num_blocks,
     weight_bytes,
 )
