@@ -114,14 +114,19 @@ def _of_worker(known: FirstToken) -> Iterator[Stage]:
     yield Stage(RETURN, own[-1].end_s, known.heard_s)
 
 
-def align(spans: Sequence[Span], earliest_s: float, latest_s: float) -> list[Span]:
-    """The spans of another clock, all moved by the least that brings them between the two times;
-    what still does not fit (a clock that runs faster) is cut off at the end."""
+def clock_shift(spans: Sequence[Span], earliest_s: float, latest_s: float) -> float:
+    """The least, in seconds, that brings spans of another clock between the two times; where they
+    take longer than that, behind the earlier one."""
     if not spans:
-        return []
+        return 0.0
     start_s, end_s = min(s.start_s for s in spans), max(s.end_s for s in spans)
-    shift_s = max(earliest_s - start_s, 0.0) or min(latest_s - end_s, 0.0)
-    shift_s = max(shift_s, earliest_s - start_s)
+    return max(earliest_s - start_s, min(latest_s - end_s, 0.0))
+
+
+def align(spans: Sequence[Span], earliest_s: float, latest_s: float) -> list[Span]:
+    """The spans of another clock, all moved by its shift; what still does not fit (a clock that
+    runs faster) is cut off at the end."""
+    shift_s = clock_shift(spans, earliest_s, latest_s)
     return [
         replace(
             span,

@@ -76,6 +76,16 @@ class ConductorConfig(ClusterOptions):
     cpus: str = option("", "CPUs of this process, as 0-3,8; empty: all that it may run on")
     log_level: str = option("info", "least severe log records to write", choices=LEVELS)
     drain_timeout: float = option(30.0, "seconds that running requests get at shutdown")
+    otlp_endpoint: str = option(
+        "",
+        "OpenTelemetry collector to export traces to by OTLP over gRPC, as http://host:4317; "
+        "empty = none",
+    )
+    trace_sample: float = option(
+        1.0,
+        "with --otlp-endpoint: share of requests whose trace is exported; a client that sends "
+        "traceparent decides itself",
+    )
     announce: bool = option(False, "print one JSON line with the addresses on stdout")
     exit_with_parent: bool = option(False, "end when standard input ends")
 
@@ -102,6 +112,10 @@ class ConductorConfig(ClusterOptions):
         ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must not be negative")
+        if not 0 <= self.trace_sample <= 1:
+            raise ConfigError("--trace-sample must be from 0 to 1")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError("--otlp-endpoint must begin with http:// or https://")
         if self.local_prefill_tokens != AUTO and not self.local_prefill_tokens.isdecimal():
             raise ConfigError("--local-prefill-tokens must be a number of tokens, or auto")
 

@@ -442,5 +442,7 @@ class Serving:
             self.timeline.add_span("conductor", "", span)
             self.timeline.ttft_s = now - self._request.received
         finished = delta.finish_reason is not None
+        if delta.finish_reason is not None:
+            self.timeline.finish_reasons.append(delta.finish_reason)
         self._predictions.note(delta.index, len(delta.tokens), finished, now)
         self._stopwatch.note(delta.index, len(delta.tokens), finished, now)

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -29,7 +30,9 @@ from conductor.cluster import ConductorIdentity
 from conductor.config import ConductorConfig
 from conductor.grpc_inference import SERVICE_NAME, add_inference
 from conductor.http import make_app, with_direct_send
+from conductor.otlp import OtlpSender, check_installed
 from conductor.service import Conductor, Policy, ServedModel
+from conductor.span_export import Sender
 
 CANCEL_S = 2.0  # for clean-up after running requests were cancelled
 CLOSE_S = 2  # for open connections to take the last bytes
@@ -76,9 +79,11 @@ class Server:
                 slos=config.slos,
                 map_blocks=config.prefix_map_blocks,
                 planner=config.planner,
+                trace_sample=config.trace_sample if config.otlp_endpoint else 0.0,
                 keepalive_s=config.sse_keepalive,
             ),
             registry=registry,
+            open_spans=_spans_to(config),
         )
 
     @property
@@ -188,6 +193,14 @@ class Server:
             grpc=grpc_address,
             started_s=time.time(),
         )
+
+
+def _spans_to(config: ConductorConfig) -> Callable[[], Sender] | None:
+    """How to connect to the collector, when there is one. Raises ConfigError."""
+    if not config.otlp_endpoint:
+        return None
+    check_installed()
+    return partial(OtlpSender, config.otlp_endpoint, config.cluster_name, config.name)
 
 
 class _HttpServer(uvicorn.Server):

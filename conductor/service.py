@@ -31,6 +31,7 @@ from conductor.request import Arrival, Ask, Chat, Prompt, Request, Tracing, begi
 from conductor.resume import check_token, digest_of, parse_token
 from conductor.retries import Retries, RetryOptions
 from conductor.router import RouteOptions
+from conductor.span_export import Sender, SpanExport
 from conductor.trace import Traces
 from conductor.validate import Limits, build_request, check_ask
 
@@ -83,7 +84,9 @@ class Conductor:
         policy: Policy,
         make_id: Callable[[], str] | None = None,
         registry: Registry | None = None,
+        open_spans: Callable[[], Sender] | None = None,
     ) -> None:
+        """`open_spans` connects to where traces are exported to; None: nowhere."""
         self.model = model
         self.incarnation = secrets.token_hex(8)
         self.registry = registry  # None: there are no other conductors
@@ -113,6 +116,9 @@ class Conductor:
             self.live,
         )
         self.elastic = self._make_elastic(policy)
+        self._spans = (
+            None if open_spans is None else SpanExport(open_spans, self.metrics.note_export)
+        )
         self._servings: dict[str, Serving] = {}  # by the requests' keys
         self._threads: ThreadPoolExecutor | None = None
 
@@ -135,6 +141,8 @@ class Conductor:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self.records.run(), name="records")
+                    if self._spans is not None:
+                        tasks.create_task(self._spans.run(), name="spans")
                     if self.elastic is not None:
                         tasks.create_task(self.elastic.run(), name="elastic")
                     await self.fleet.run()
@@ -273,6 +281,8 @@ class Conductor:
         serving.timeline.cached_tokens = usage.cached_tokens
         serving.timeline.end(outcome, asyncio.get_running_loop().time())
         self.live.note_end(outcome, serving.timeline.ttft_s, serving.timeline.tpot_s)
+        if self._spans is not None:
+            self._spans.note_end(serving.timeline)
 
     async def _to_ids(self, prompt: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
         if isinstance(prompt, tuple):

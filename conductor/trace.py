@@ -44,6 +44,24 @@ class AttemptRecord:
         return (self.decision.prefill or self.decision.decode).info.name
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a client asked for, of which traces tell: nothing that it wrote."""
+
+    max_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    answers: int = 0
+
+    @classmethod
+    def of(cls, request: Request) -> Asked:
+        if not request.answers:
+            return cls()
+        sampling = request.answers[0].sampling
+        answers = len(request.answers)
+        return cls(sampling.max_tokens, sampling.temperature, sampling.top_p, answers)
+
+
 @dataclass(slots=True)
 class Timeline:
     """One request's history; filled by dispatch, spans of workers may arrive after its end.
@@ -56,6 +74,7 @@ class Timeline:
     received_s: float
     epoch_s: float
     tracing: Tracing
+    asked: Asked
     grown: Callable[[Timeline, int], None]
     nbytes: int = TIMELINE_BYTES  # about
     outcome: str = "running"
@@ -70,6 +89,7 @@ class Timeline:
     attempts: dict[AttemptId, AttemptRecord] = field(default_factory=dict)
     spans: list[tuple[str, str, Span]] = field(default_factory=list)
     first_by: AttemptId | None = None  # which attempt brought the first token
+    finish_reasons: list[str] = field(default_factory=list)  # of the answers that have ended
     passed_s: float | None = None  # when that was handed to the client's connection
 
     def add_attempt(
@@ -173,6 +193,7 @@ class Traces:
             self.epoch_s + request.received,
             self.epoch_s,
             request.tracing,
+            Asked.of(request),
             self._on_growth,
             prompt_tokens=request.prompt_tokens,
         )

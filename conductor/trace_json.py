@@ -38,6 +38,7 @@ def timeline_json(timeline: Timeline, now_s: float) -> dict[str, Any]:
                 "name": span.name,
                 "start_s": span.start_s,
                 "end_s": span.end_s,
+                **dict(span.counts),
             }
             for source, attempt, span in spans
         ],

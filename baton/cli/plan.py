@@ -24,6 +24,8 @@ _CONDUCTOR_FLAGS = (
     "slo_ttft_ms",
     "slo_tpot_ms",
     "elastic_settle",
+    "otlp_endpoint",
+    "trace_sample",
 )
 
 

@@ -57,6 +57,14 @@ class ServeOptions:
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests get on Ctrl-C.")
     ] = 30.0
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="OpenTelemetry collector for traces: http://host:4317."),
+    ] = None
+    trace_sample: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="With --otlp-endpoint: share of requests to trace."),
+    ] = None
     verbose: Annotated[bool, typer.Option("--verbose", help="Show every process's log.")] = False
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object per line on standard output.")

@@ -89,11 +89,13 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One named stretch of an attempt's life in a worker, for traces. Unix seconds."""
+    """One named stretch of an attempt's life in a worker, for traces. Unix seconds. `counts` says
+    how much was done in it: ("blocks", 12), ("bytes", 786432)."""
 
     name: str
     start_s: float
     end_s: float
+    counts: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
