@@ -25,7 +25,7 @@ from conductor.views import FleetView, Pool, WorkerView
 # without and with the transfer, because behind a long context few blocks are much work.
 BALANCING_THRESHOLD = 1.1
 NOTHING: Mapping[str, int] = MappingProxyType({})
-DUE_S = 25.0  # a prompt of so many seconds, or more, is due when it comes
+DUE_S = 28.0  # nobody overtakes a prompt that would have its first token later than that
 OVERTAKEN = 3.0  # what a second of waiting counts for those that did not expect it
 MAX_SOURCES = 8  # holders of the longest matches that a plan may use
 
@@ -186,7 +186,7 @@ def estimate(
     expected = prefix.expected.get(worker.info.name, 0)
     # Not less for what is expected: if it overtakes that prompt, it has to compute it itself.
     work_s = best_s if not expected else cost.seconds(prompt - (own - expected) * size)
-    slack_s = max(min(arrival.patience * work_s, DUE_S - work_s), 0.0)
+    slack_s = _slack_s(worker, arrival, work_s)
     turn = (arrival.priority, arrival.now + slack_s)
     parts = tuple(_part(stretch) for stretch in stretches[:used])
     candidate = Candidate(
@@ -202,6 +202,15 @@ def estimate(
         behind=worker.backlog.behind(turn),
     )
     return candidate, parts
+
+
+def _slack_s(worker: WorkerView, arrival: Arrival, work_s: float) -> float:
+    """For how many seconds prompts that come later may go first: in proportion to its work, as far
+    as it can still be done in `DUE_S` behind those that wait already."""
+    if not arrival.patience:
+        return 0.0
+    in_turn_s = worker.queue_s(arrival.now, (arrival.priority, arrival.now)) + work_s
+    return max(min(arrival.patience * work_s, DUE_S - in_turn_s), 0.0)
 
 
 def _stretches(

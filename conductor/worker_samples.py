@@ -76,7 +76,7 @@ class WorkerMeter:
             if fetch is not None and fetch.end_s <= prefill.end_s:
                 prefill = Span("prefill", max(prefill.start_s, fetch.end_s), prefill.end_s)
             computed = asked.prompt_tokens - finish.cached_tokens
-            self._samples.add_prefill(computed, finish.cached_tokens, prefill)
+            self._samples.add_prefill(computed, finish.cached_tokens, prefill, finish.prefill_s)
         if now < self._pause_until:
             return
         self._pause_until = now + SAMPLE_PAUSE_S

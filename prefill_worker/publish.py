@@ -10,6 +10,7 @@ Each attempt is reported as finished exactly once, by whichever comes first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from baton.engine.loop import Engine
 from baton.errors import BatonError, LeaseExpired, PeerGone, TransportError
@@ -113,7 +114,7 @@ def refusal(finish: Finish) -> WireError:
 
 
 def _failed(finish: Finish, error: WireError) -> Finish:
-    return Finish(FinishReason.ERROR, error, finish.cached_tokens, finish.spans)
+    return replace(finish, reason=FinishReason.ERROR, error=error)
 
 
 def _reason(attempt: AttemptId, how: Ending) -> BatonError:

@@ -26,6 +26,7 @@ class Rig:
     config: EngineConfig
     steps: int = 0
     numbers: int = 0
+    now: float = 0.0  # when steps are scheduled and committed
     answers: dict[int, list[int]] = field(default_factory=dict)
     endings: dict[int, Ending] = field(default_factory=dict)
     handed: list[Sequence] = field(default_factory=list)
@@ -58,7 +59,7 @@ class Rig:
         return reservation
 
     def schedule(self) -> Batch | None:
-        batch = self.scheduler.schedule(0.0)
+        batch = self.scheduler.schedule(self.now)
         if batch is not None:
             assert batch.num_tokens <= self.config.max_batch_tokens
             assert len(batch.items) <= self.config.max_num_seqs
@@ -69,7 +70,7 @@ class Rig:
     def commit(self, batch: Batch) -> tuple[Advance, ...]:
         result = self.runner.launch(batch).wait()
         self.publish(self.publisher.end())
-        advances = self.scheduler.commit(batch, result, 0.0)
+        advances = self.scheduler.commit(batch, result, self.now)
         self.record(advances)
         self.scheduler.check_integrity()
         return advances

@@ -83,6 +83,7 @@ class _Flight:
     batch: Batch
     sequences: tuple[Sequence, ...]
     fills: list[bytes]  # keys of the blocks that the prefix cache expects of it
+    scheduled_at: float
     gate: Gate | None = None  # that it has to pass: the KV before it is still arriving
 
     def __iter__(self) -> Iterator[tuple[Sequence, BatchItem]]:
@@ -97,6 +98,7 @@ class Scheduler(Residents):
         super().__init__(pool, config, loans)
         self._flights: deque[_Flight] = deque()
         self._steps = 0
+        self._committed_at = 0.0  # the last step
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -118,7 +120,7 @@ class Scheduler(Residents):
             return None
         self._steps += 1
         batch = Batch(self._steps, tuple(plan.items))
-        self._flights.append(_Flight(batch, tuple(plan.sequences), plan.fills, gate))
+        self._flights.append(_Flight(batch, tuple(plan.sequences), plan.fills, now, gate))
         return batch
 
     @property
@@ -143,13 +145,15 @@ class Scheduler(Residents):
     def commit(self, batch: Batch, result: BatchResult, now: float) -> tuple[Advance, ...]:
         """Advance every sequence of the batch by what was computed."""
         flight = self._land(batch)
+        step_s = now - max(flight.scheduled_at, self._committed_at)  # it waits for the one before
+        self._committed_at = now
         advances = []
         for (sequence, item), token in zip(flight, result.tokens, strict=True):
             sequence.steps -= 1
             if sequence.number in self._leaving:
                 self._settle(sequence)
             else:
-                advances.append(self._advance(sequence, item, token, now))
+                advances.append(self._advance(sequence, item, token, now, step_s))
         return tuple(advances)
 
     def discard(self, batch: Batch, ending: Ending) -> tuple[Advance, ...]:
@@ -375,8 +379,15 @@ class Scheduler(Residents):
         return flight
 
     def _advance(
-        self, sequence: Sequence, item: BatchItem, token: SampledToken | None, now: float
+        self,
+        sequence: Sequence,
+        item: BatchItem,
+        token: SampledToken | None,
+        now: float,
+        step_s: float,
     ) -> Advance:
+        if sequence.first_token_at is None:
+            sequence.prefill_s += step_s
         sequence.computed = item.start + item.length
         self._cache.register(sequence, item.start)
         if sequence.ending is not None:

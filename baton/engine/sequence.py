@@ -72,6 +72,7 @@ class Sequence:
         "penalized",
         "planned",
         "preemptions",
+        "prefill_s",
         "second_token_at",
         "started_at",
         "steps",
@@ -108,6 +109,7 @@ class Sequence:
         self.cached_tokens = 0
         self.found_tokens = 0  # of the prompt, that this pool had when its turn came
         self.preemptions = 0
+        self.prefill_s = 0.0  # of the steps that computed its prompt, whoever else was in them
         self.ending: Ending | None = None  # decided while a step used it; the commit acts
         self.stop_ids = (() if params.ignore_eos else eos_token_ids) + params.stop_token_ids
         self.penalized = (

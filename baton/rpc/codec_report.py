@@ -168,6 +168,7 @@ def _finish_to_pb(value: Finish) -> pb.Finish:
         spans=[
             pb.Span(name=span.name, start_s=span.start_s, end_s=span.end_s) for span in value.spans
         ],
+        prefill_s=value.prefill_s,
     )
 
 
@@ -179,4 +180,5 @@ def _finish_from_pb(message: pb.Finish) -> Finish:
         error_from_pb(message.error) if message.HasField("error") else None,
         message.cached_tokens,
         tuple(Span(span.name, span.start_s, span.end_s) for span in message.spans),
+        message.prefill_s,
     )

@@ -116,6 +116,7 @@ class Finish:
     error: WireError | None = None  # set exactly when reason is ERROR
     cached_tokens: int = 0  # prompt tokens whose KV was not computed for this attempt
     spans: tuple[Span, ...] = ()
+    prefill_s: float = 0.0  # of the steps that computed its prompt here; 0 = none, or not told
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,7 @@ def test_prompts_that_waited_for_one_another_count_by_their_own_time() -> None:
     assert samples.cost().prefill.seconds(1000) == pytest.approx(2.0, rel=0.1)
 
 
-def test_a_prompt_that_was_overtaken_tells_nothing() -> None:
+def test_a_prompt_that_was_overtaken_tells_nothing_by_itself() -> None:
     samples, truth = begin(), PrefillCost(0.0, 1e-3, 0.0)
     for batch in range(2 * MIN_SAMPLES):
         at = 100.0 * batch
@@ -152,6 +152,16 @@ def test_a_prompt_that_was_overtaken_tells_nothing() -> None:
             samples.add_prefill(1000, 0, Span("prefill", at + began, at + ended))
         samples.add_prefill(9000, 0, Span("prefill", at, at + 11.0))
     assert samples.cost().prefill.seconds(9000) == pytest.approx(truth.seconds(9000), rel=0.05)
+
+
+def test_a_prompt_that_was_overtaken_took_the_time_of_its_steps() -> None:
+    samples = begin()
+    for batch in range(2 * MIN_SAMPLES):
+        at = 100.0 * batch
+        samples.add_prefill(0, 1000, Span("prefill", at + 2.0, at + 3.0))  # tells nothing itself
+        samples.add_prefill(9000, 0, Span("prefill", at, at + 90.0), 9.0)
+    assert samples.cost().prefill.samples == 2 * MIN_SAMPLES
+    assert samples.cost().prefill.seconds(9000) == pytest.approx(9.0, rel=0.05)
 
 
 def test_prompts_that_share_steps_share_their_time() -> None:

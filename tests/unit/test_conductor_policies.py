@@ -19,7 +19,7 @@ from conductor.cost_model import (
     TransferCosts,
     WorkerCost,
 )
-from conductor.estimate import Fetch
+from conductor.estimate import DUE_S, Fetch
 from conductor.policies import RoutePolicy
 from conductor.prefix_map import Match
 from conductor.ring import Ring
@@ -97,6 +97,7 @@ def ask(
     group: bytes = b"",
     ring: bool = True,
     fetch: Fetch = Fetch.CLUSTER,
+    patience: float = 0.0,
     **request: object,
 ) -> Decision:
     """Route a prompt of `blocks` full blocks and a tail, of which `held` says who has how much."""
@@ -115,7 +116,7 @@ def ask(
         matches=tuple(matches),
         **request,  # type: ignore[arg-type]
     )
-    return route(wanted, fleet, 0.0, RouteOptions(policy, local, fetch))
+    return route(wanted, fleet, 0.0, RouteOptions(policy, local, fetch, patience))
 
 
 def chosen(decision: Decision) -> str:
@@ -282,6 +283,17 @@ def test_more_urgent_requests_do_not_see_the_queue_of_others() -> None:
         chosen(ask(patient, prefill("p1"), decode(), held=held, priority=0, fetch=Fetch.NOBODY))
         == "p0"
     )
+
+
+@pytest.mark.parametrize("queue_s", [0.0, DUE_S - 1.5, DUE_S + 5.0])
+def test_others_overtake_a_prompt_only_as_far_as_it_is_still_done_in_time(queue_s: float) -> None:
+    decision = ask(prefill("p0", queue_s), decode(), patience=100.0)
+    chosen = decision.candidates[0]
+    assert chosen.slack_s == pytest.approx(
+        max(min(100.0 * chosen.prefill_s, DUE_S - queue_s - chosen.prefill_s), 0.0)
+    )
+    assert (chosen.slack_s > 0) == (queue_s < DUE_S)
+    assert ask(prefill("p0", queue_s), decode()).candidates[0].slack_s == 0.0
 
 
 def test_prompts_that_only_a_report_tells_of_count_as_queue() -> None:

@@ -115,6 +115,34 @@ def test_who_is_due_sooner_overtakes_a_prompt_between_two_chunks() -> None:
     rig.drain()
 
 
+def test_a_prompt_is_told_the_time_of_the_steps_in_which_it_was() -> None:
+    rig = make_rig(max_batch_tokens=8)
+    long = rig.submit(make_task(16, max_tokens=3, slack_s=9.0))
+
+    def step(seconds: float) -> None:
+        batch = rig.schedule()
+        assert batch is not None
+        rig.now += seconds
+        rig.commit(batch)
+
+    step(2.0)
+    short = rig.submit(make_task(8, max_tokens=1, start=100))
+    step(5.0)  # only of the one that overtakes it
+    rig.now += 100.0  # nothing runs
+    step(3.0)
+    step(7.0)  # a decode
+    assert (long.prefill_s, short.prefill_s) == (5.0, 5.0)
+    ahead = rig.submit(make_task(16, max_tokens=1, start=200))
+    first, second = rig.schedule(), rig.schedule()  # the second waits for the first
+    assert first is not None
+    assert second is not None
+    for batch in (first, second):
+        rig.now += 4.0
+        rig.commit(batch)
+    assert ahead.prefill_s == 8.0
+    rig.drain()
+
+
 def test_who_shares_the_prefix_of_a_running_prompt_does_not_compute_it_again() -> None:
     rig = make_rig(max_batch_tokens=8)
     rig.submit(make_task(24, max_tokens=1, slack_s=9.0))
