@@ -13,19 +13,20 @@ from tests.unit.test_conductor_dispatch import ask
 from tests.virtual_time import virtual_time
 
 LIVES = 12
-# What timelines hold, which are a ring.
-TIMELINES = {
-    "Timeline", "AttemptRecord", "Decision", "Candidate",
+# What timelines and the page's last minutes hold, which are rings.
+RINGS = {
+    "Timeline", "Tracing", "AttemptRecord", "Decision", "Candidate",
     "WorkerView", "WorkerCost", "PrefillCost", "DecodeCost",
+    "Slot", "Sketch",
 }  # fmt: skip
 
 
 def held() -> Counter[str]:
-    """Objects of the conductor's own types, timelines aside."""
+    """Objects of the conductor's own types, rings aside."""
     gc.collect()
     kinds = (type(found) for found in gc.get_objects())
     own = (kind.__name__ for kind in kinds if str(kind.__module__).startswith("conductor."))
-    return Counter(name for name in own if name not in TIMELINES)
+    return Counter(name for name in own if name not in RINGS)
 
 
 async def one_life(cluster: FakeCluster, number: int) -> None:

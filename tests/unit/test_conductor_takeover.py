@@ -13,8 +13,9 @@ from baton.types.request import (
     SamplingParams,
     WireError,
 )
+from baton.types.trace import TraceContext
 from conductor.answer_run import NUMBER_GAP, AnswerRun
-from conductor.request import Answer, Request, Sent
+from conductor.request import Answer, Request, Sent, Tracing
 from tests.fake_worker import EOS, tiny_model
 
 
@@ -33,6 +34,8 @@ def new_run(sent: int) -> AnswerRun:
         received=0.0,
         deadline=60.0,
         sent=(Sent(sent),),
+        operation="text_completion",
+        tracing=Tracing(TraceContext("7" * 32, "8" * 16, sampled=False), None, 0.0, 0.0),
     )
     return AnswerRun(request, request.answers[0], tiny_model().tokenizer, (EOS,))
 
