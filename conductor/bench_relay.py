@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from baton.cli.child import Child, ChildSpec
+from baton.child import Child, ChildSpec
 from baton.cpus import available_cpus
 from baton.demo import demo_model_path
 from baton.errors import InternalError

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from baton.cli.child import ChildSpec
+from baton.child import ChildSpec
 from baton.cli.serve_options import ServeOptions
 from baton.cli.supervisor import Addresses, ClusterPlan
 from baton.cpus import available_cpus, format_cpus, parse_cpus, share_cpus

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from baton.cli.child import Child, ChildSpec
+from baton.child import Child, ChildSpec
 from baton.cli.report import Reporter
 from baton.client.http import Client
 from baton.errors import BatonError

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from baton.cli.child import ChildSpec
+from baton.child import ChildSpec
 from baton.cli.report import Reporter
 from baton.cli.supervisor import Addresses, ClusterPlan, StartFailed, Supervisor
 from tests.unit import fake_cluster

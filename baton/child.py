@@ -1,4 +1,4 @@
-"""One process of the cluster: started, its output relayed, ended."""
+"""A process of the cluster as a child of this one: started, its output relayed, ended."""
 
 from __future__ import annotations
 
