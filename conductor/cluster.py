@@ -86,13 +86,14 @@ def _planner_body(elastic: Elastic | None) -> dict[str, Any]:
     if elastic is None:
         return {}
     prefill, decode = elastic.planner.demands
-    last = elastic.last
+    last, wanted = elastic.last, elastic.wanted
     return {
+        **({"wanted": {"prefill": wanted[0], "decode": wanted[1]}} if wanted else {}),
         "planner": {
             "prefill_demand": round(prefill, 3),
             "decode_demand": round(decode, 3),
             "last": f"{last.worker} to {last.move.role}: {last.move.reason}" if last else "",
-        }
+        },
     }
 
 

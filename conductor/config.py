@@ -66,6 +66,9 @@ class ConductorConfig(ClusterOptions):
     elastic_settle: float = option(
         15.0, "with --elastic: seconds after such a change until its effect is judged"
     )
+    advise: bool = option(
+        False, "say in /cluster how many workers each pool should have, for who can add some"
+    )
     prefix_map_blocks: int = option(MAP_BLOCKS, "KV blocks whose holders are remembered at most")
     default_deadline: float = option(600.0, "seconds that a request may take at most")
     sse_keepalive: float = option(
@@ -128,7 +131,9 @@ class ConductorConfig(ClusterOptions):
 
     @property
     def planner(self) -> PlannerOptions | None:
-        return PlannerOptions.settling(self.elastic_settle) if self.elastic else None
+        if not self.elastic and not self.advise:
+            return None
+        return PlannerOptions.settling(self.elastic_settle, moves=self.elastic)
 
     @property
     def slos(self) -> Slos:

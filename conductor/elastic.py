@@ -1,4 +1,5 @@
-"""Moves workers between prefill and decode: measures for the planner, and does what it says.
+"""Moves workers between prefill and decode: measures for the planner, and does what it says. With
+`--advise` alone it only measures, and `GET /cluster` says what is wanted.
 
     fleet's views --> demands --> Planner --> SetRole --> the worker drains, leaves, registers anew
 
@@ -55,14 +56,21 @@ class Elastic:
         self._registry = registry
         self._incarnation = incarnation
         self._on_move = on_move
+        self._acts = True  # as far as is known; False: another conductor does
         self._prompts_s = 0.0  # of work, that the fleet had been sent at the last look
         self._at: float | None = None
+
+    @property
+    def wanted(self) -> tuple[int, int] | None:
+        """Workers that should prefill and decode. None: nothing is known, or another one says."""
+        return self.planner.wanted if self._acts else None
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             await asyncio.sleep(self.planner.options.look_s)
             peers = await self._conductors()
+            self._acts = peers > 0
             if peers:
                 self.look(peers)
 

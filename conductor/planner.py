@@ -30,11 +30,13 @@ class PlannerOptions:
     at_ease: float = 0.5  # pressure below which nothing is moved
     least: int = 1  # workers that each pool keeps
     tpot_s: float | None = None  # that batches should keep; None: the SLO, if there is one
+    moves: bool = True  # False: it only says how many workers are wanted
+    busy: float = 0.7  # pressure that as many workers as are wanted would be under
 
     @classmethod
-    def settling(cls, settle_s: float) -> PlannerOptions:
+    def settling(cls, settle_s: float, moves: bool = True) -> PlannerOptions:
         """With the other times in proportion."""
-        return cls(look_s=settle_s / 15, average_s=settle_s * 2 / 3, settle_s=settle_s)
+        return cls(settle_s / 15, settle_s * 2 / 3, settle_s, moves=moves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class Planner:
         """To be called every `look_s`; returns what should be done now. A move that is returned
         counts as made."""
         self._average(look, now)
+        if not self.options.moves:
+            return None
         role = self._better(look) if now >= self._not_before else None
         self._looks = self._looks + 1 if role is self._wanted else 1
         self._wanted = role
@@ -82,6 +86,17 @@ class Planner:
     def demands(self) -> tuple[float, float]:
         """The averages, prefill and decode."""
         return self._prefill, self._decode
+
+    @property
+    def wanted(self) -> tuple[int, int] | None:
+        """Workers that would do all that is asked, prefill and decode; None before any look."""
+        if self._at is None:
+            return None
+        prefill, decode = (
+            max(math.ceil(demand / self.options.busy), self.options.least)
+            for demand in self.demands
+        )
+        return prefill, decode
 
     def pressure(self, prefill: int, decode: int) -> float:
         """Of the pool that has more of it, if there were so many workers."""

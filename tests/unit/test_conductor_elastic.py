@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from baton.rpc.registry_memory import MemoryRegistry, RegistryServer
 from baton.types.fleet import BlockState, Peer, Role, WorkerLoad, WorkerState
 from baton.types.registry import ConductorInfo
 from conductor.backlog import Backlog
+from conductor.cluster import ConductorIdentity, describe_cluster
 from conductor.cost_model import UNKNOWN_WORKER, DecodeCost
 from conductor.elastic import Elastic
 from conductor.fleet import Fleet
@@ -196,3 +198,30 @@ async def test_a_worker_on_its_way_counts_where_it_goes() -> None:
         watched.look()
     assert watched.last is not None
     assert watched.last.move.reason.startswith("2P2D is asked")
+
+
+@virtual_time
+async def test_only_the_conductor_that_plans_says_what_is_wanted() -> None:
+    policy = Policy(lease_ttl_s=1e6, planner=replace(OPTIONS, moves=False))
+    async with fake_cluster(prefill=1, decode=1, policy=policy) as cluster:
+        conductor = cluster.conductor
+        assert conductor.elastic is not None
+        identity = ConductorIdentity("c", 1, conductor.incarnation, "h:1", "h:2", 0.0)
+
+        def said() -> Any:
+            return describe_cluster(conductor, identity)["conductors"][0].get("wanted")
+
+        assert said() is None
+        for _ in range(30):  # it looks by itself
+            await asyncio.sleep(OPTIONS.look_s)
+            conductor.fleet.prompts_s += 3.0 * OPTIONS.look_s
+        assert said() == {"prefill": math.ceil(2.85 / OPTIONS.busy), "decode": 1}
+
+        registry = MemoryRegistry(RegistryServer(), "there")
+        await registry.announce(ConductorInfo("least", "", "h:1", "h:2"), 1e6)
+        conductor.elastic._registry = registry
+        running = asyncio.create_task(conductor.elastic.run())
+        await asyncio.sleep(OPTIONS.look_s * 2)
+        assert said() is None
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

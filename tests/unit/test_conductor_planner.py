@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,3 +108,11 @@ def test_a_steady_load_ends_in_rest_at_a_better_split(
         assert after < before * (1 - OPTIONS.margin) + 1e-9
     assert sum(splits[-1]) == prefill + decode
     assert min(splits[-1]) >= 1
+
+
+def test_it_says_how_many_workers_are_wanted_and_moves_none() -> None:
+    planner = Planner(replace(OPTIONS, moves=False))
+    assert planner.wanted is None
+    for second in range(60):
+        assert planner.look(Look(2, 6, 3.0, 0.0), float(second)) is None
+    assert planner.wanted == (math.ceil(3.0 / OPTIONS.busy), OPTIONS.least)
