@@ -15,6 +15,7 @@ from baton.cli.chat import chat
 from baton.cli.doctor.command import doctor
 from baton.cli.generate import generate
 from baton.cli.options import command
+from baton.cli.ray import app as ray
 from baton.cli.serve import serve
 from baton.cli.serve_options import ServeOptions
 from baton.cli.sim import plan, sim
@@ -61,6 +62,7 @@ bench.command("handoff")(command(BenchHandoffOptions, bench_handoff))
 bench.command("store", context_settings=PASS_ON)(bench_store)
 bench.command("router", context_settings=PASS_ON)(bench_router)
 app.add_typer(bench, name="bench")
+app.add_typer(ray, name="ray")
 app.command("sim", context_settings=PASS_ON)(sim)
 app.command("plan", context_settings=PASS_ON)(plan)
 
