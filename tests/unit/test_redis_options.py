@@ -24,7 +24,10 @@ pytestmark = pytest.mark.skipif(BINARY is None, reason=WHY_NOT)
 
 A = ConductorInfo("a", "life-a", "host-a:80", "host-a:50051")
 SECRET = "p@ss word/1"
-ACL = "baton on >own-secret ~baton:* resetchannels -@all +@read +@write +@connection +@transaction +@scripting"
+ACL = (
+    "baton on >own-secret ~baton:* resetchannels -@all "
+    "+@read +@write +@connection +@transaction +@scripting"
+)
 PATIENCE_S = 20.0
 
 
