@@ -97,6 +97,7 @@ def _announce(identity: ConductorIdentity) -> None:
         "event": "listening",
         "http": identity.http,
         "grpc": identity.grpc,
+        "for_workers": identity.for_workers,
         "pid": identity.pid,
     }
     sys.stdout.buffer.write(orjson.dumps(event) + b"\n")

@@ -25,6 +25,7 @@ class ConductorIdentity:
     http: str  # host:port
     grpc: str
     started_s: float
+    for_workers: str = ""  # where workers register
 
 
 def describe_cluster(conductor: Conductor, identity: ConductorIdentity) -> dict[str, Any]:

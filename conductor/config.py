@@ -24,6 +24,11 @@ class ConductorConfig(ClusterOptions):
     port: int = option(8000, "port of HTTP; 0 = any free one")
     grpc_host: str = option("", "address to serve gRPC on; empty = the same as --host")
     grpc_port: int = option(50051, "port of gRPC; 0 = any free one")
+    internal_port: int = option(
+        0, "with --tls-cert: port of the services for workers; 0 = any free one"
+    )
+    ssl_certfile: str = option("", "certificate (PEM) for HTTPS, and for the public gRPC")
+    ssl_keyfile: str = option("", "the private key (PEM) of --ssl-certfile")
     model: str = option("", "model directory or hub id; empty = the built-in demo model")
     model_name: str = option("", "served name; empty = the last part of --model")
     name: str = option("conductor-0", "name in logs and in the fleet")
@@ -93,7 +98,7 @@ class ConductorConfig(ClusterOptions):
     exit_with_parent: bool = option(False, "end when standard input ends")
 
     def __post_init__(self) -> None:
-        for name in ("port", "grpc_port"):
+        for name in ("port", "grpc_port", "internal_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"--{name.replace('_', '-')} must be from 0 to 65535")
         positive = (
@@ -119,6 +124,8 @@ class ConductorConfig(ClusterOptions):
             raise ConfigError("--trace-sample must be from 0 to 1")
         if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise ConfigError("--otlp-endpoint must begin with http:// or https://")
+        if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
+            raise ConfigError("--ssl-certfile and --ssl-keyfile belong together")
         if self.local_prefill_tokens != AUTO and not self.local_prefill_tokens.isdecimal():
             raise ConfigError("--local-prefill-tokens must be a number of tokens, or auto")
 

@@ -19,18 +19,18 @@ from starlette.types import ASGIApp
 
 from baton.errors import ConfigError, NoWorker
 from baton.rpc.grpc_client import GrpcWorkerDialer
-from baton.rpc.grpc_server import RpcServer
 from baton.rpc.registry import Registry, open_registry
 from baton.rpc.services import WorkerDialer
+from baton.rpc.tls import FrontCertificate
 from baton.types.registry import ConductorInfo
 from baton.worker.address import reachable_address
 from baton.worker.monitor import watch_loop
 from conductor.announce import announce
 from conductor.cluster import ConductorIdentity
 from conductor.config import ConductorConfig
-from conductor.grpc_inference import SERVICE_NAME, add_inference
 from conductor.http import make_app, with_direct_send
 from conductor.otlp import OtlpSender, check_installed
+from conductor.rpc_servers import RpcServers
 from conductor.service import Conductor, Policy, ServedModel
 from conductor.span_export import Sender
 
@@ -61,7 +61,8 @@ class Server:
         self._config = config
         self._model = model
         self._token = token
-        self._dialer = dialer or GrpcWorkerDialer(token)
+        self._certificates = config.open_certificates()
+        self._dialer = dialer or GrpcWorkerDialer(token, self._certificates)
         if registry is None and (redis := config.redis_options):
             registry = open_registry(redis)
         self._registry = registry
@@ -101,17 +102,14 @@ class Server:
     async def run(self, on_listening: Callable[[ConductorIdentity], None]) -> None:
         """Serve until `stop`. `on_listening` is told the addresses. Raises ConfigError."""
         config, conductor = self._config, self.conductor
-        rpc = RpcServer(
-            f"{config.grpc_host or config.host}:{config.grpc_port}",
-            self._token,
-            reflect=(SERVICE_NAME,),
-        )
-        rpc.add_fleet(conductor.fleet)
-        add_inference(rpc.grpc, conductor, config.max_body_bytes, config.api_key)
+        front = None
+        if config.ssl_certfile:
+            front = FrontCertificate(config.ssl_certfile, config.ssl_keyfile)
+        rpc = RpcServers(config, conductor, self._token, self._certificates, front)
         with listen(config.host, config.port) as listener:
-            identity = self._identify(listener, await rpc.start())
+            identity = self._identify(listener, *await rpc.start())
             app = make_app(conductor, identity, config.max_body_bytes, config.api_key)
-            http = _HttpServer(with_direct_send(app))
+            http = _HttpServer(with_direct_send(app), front)
             try:
                 async with asyncio.TaskGroup() as tasks:
                     core = tasks.create_task(conductor.run(), name="conductor")
@@ -144,7 +142,7 @@ class Server:
             name=identity.name,
             incarnation=identity.incarnation,
             http=reachable_address(advertise, identity.http),
-            grpc=reachable_address(advertise, identity.grpc),
+            grpc=reachable_address(advertise, identity.for_workers),
         )
         await announce(
             self._registry, info, self._config.lease_ttl, self.conductor.records.tell_again
@@ -175,7 +173,7 @@ class Server:
             self._draining = None
         return True
 
-    async def _follow_health(self, rpc: RpcServer) -> None:
+    async def _follow_health(self, rpc: RpcServers) -> None:
         said: bool | None = None
         while True:
             if self.conductor.ready is not said:
@@ -183,7 +181,9 @@ class Server:
                 await rpc.set_ready(said)
             await asyncio.sleep(HEALTH_POLL_S)
 
-    def _identify(self, listener: socket.socket, grpc_address: str) -> ConductorIdentity:
+    def _identify(
+        self, listener: socket.socket, grpc_address: str, for_workers: str
+    ) -> ConductorIdentity:
         config = self._config
         return ConductorIdentity(
             name=config.name,
@@ -191,6 +191,7 @@ class Server:
             incarnation=self.conductor.incarnation,
             http=f"{config.host}:{listener.getsockname()[1]}",
             grpc=grpc_address,
+            for_workers=for_workers,
             started_s=time.time(),
         )
 
@@ -206,7 +207,7 @@ def _spans_to(config: ConductorConfig) -> Callable[[], Sender] | None:
 class _HttpServer(uvicorn.Server):
     """uvicorn without its signal handlers: the process decides when to end."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, front: FrontCertificate | None = None) -> None:
         self.listening = asyncio.Event()
         super().__init__(
             uvicorn.Config(
@@ -220,6 +221,7 @@ class _HttpServer(uvicorn.Server):
                 ws="none",
                 server_header=False,
                 timeout_graceful_shutdown=CLOSE_S,
+                ssl_context_factory=(lambda *_: front.context) if front else None,
             )
         )
 

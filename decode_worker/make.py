@@ -10,4 +10,5 @@ from decode_worker.service import DecodeService
 
 def over_grpc(parts: WorkerParts) -> DecodeService:
     token = cluster_token()
-    return DecodeService(parts, GrpcHandoffDialer(token), GrpcBlocksDialer(token))
+    handoffs, blocks = GrpcHandoffDialer(token, parts.tls), GrpcBlocksDialer(token, parts.tls)
+    return DecodeService(parts, handoffs, blocks)

@@ -8,7 +8,6 @@ import sys
 
 from baton.config import parse_config
 from baton.errors import ConfigError
-from baton.rpc.registry import Registry
 from baton.types.fleet import Role
 from baton.worker.lifecycle import StopSignals, watch_parent
 from baton.worker.member_metrics import MemberMetrics
@@ -37,7 +36,15 @@ def main() -> None:
 
 
 async def _run(config: StoreConfig) -> None:
-    registry = find_registry(config.conductor, config.redis_options)
+    place = Place(
+        config.conductor,
+        find_registry(config.conductor, config.redis_options),
+        config.listen,
+        config.advertise,
+        config.drain_timeout,
+        config.open_certificates(),
+        config.health_listen,
+    )
     cluster_token()
     signals = StopSignals()
     signals.install()
@@ -45,17 +52,15 @@ async def _run(config: StoreConfig) -> None:
     async with monitored(
         config.listen, config.metrics_port, metrics.own.render_for, metrics.loop_lag
     ):
-        await _serve(config, await build(config), metrics, registry, signals)
+        await _serve(place, await build(config), metrics, signals)
 
 
 async def _serve(
-    config: StoreConfig,
+    place: Place,
     parts: StoreParts,
     metrics: MemberMetrics,
-    registry: Registry | None,
     signals: StopSignals,
 ) -> None:
-    place = Place(config.conductor, registry, config.listen, config.advertise, config.drain_timeout)
     try:
         service = parts.make_service(metrics.kv_event_lag)
         metrics.follow(parts.identity, Role.STORE, service.load)

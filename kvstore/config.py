@@ -30,6 +30,9 @@ class StoreConfig(ClusterOptions):
     metrics_port: int = option(
         0, "port of /metrics and /health over HTTP, on the host of --listen; 0: none"
     )
+    health_port: int = option(
+        0, "port of gRPC's health service alone, without TLS, on the host of --listen; 0: none"
+    )
     memory_mib: int = option(1024, "CPU tier: blocks in shared memory")
     memory_dir: str = option("/dev/shm", "file system of the CPU tier")
     memory_name: str = option("", "of its files there, one store each; empty: the store's name")
@@ -57,7 +60,13 @@ class StoreConfig(ClusterOptions):
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
         _require(self.drain_timeout >= 0, "drain_timeout", "at least 0")
         _require(is_address(self.listen), "listen", "host:port")
+        _require(0 <= self.health_port <= 65535, "health_port", "from 0 to 65535")
         _require(all(map(is_address, self.conductor)), "conductor", "host:port")
+
+    @property
+    def health_listen(self) -> str:
+        """Where probes without a certificate ask. Empty: nowhere."""
+        return f"{self.listen.rpartition(':')[0]}:{self.health_port}" if self.health_port else ""
 
 
 def _require(holds: bool, name: str, what: str) -> None:

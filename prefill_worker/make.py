@@ -9,4 +9,4 @@ from prefill_worker.service import PrefillService
 
 
 def over_grpc(parts: WorkerParts) -> PrefillService:
-    return PrefillService(parts, GrpcBlocksDialer(cluster_token()))
+    return PrefillService(parts, GrpcBlocksDialer(cluster_token(), parts.tls))

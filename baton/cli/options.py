@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import ssl
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from baton.client.http import Client
+from baton.errors import ConfigError
 
 Options = TypeVar("Options")
 
@@ -19,7 +21,7 @@ Url = Annotated[
     typer.Option(
         "--url",
         envvar="BATON_URL",
-        help="Address of the cluster; A,B: of several conductors.",
+        help="Address of the cluster; A,B: of several conductors. https: see BATON_CA_FILE.",
         metavar="URL",
     ),
 ]
@@ -28,11 +30,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 
 def connect(url: str, timeout_s: float = 120.0) -> Client:
     """A client with the key of BATON_API_KEY, the same variable that the conductor knows."""
-    return Client(url, timeout_s, api_key=api_key())
+    return Client(url, timeout_s, api_key=api_key(), tls=trusted())
 
 
 def api_key() -> str:
     return os.environ.get("BATON_API_KEY", "").split(",")[0].strip()
+
+
+def trusted() -> ssl.SSLContext | None:
+    """The authorities of BATON_CA_FILE; None: the system's. Raises ConfigError."""
+    if not (path := os.environ.get("BATON_CA_FILE", "")):
+        return None
+    try:
+        return ssl.create_default_context(cafile=path)
+    except OSError as error:  # also when it is no PEM
+        why = error.strerror or error
+        raise ConfigError(f"BATON_CA_FILE {path} cannot be used: {why}") from None
 
 
 def command(cls: type[Options], run: Callable[[Options], None]) -> Callable[..., None]:

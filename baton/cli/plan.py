@@ -31,6 +31,7 @@ _CONDUCTOR_FLAGS = (
 
 def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> ClusterPlan:
     """The command lines of every process. Raises ConfigError."""
+    environ = with_certificates(environ, options)
     placed = place_workers(options, available_cpus())
     conductor_cpus = place_conductor(placed)
     common = ("--model", str(model), "--model-name", options.served_name, "--exit-with-parent")
@@ -38,11 +39,13 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
     def conductor(number: int, listening: Addresses | None) -> ChildSpec:
         http_port = _port(listening.http) if listening else _nth_port(options.port, number)
         grpc_port = _port(listening.grpc) if listening else _nth_port(options.grpc_port, number)
+        internal_port = _port(listening.for_workers) if listening and options.tls_cert else 0
         return ChildSpec(
             f"conductor-{number}" if options.conductors > 1 else "conductor",
             _python(
                 *("conductor", "--name", f"conductor-{number}", "--host", options.host),
                 *("--port", str(http_port), "--grpc-port", str(grpc_port), "--announce", *common),
+                *(("--internal-port", str(internal_port)) if options.tls_cert else ()),
                 *(("--cpus", conductor_cpus) if conductor_cpus else ()),
                 *(text for name in _CONDUCTOR_FLAGS for text in _flag(options, name)),
                 *(("--no-kv-fetch",) if not options.kv_fetch else ()),
@@ -60,7 +63,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
         return ChildSpec(
             "store-0",
             _python(
-                *("kvstore", "--name", "store-0", "--conductor", addresses.grpcs),
+                *("kvstore", "--name", "store-0", "--conductor", addresses.all_for_workers),
                 *("--memory-name", memory),
                 *("--listen", store_at, "--no-keep-memory", *common, *_store_flags(options)),
             ),
@@ -76,7 +79,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
                 name,
                 _python(
                     *_module(options, role),
-                    *("--name", name, "--conductor", addresses.grpcs),
+                    *("--name", name, "--conductor", addresses.all_for_workers),
                     *("--listen", "127.0.0.1:0", "--cpus", cpus, *common, *flags),
                 ),
                 environ,
@@ -85,7 +88,9 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
         ]
 
     first, *more = [partial(conductor, number) for number in range(options.conductors)]
-    return ClusterPlan(first, workers, options.start_timeout, options.drain_timeout, more)
+    return ClusterPlan(
+        first, workers, options.start_timeout, options.drain_timeout, more, options.ssl_certfile
+    )
 
 
 def _module(options: ServeOptions, role: str) -> tuple[str, ...]:
@@ -167,6 +172,14 @@ def new_environ(redis: str = "") -> dict[str, str]:
     # Weights and activations in huge pages: CPU steps take a tenth less time (Linux, glibc 2.35).
     environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     return environ
+
+
+def with_certificates(environ: dict[str, str], options: ServeOptions) -> dict[str, str]:
+    """`environ` with the files that the options name, and no others: the supervisor has to know."""
+    names = ("ssl_certfile", "ssl_keyfile", "tls_cert", "tls_key", "tls_ca")
+    files = {f"BATON_{name.upper()}": str(getattr(options, name)) for name in names}
+    kept = {name: value for name, value in environ.items() if name not in files}
+    return kept | {name: path for name, path in files.items() if path}
 
 
 def _python(module: str, *flags: str) -> tuple[str, ...]:

@@ -43,6 +43,28 @@ class ServeOptions:
             help="Where conductors find each other's requests: when one dies, others go on.",
         ),
     ] = ""
+    ssl_certfile: Annotated[
+        str,
+        typer.Option(
+            envvar="BATON_SSL_CERTFILE", help="Certificate (PEM) for HTTPS and the public gRPC."
+        ),
+    ] = ""
+    ssl_keyfile: Annotated[
+        str, typer.Option(envvar="BATON_SSL_KEYFILE", help="Its private key (PEM).")
+    ] = ""
+    tls_cert: Annotated[
+        str,
+        typer.Option(
+            envvar="BATON_TLS_CERT",
+            help="Certificate (PEM) of all processes: they speak TLS with each other.",
+        ),
+    ] = ""
+    tls_key: Annotated[str, typer.Option(envvar="BATON_TLS_KEY", help="Its private key (PEM).")] = (
+        ""
+    )
+    tls_ca: Annotated[
+        str, typer.Option(envvar="BATON_TLS_CA", help="The authorities (PEM) that they check.")
+    ] = ""
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto"
     model_name: Annotated[

@@ -17,6 +17,7 @@ from baton.child import Child, ChildSpec
 from baton.cli.report import Reporter
 from baton.client.http import Client
 from baton.errors import BatonError
+from baton.rpc.tls import trusting_only
 
 _POLL_S = 0.1
 _STABLE_S = 60.0  # a process that lived this long starts again at once and with a clean record
@@ -41,11 +42,14 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the conductor listens, as `host:port`, and where `more` of them do."""
+    """Where the conductor listens, as `host:port`, for clients and for workers, and where `more` of
+    them do."""
 
     http: str
     grpc: str
     more: tuple[Addresses, ...] = ()
+    for_workers: str = ""  # empty: at `grpc`
+    scheme: str = "http"
 
     @property
     def all(self) -> tuple[Addresses, ...]:
@@ -53,7 +57,7 @@ class Addresses:
 
     @property
     def url(self) -> str:
-        return f"http://{self.http}"
+        return f"{self.scheme}://{self.http}"
 
     @property
     def urls(self) -> str:
@@ -62,8 +66,13 @@ class Addresses:
 
     @property
     def grpcs(self) -> str:
-        """Of all, as workers take them."""
+        """Of all, for clients."""
         return ",".join(each.grpc for each in self.all)
+
+    @property
+    def all_for_workers(self) -> str:
+        """Of all, as workers take them."""
+        return ",".join(each.for_workers or each.grpc for each in self.all)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,7 @@ class ClusterPlan:
     start_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
     more_conductors: Sequence[Callable[[Addresses | None], ChildSpec]] = ()
+    ssl_certfile: str = ""  # what conductors show their clients; empty: no TLS
 
 
 @dataclass(slots=True)
@@ -164,7 +174,12 @@ class Supervisor:
                 "with --start-timeout"
             )
             raise self._blame(name, conductor, what) from None
-        addresses = Addresses(_local(said["http"]), _local(said["grpc"]))
+        addresses = Addresses(
+            _local(said["http"]),
+            _local(said["grpc"]),
+            for_workers=_local(said["for_workers"]),
+            scheme="https" if self.plan.ssl_certfile else "http",
+        )
         self._listening[name] = addresses
         self.reporter.step(name, f"listening on {addresses.http}", done=True, pid=conductor.pid)
         return addresses
@@ -179,7 +194,10 @@ class Supervisor:
     async def _all_live(self, addresses: Addresses, names: Sequence[str]) -> None:
         """Return once every named worker is live and the conductor says that it is ready."""
         missing = set(names)
-        async with Client(addresses.url, timeout_s=10.0) as client:
+        # By what name it is reached from here may not be in its certificate.
+        certificate = self.plan.ssl_certfile
+        tls = trusting_only(certificate) if certificate else None
+        async with Client(addresses.url, timeout_s=10.0, tls=tls) as client:
             while missing or not await client.ready():
                 for worker in await self._workers(client):
                     if worker.get("state") == "live" and worker.get("name") in missing:

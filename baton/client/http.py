@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ class Client:
     one, or at the same one when it is back. Where there is a next one, a stream that misses three
     of the signs of life that the server has promised counts as broken. One that is refused because
     the cluster has too much to do is asked again when the answer said, as long as all of that is at
-    most `patience_s`.
+    most `patience_s`. `tls` says which certificates are trusted, when not those of the system.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Client:
         api_key: str = "",
         transport: httpx.AsyncBaseTransport | None = None,
         patience_s: float = 0.0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._urls = [_with_scheme(part.strip()) for part in url.split(",") if part.strip()]
         if not self._urls:
@@ -117,6 +119,7 @@ class Client:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
             transport=transport,
             trust_env=False,
+            verify=True if tls is None else tls,
         )
 
     @property
@@ -245,6 +248,8 @@ class Client:
         try:
             yield
         except httpx.ConnectError as error:
+            if why := _tls_failure(error):
+                raise PeerGone(f"{self.url} cannot be used: {why}") from error
             raise PeerGone(
                 f"nothing answers at {self.url}: start a cluster with `baton serve`, "
                 "or name another with --url"
@@ -253,11 +258,28 @@ class Client:
             raise DeadlineExceeded(f"{self.url} did not answer in time") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
+            if isinstance(error, httpx.RemoteProtocolError) and "without sending" in reason:
+                reason += "; if it wants TLS, write https://"
             raise PeerGone(f"the connection to {self.url} failed: {reason}") from error
 
 
 def _with_scheme(url: str) -> str:
     return url.rstrip("/") if "://" in url else f"http://{url}".rstrip("/")
+
+
+def _tls_failure(error: BaseException) -> str:
+    """What TLS did not like; empty: it was something else."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return (
+                f"its certificate is not trusted here: {cause.verify_message}; BATON_CA_FILE "
+                "names other authorities"
+            )
+        if isinstance(cause, ssl.SSLError):
+            return f"TLS failed ({cause.reason}); if it does not want TLS, write http://"
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 def _object(data: bytes | str) -> dict[str, Any]:

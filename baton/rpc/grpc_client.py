@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from baton.errors import PeerGone
+from baton.errors import BatonError, PeerGone
 from baton.rpc.codec_blocks import blocks_from_pb, blocks_to_pb
 from baton.rpc.codec_fleet import info_to_pb, lease_from_pb, load_to_pb
 from baton.rpc.codec_handoff import decode_to_pb, prefill_from_pb
@@ -20,7 +20,9 @@ from baton.rpc.codec_link import conductor_to_pb
 from baton.rpc.codec_report import ReportDecoder
 from baton.rpc.errors import from_status
 from baton.rpc.grpc_stream import Codec, WireDuplex
+from baton.rpc.grpc_tls import hint, make_channel
 from baton.rpc.services import Duplex
+from baton.rpc.tls import Certificates
 from baton.types.blocks import BlocksMessage
 from baton.types.fleet import FleetLease, WorkerInfo, WorkerLoad
 from baton.types.handoff import DecodeMessage, PrefillMessage
@@ -66,40 +68,43 @@ def bearer(token: str) -> tuple[tuple[str, str], ...]:
 class GrpcWorkerDialer:
     """`WorkerDialer` over gRPC."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, tls: Certificates | None = None) -> None:
         self._token = token
+        self._tls = tls
 
     async def link(self, address: str, timeout_s: float) -> Duplex[ConductorMessage, WorkerMessage]:
-        channel = _channel(address)
+        channel = make_channel(address, CHANNEL_OPTIONS, self._tls)
         call = WorkerStub(channel).Link(metadata=bearer(self._token))
         codec: Codec[ConductorMessage, WorkerMessage] = Codec(
             conductor_to_pb, ReportDecoder().decode
         )
-        return await _open(channel, call, codec, address, timeout_s)
+        return await _open(channel, call, codec, address, timeout_s, self._tls)
 
 
 class GrpcHandoffDialer:
     """`HandoffDialer` over gRPC."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, tls: Certificates | None = None) -> None:
         self._token = token
+        self._tls = tls
 
     async def pair(self, address: str, timeout_s: float) -> Duplex[DecodeMessage, PrefillMessage]:
-        channel = _channel(address)
+        channel = make_channel(address, CHANNEL_OPTIONS, self._tls)
         call = HandoffStub(channel).Pair(metadata=bearer(self._token))
-        return await _open(channel, call, _PAIR_CODEC, address, timeout_s)
+        return await _open(channel, call, _PAIR_CODEC, address, timeout_s, self._tls)
 
 
 class GrpcBlocksDialer:
     """`BlocksDialer` over gRPC."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, tls: Certificates | None = None) -> None:
         self._token = token
+        self._tls = tls
 
     async def pair(self, address: str, timeout_s: float) -> Duplex[BlocksMessage, BlocksMessage]:
-        channel = _channel(address)
+        channel = make_channel(address, CHANNEL_OPTIONS, self._tls)
         call = BlocksStub(channel).Pair(metadata=bearer(self._token))
-        return await _open(channel, call, _BLOCKS_CODEC, address, timeout_s)
+        return await _open(channel, call, _BLOCKS_CODEC, address, timeout_s, self._tls)
 
 
 class GrpcFleetClient:
@@ -109,37 +114,57 @@ class GrpcFleetClient:
     it did not answer within `timeout_s` seconds.
     """
 
-    def __init__(self, address: str, token: str, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        timeout_s: float = 5.0,
+        tls: Certificates | None = None,
+    ) -> None:
         self._address = address
         self._metadata = bearer(token)
         self._timeout_s = timeout_s
-        self._channel = _channel(address)
+        self._tls = tls
+        self._shown = tls and tls.current()
+        self._channel = make_channel(address, CHANNEL_OPTIONS, tls)
+        self._before: grpc.aio.Channel | None = None
         self._stub = FleetStub(self._channel)
 
     async def register(self, info: WorkerInfo) -> FleetLease:
         request = fleet_pb2.RegisterRequest(info=info_to_pb(info))
-        return lease_from_pb(await self._call(self._stub.Register, request))
+        return lease_from_pb(await self._call((await self._fleet()).Register, request))
 
     async def renew(self, name: str, incarnation: str, load: WorkerLoad) -> FleetLease:
         request = fleet_pb2.RenewRequest(name=name, incarnation=incarnation, load=load_to_pb(load))
-        return lease_from_pb(await self._call(self._stub.Renew, request))
+        return lease_from_pb(await self._call((await self._fleet()).Renew, request))
 
     async def leave(self, name: str, incarnation: str) -> None:
         request = fleet_pb2.LeaveRequest(name=name, incarnation=incarnation)
-        await self._call(self._stub.Leave, request)
+        await self._call((await self._fleet()).Leave, request)
 
     async def aclose(self) -> None:
-        await self._channel.close()
+        for channel in (self._channel, self._before):
+            if channel is not None:
+                await channel.close()
 
     async def _call(self, method: Callable[..., Awaitable[Any]], request: object) -> Any:
         try:
             return await method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise from_status(error, f"the conductor at {self._address}") from error
+            raise _explain(error, f"the conductor at {self._address}", self._tls) from error
 
-
-def _channel(address: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+    async def _fleet(self) -> FleetStub:
+        """Of a channel that shows the certificate of now: it keeps the one that it was made with,
+        and lives as long as the process. The channel before is kept for calls under way."""
+        if self._tls is None or (current := self._tls.current()) is self._shown:
+            return self._stub
+        self._shown = current
+        ended, self._before = self._before, self._channel
+        self._channel = make_channel(self._address, CHANNEL_OPTIONS, self._tls)
+        self._stub = FleetStub(self._channel)
+        if ended is not None:
+            await ended.close()
+        return self._stub
 
 
 async def _open(
@@ -148,6 +173,7 @@ async def _open(
     codec: Codec[Out, In],
     address: str,
     timeout_s: float,
+    tls: Certificates | None,
 ) -> Duplex[Out, In]:
     """Wait until the server has accepted the stream (it answers with headers at once)."""
     try:
@@ -158,18 +184,27 @@ async def _open(
     except BaseException as error:
         call.cancel()
         await channel.close()
-        raise _dial_error(error, address, timeout_s) from error
+        raise _dial_error(error, address, timeout_s, tls) from error
     stream = _DialedStream(channel, call, codec, address)
     stream.start()
     return stream
 
 
-def _dial_error(error: BaseException, address: str, timeout_s: float) -> BaseException:
+def _dial_error(
+    error: BaseException, address: str, timeout_s: float, tls: Certificates | None
+) -> BaseException:
     if isinstance(error, grpc.aio.AioRpcError):
-        return from_status(error, f"the worker at {address}")
+        return _explain(error, f"the worker at {address}", tls)
     if isinstance(error, TimeoutError):
         return PeerGone(f"the worker at {address} did not answer within {timeout_s:g} s")
     return error
+
+
+def _explain(error: grpc.aio.AioRpcError, peer: str, tls: Certificates | None) -> BatonError:
+    """What the failure stands for, with what it may have to do with TLS."""
+    known = from_status(error, peer)
+    meaning = hint(error.details() or "", tls) if isinstance(known, PeerGone) else ""
+    return PeerGone(f"{known.message} ({meaning})") if meaning else known
 
 
 class _DialedStream(WireDuplex[Out, In]):

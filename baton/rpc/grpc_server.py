@@ -31,6 +31,7 @@ from baton.rpc.codec_report import ReportEncoder
 from baton.rpc.errors import status_of, to_wire, trailing_metadata
 from baton.rpc.grpc_client import MAX_MESSAGE_BYTES
 from baton.rpc.grpc_stream import Codec, WireDuplex
+from baton.rpc.grpc_tls import PeerNameInterceptor, server_credentials
 from baton.rpc.services import (
     BlocksService,
     Duplex,
@@ -38,6 +39,7 @@ from baton.rpc.services import (
     HandoffService,
     WorkerService,
 )
+from baton.rpc.tls import Certificates, FrontCertificate
 from baton.types.blocks import BlocksMessage
 from baton.types.fleet import FleetLease
 from baton.types.handoff import DecodeMessage, PrefillMessage
@@ -86,8 +88,18 @@ _BLOCKS_CODEC: Codec[BlocksMessage, BlocksMessage] = Codec(blocks_to_pb, blocks_
 class RpcServer:
     """Make it inside the running event loop. Raises ConfigError without a cluster token."""
 
-    def __init__(self, listen: str, token: str, *, reflect: tuple[str, ...] = ()) -> None:
-        """`reflect` names the services that server reflection lists (empty: no reflection)."""
+    def __init__(
+        self,
+        listen: str,
+        token: str,
+        *,
+        reflect: tuple[str, ...] = (),
+        tls: Certificates | FrontCertificate | None = None,
+        health_listen: str = "",
+    ) -> None:
+        """`reflect` names the services that server reflection lists (empty: no reflection). With
+        Certificates, only peers of the cluster get in; `health_listen` is then where those who have
+        no certificate can ask for health, and nothing else."""
         if not token:
             raise ConfigError(
                 "no cluster token: set BATON_CLUSTER_TOKEN to the same secret in every process"
@@ -95,11 +107,14 @@ class RpcServer:
         self._listen = listen
         self._health = health.aio.HealthServicer()
         self._health_names = ("", *reflect)
+        self._tls = tls
+        self._health_listen = health_listen
         self.grpc = grpc.aio.server(
-            interceptors=(_TokenInterceptor(token), _ParseInterceptor()),
+            interceptors=(*_name_check(tls), _TokenInterceptor(token), _ParseInterceptor()),
             options=list(SERVER_OPTIONS),
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        self._beside: grpc.aio.Server | None = None
         if reflect:
             names = (*reflect, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self.grpc)
@@ -119,13 +134,12 @@ class RpcServer:
     async def start(self) -> str:
         """Listen and return `host:port` with the port that was bound. Raises ConfigError."""
         host, _, _ = self._listen.rpartition(":")
-        try:
-            port = self.grpc.add_insecure_port(self._listen)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {self._listen}: {error}; choose another address or stop the "
-                "process that uses it"
-            ) from error
+        port = _bind(self.grpc, self._listen, self._tls)
+        if self._health_listen:
+            self._beside = grpc.aio.server(options=list(SERVER_OPTIONS))
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._beside)
+            _bind(self._beside, self._health_listen)
+            await self._beside.start()
         await self.grpc.start()
         await self.set_ready(False)
         await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
@@ -141,6 +155,29 @@ class RpcServer:
         """Refuse new calls at once, let running ones end for `grace_s` seconds, then cancel."""
         await self._health.enter_graceful_shutdown()
         await self.grpc.stop(grace_s)
+        if self._beside is not None:
+            await self._beside.stop(None)
+
+
+def _bind(
+    server: grpc.aio.Server, listen: str, tls: Certificates | FrontCertificate | None = None
+) -> int:
+    """The port. Raises ConfigError."""
+    try:
+        if tls is None:
+            return int(server.add_insecure_port(listen))
+        return int(server.add_secure_port(listen, server_credentials(tls)))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot listen on {listen}: {error}; choose another address or stop the process that "
+            "uses it"
+        ) from error
+
+
+def _name_check(tls: Certificates | FrontCertificate | None) -> tuple[PeerNameInterceptor, ...]:
+    if not isinstance(tls, Certificates):
+        return ()
+    return (PeerNameInterceptor(tls.config.peer_name, INTERNAL_SERVICES),)
 
 
 class _TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]

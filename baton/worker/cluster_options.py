@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.config import option
+from baton.errors import ConfigError
 from baton.rpc.redis_options import RedisOptions
+from baton.rpc.tls import PEER_NAME, Certificates, TlsConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,13 @@ class ClusterOptions:
     )
     redis_cert_file: str = option("", "our certificate (PEM), where Redis wants to see one")
     redis_key_file: str = option("", "the private key (PEM) of --redis-cert-file")
+    tls_cert: str = option(
+        "",
+        "our certificate (PEM): with it, the processes of the cluster speak TLS and show theirs",
+    )
+    tls_key: str = option("", "the private key (PEM) of --tls-cert")
+    tls_ca: str = option("", "authorities (PEM) that the certificates of the others are checked by")
+    tls_peer_name: str = option(PEER_NAME, "DNS name that all these certificates have")
 
     @property
     def redis_options(self) -> RedisOptions | None:
@@ -42,3 +51,13 @@ class ClusterOptions:
             cert_file=self.redis_cert_file,
             key_file=self.redis_key_file,
         )
+
+    def open_certificates(self) -> Certificates | None:
+        """Those of the process, to be opened once: they follow their files. None: no TLS. Raises
+        ConfigError."""
+        given = (self.tls_cert, self.tls_key, self.tls_ca)
+        if not any(given):
+            return None
+        if not all(given):
+            raise ConfigError("--tls-cert, --tls-key and --tls-ca belong together: give all three")
+        return Certificates(TlsConfig(*given, self.tls_peer_name))

@@ -34,6 +34,9 @@ class WorkerConfig(ClusterOptions):
     metrics_port: int = option(
         0, "port of /metrics and /health over HTTP, on the host of --listen; 0: none"
     )
+    health_port: int = option(
+        0, "port of gRPC's health service alone, without TLS, on the host of --listen; 0: none"
+    )
     block_size: int = option(32, "tokens of a KV block: 16, 32, 64, 128 or 256")
     num_blocks: int = option(0, "KV blocks; 0: as many as --kv-memory-mib holds")
     kv_memory_mib: int = option(
@@ -85,10 +88,16 @@ class WorkerConfig(ClusterOptions):
         _require(0 <= self.metrics_port <= 65535, "metrics_port", "from 0 to 65535")
         _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
         _require(is_address(self.listen), "listen", "host:port")
+        _require(0 <= self.health_port <= 65535, "health_port", "from 0 to 65535")
         if self.cpus:
             parse_cpus(self.cpus)
         _require(all(map(is_address, self.conductor)), "conductor", "host:port")
         _require(not self.store or is_address(self.store), "store", "host:port")
+
+    @property
+    def health_listen(self) -> str:
+        """Where probes without a certificate ask. Empty: nowhere."""
+        return f"{self.listen.rpartition(':')[0]}:{self.health_port}" if self.health_port else ""
 
 
 def _require(holds: bool, name: str, what: str) -> None:

@@ -18,6 +18,7 @@ from baton.kv.handoff.options import HandoffOptions
 from baton.kv.identity import Identity
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.kv.transport.shared import SharedTransport
+from baton.rpc.tls import Certificates
 from baton.types.fleet import Role, WorkerInfo
 from baton.types.kv_events import Tier
 from baton.worker.links import ORPHAN_S
@@ -43,6 +44,7 @@ class WorkerParts:
     pair_to_token: float = 0.0  # as in the registration
     early_prefill: bool = False  # begin when the first layers of a fetched prefix have come
     orphan_timeout_s: float = ORPHAN_S
+    tls: Certificates | None = None  # what peers are shown, and checked by
     wall_clock: Callable[[], float] = time.time
     make_steps: MakeSteps = StepThreads
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)

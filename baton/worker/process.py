@@ -13,7 +13,6 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any
 
-from baton.rpc.registry import Registry
 from baton.types.fleet import Role, WorkerInfo
 from baton.worker.build import build, worker_name
 from baton.worker.config import WorkerConfig
@@ -42,7 +41,15 @@ def main(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> None:
 
 
 async def _run(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> None:
-    registry = find_registry(config.conductor, config.redis_options)
+    place = Place(
+        config.conductor,
+        find_registry(config.conductor, config.redis_options),
+        config.listen,
+        config.advertise,
+        config.drain_timeout,
+        config.open_certificates(),
+        config.health_listen,
+    )
     cluster_token()
     signals = StopSignals()
     signals.install()
@@ -50,19 +57,18 @@ async def _run(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> 
     async with monitored(
         config.listen, config.metrics_port, metrics.own.render_for, metrics.loop_lag
     ):
-        parts = await _unless_stopped(build(config, role), signals)
-        await _serve(config, role, makes, replace(parts, metrics=metrics), registry, signals)
+        built = await _unless_stopped(build(config, role), signals)
+        parts = replace(built, metrics=metrics, tls=place.tls)
+        await _serve(place, role, makes, parts, signals)
 
 
 async def _serve(
-    config: WorkerConfig,
+    place: Place,
     role: Role,
     makes: Mapping[Role, Make],
     parts: WorkerParts,
-    registry: Registry | None,
     signals: StopSignals,
 ) -> None:
-    place = Place(config.conductor, registry, config.listen, config.advertise, config.drain_timeout)
 
     async def one_life(info: Callable[[str], WorkerInfo], service: Service) -> Role | None:
         return await serve(place, info, service, signals)

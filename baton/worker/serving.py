@@ -20,6 +20,7 @@ from baton.rpc.grpc_client import GrpcFleetClient
 from baton.rpc.grpc_server import RpcServer
 from baton.rpc.redis_options import RedisOptions
 from baton.rpc.registry import Registry, open_registry
+from baton.rpc.tls import Certificates
 from baton.telemetry import setup_logging
 from baton.types.fleet import Role, WorkerInfo, WorkerLoad
 from baton.worker.address import reachable_address
@@ -83,6 +84,8 @@ class Place:
     listen: str
     advertise: str
     drain_timeout_s: float
+    tls: Certificates | None = None
+    health_listen: str = ""  # where probes get in that have no certificate; empty: nowhere
 
     async def aclose(self) -> None:
         """When no life of the process follows."""
@@ -131,13 +134,13 @@ async def _serve(
     place: Place, info: Callable[[str], WorkerInfo], service: Service, signals: StopSignals
 ) -> Role | None:
     token = cluster_token()
-    server = RpcServer(place.listen, token)
+    server = RpcServer(place.listen, token, tls=place.tls, health_listen=place.health_listen)
     service.serve_on(server)
     registration = info(reachable_address(place.advertise, await server.start()))
     conductors = ConductorSet(
         place.conductors,
         place.registry,
-        lambda address: GrpcFleetClient(address, token),
+        lambda address: GrpcFleetClient(address, token, tls=place.tls),
         registration,
         service.load,
     )

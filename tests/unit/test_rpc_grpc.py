@@ -1,14 +1,15 @@
-"""The gRPC adapter over loopback: streams, deadlines, the token, how errors arrive."""
+"""The gRPC adapter over loopback, without and with TLS: streams, deadlines, the token, how errors
+arrive."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -20,18 +21,37 @@ from baton.rpc.grpc_client import (
     GrpcWorkerDialer,
 )
 from baton.rpc.grpc_server import LIVE, RpcServer
+from baton.rpc.grpc_tls import make_channel
 from baton.rpc.services import Duplex
+from baton.rpc.tls import PEER_NAME, Certificates, TlsConfig
 from baton.types.blocks import Ask, BlocksMessage, LendEnd
 from baton.types.fleet import FleetLease, KvLayout, Role, WorkerInfo, WorkerLoad
 from baton.types.handoff import Attach, DecodeMessage, PrefillMessage, Released
 from baton.types.link import Cancel, ConductorMessage, Drain, StepReport, WorkerMessage
 from baton.types.request import AttemptId, AttemptOutput
+from tests.certificates import Authority
 
 TOKEN = "secret"
 LAYOUT = KvLayout("ab", "float32", 2, 2, 16, 32)
 INFO = WorkerInfo("w", Role.DECODE, "i1", "127.0.0.1:1", 7, "demo", LAYOUT, 8, 64, "shm")
 
+TLS: Certificates | None = None  # of the test that runs
 WorkerEnd = Duplex[WorkerMessage, ConductorMessage]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    authority = Authority(tmp_path_factory.mktemp("certificates"))
+    pair = authority.issue(PEER_NAME)
+    return Certificates(TlsConfig(str(pair.cert), str(pair.key), str(authority.ca)))
+
+
+@pytest.fixture(params=["plain", "tls"], autouse=True)
+def _both_ways(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, certificates: Certificates
+) -> None:
+    chosen = certificates if request.param == "tls" else None
+    monkeypatch.setattr(sys.modules[__name__], "TLS", chosen)
 
 
 class Worker:
@@ -59,7 +79,7 @@ async def echo(stream: WorkerEnd) -> None:
 
 @asynccontextmanager
 async def serving(handle: Callable[[WorkerEnd], Awaitable[None]]) -> AsyncIterator[str]:
-    server = RpcServer("127.0.0.1:0", TOKEN)
+    server = RpcServer("127.0.0.1:0", TOKEN, tls=TLS)
     server.add_worker(Worker(handle))
     address = await server.start()
     try:
@@ -70,7 +90,7 @@ async def serving(handle: Callable[[WorkerEnd], Awaitable[None]]) -> AsyncIterat
 
 async def test_messages_keep_their_order_both_ways() -> None:
     async with serving(echo) as address:
-        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        stream = await GrpcWorkerDialer(TOKEN, TLS).link(address, 5)
         names = [f"r{number}" for number in range(200)]
 
         async def send_all() -> None:
@@ -86,7 +106,7 @@ async def test_messages_keep_their_order_both_ways() -> None:
 
 async def test_a_cancelled_receive_loses_nothing() -> None:
     async with serving(echo) as address:
-        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        stream = await GrpcWorkerDialer(TOKEN, TLS).link(address, 5)
         for _ in range(3):
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.01):
@@ -108,7 +128,7 @@ async def test_close_delivers_what_was_sent_and_then_ends_both_sides() -> None:
             ended.set()
 
     async with serving(collect) as address:
-        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        stream = await GrpcWorkerDialer(TOKEN, TLS).link(address, 5)
         sent = [Cancel(AttemptId(str(number)), "bye") for number in range(50)]
         for message in sent:
             await stream.send(message)
@@ -131,7 +151,7 @@ async def test_what_the_server_said_before_it_closed_arrives() -> None:
             await stream.send(report("late"))
 
     async with serving(talk) as address:
-        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        stream = await GrpcWorkerDialer(TOKEN, TLS).link(address, 5)
         for number in range(20):
             assert await stream.receive() == report(str(number))
         with pytest.raises(PeerGone):
@@ -149,7 +169,7 @@ async def test_the_service_sees_a_vanished_client_as_peer_gone() -> None:
             outcome.set_result(error)
 
     async with serving(wait) as address:
-        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        stream = await GrpcWorkerDialer(TOKEN, TLS).link(address, 5)
         stream._call.cancel()  # type: ignore[attr-defined]
         assert isinstance(await asyncio.wait_for(outcome, 5), PeerGone)
         await stream.aclose()
@@ -157,7 +177,7 @@ async def test_the_service_sees_a_vanished_client_as_peer_gone() -> None:
 
 async def test_a_stopped_server_is_peer_gone_for_its_clients() -> None:
     async with serving(echo) as address:
-        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        stream = await GrpcWorkerDialer(TOKEN, TLS).link(address, 5)
     with pytest.raises(PeerGone):
         await asyncio.wait_for(stream.receive(), 5)
     await stream.aclose()
@@ -169,7 +189,7 @@ async def test_a_full_stream_makes_the_sender_wait_and_ends_with_peer_gone() -> 
         await stream.aclose()
 
     async with serving(sleep) as address:
-        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        stream = await GrpcWorkerDialer(TOKEN, TLS).link(address, 5)
         bulk = Cancel(AttemptId("big"), "x" * 200_000)
 
         async def send_for_ever() -> None:
@@ -188,7 +208,7 @@ async def test_closing_may_be_cancelled_and_leaves_nothing_behind() -> None:
             await asyncio.sleep(30)
 
     async with serving(ignore) as address:
-        stream = await GrpcWorkerDialer(TOKEN).link(address, 5.0)
+        stream = await GrpcWorkerDialer(TOKEN, TLS).link(address, 5.0)
         await stream.send(Drain())
         closing = asyncio.create_task(stream.aclose())
         await asyncio.sleep(0.05)  # now it waits for the server to end its side
@@ -204,7 +224,7 @@ async def test_a_failing_service_reaches_the_caller_with_its_message() -> None:
         raise LayoutMismatch("layouts A and B differ")
 
     async with serving(fail) as address:
-        stream = await GrpcWorkerDialer(TOKEN).link(address, 5)
+        stream = await GrpcWorkerDialer(TOKEN, TLS).link(address, 5)
         await stream.send(Drain())
         with pytest.raises(PeerGone, match="layouts A and B differ"):
             await asyncio.wait_for(stream.receive(), 5)
@@ -215,20 +235,20 @@ async def test_dialing_nobody_is_peer_gone() -> None:
     async with serving(echo) as address:
         pass
     with pytest.raises(PeerGone):
-        await GrpcWorkerDialer(TOKEN).link(address, 2)
+        await GrpcWorkerDialer(TOKEN, TLS).link(address, 2)
 
 
 async def test_dialing_a_silent_port_ends_at_the_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         with pytest.raises(PeerGone, match=r"within 0\.2 s"):
-            await GrpcWorkerDialer(TOKEN).link(f"127.0.0.1:{port}", 0.2)
+            await GrpcWorkerDialer(TOKEN, TLS).link(f"127.0.0.1:{port}", 0.2)
 
 
 async def test_internal_services_need_the_token() -> None:
     async with serving(echo) as address:
         with pytest.raises(Unauthenticated, match="BATON_CLUSTER_TOKEN"):
-            await GrpcWorkerDialer("wrong").link(address, 5)
+            await GrpcWorkerDialer("wrong", TLS).link(address, 5)
 
 
 async def test_a_server_without_a_token_is_refused() -> None:
@@ -239,7 +259,7 @@ async def test_a_server_without_a_token_is_refused() -> None:
 async def test_two_servers_on_one_port_are_refused() -> None:
     async with serving(echo) as address:
         with pytest.raises(ConfigError, match="cannot listen"):
-            await RpcServer(address, TOKEN).start()
+            await RpcServer(address, TOKEN, tls=TLS).start()
 
 
 @pytest.mark.parametrize(
@@ -254,7 +274,7 @@ async def test_a_message_that_cannot_be_read_ends_the_stream(raw: bytes, message
             await stream.receive()
         ended.set()
 
-    async with serving(wait) as address, grpc.aio.insecure_channel(address) as channel:
+    async with serving(wait) as address, make_channel(address, (), TLS) as channel:
         method = channel.stream_stream("/baton.v1.Worker/Link", bytes, bytes)
         call = method(metadata=(("authorization", f"Bearer {TOKEN}"),))
         await call.write(raw)
@@ -270,10 +290,10 @@ class Prefill:
 
 
 async def test_handoff_streams() -> None:
-    server = RpcServer("127.0.0.1:0", TOKEN)
+    server = RpcServer("127.0.0.1:0", TOKEN, tls=TLS)
     server.add_handoff(Prefill())
     address = await server.start()
-    stream = await GrpcHandoffDialer(TOKEN).pair(address, 5)
+    stream = await GrpcHandoffDialer(TOKEN, TLS).pair(address, 5)
     await stream.send(Attach(AttemptId("a", 2)))
     assert await stream.receive() == Released(AttemptId("a", 2))
     await stream.aclose()
@@ -288,12 +308,12 @@ class Store:
 
 
 async def test_blocks_streams() -> None:
-    server = RpcServer("127.0.0.1:0", TOKEN)
+    server = RpcServer("127.0.0.1:0", TOKEN, tls=TLS)
     server.add_blocks(Store())
     address = await server.start()
     with pytest.raises(Unauthenticated, match="BATON_CLUSTER_TOKEN"):
-        await GrpcBlocksDialer("wrong").pair(address, 5)
-    stream = await GrpcBlocksDialer(TOKEN).pair(address, 5)
+        await GrpcBlocksDialer("wrong", TLS).pair(address, 5)
+    stream = await GrpcBlocksDialer(TOKEN, TLS).pair(address, 5)
     await stream.send(Ask(7, bytes(16)))
     assert await stream.receive() == LendEnd(7, 0)
     await stream.aclose()
@@ -326,9 +346,9 @@ class Fleet:
 @asynccontextmanager
 async def fleet(timeout_s: float = 5.0) -> AsyncIterator[tuple[Fleet, GrpcFleetClient]]:
     service = Fleet()
-    server = RpcServer("127.0.0.1:0", TOKEN)
+    server = RpcServer("127.0.0.1:0", TOKEN, tls=TLS)
     server.add_fleet(service)
-    client = GrpcFleetClient(await server.start(), TOKEN, timeout_s)
+    client = GrpcFleetClient(await server.start(), TOKEN, timeout_s, TLS)
     try:
         yield service, client
     finally:
@@ -363,9 +383,9 @@ async def test_every_unary_call_has_a_deadline() -> None:
 
 
 async def test_health_follows_readiness_and_needs_no_token() -> None:
-    server = RpcServer("127.0.0.1:0", TOKEN)
+    server = RpcServer("127.0.0.1:0", TOKEN, tls=TLS)
     address = await server.start()
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with make_channel(address, (), TLS) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest()
         status = health_pb2.HealthCheckResponse
@@ -376,9 +396,9 @@ async def test_health_follows_readiness_and_needs_no_token() -> None:
 
 
 async def test_a_server_lives_from_its_start_whether_or_not_it_is_ready() -> None:
-    server = RpcServer("127.0.0.1:0", TOKEN)
+    server = RpcServer("127.0.0.1:0", TOKEN, tls=TLS)
     address = await server.start()
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with make_channel(address, (), TLS) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         live = health_pb2.HealthCheckRequest(service=LIVE)
         for ready in (False, True, False):
