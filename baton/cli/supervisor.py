@@ -177,7 +177,7 @@ class Supervisor:
         addresses = Addresses(
             _local(said["http"]),
             _local(said["grpc"]),
-            for_workers=_local(said["for_workers"]),
+            for_workers=_local(said.get("for_workers") or said["grpc"]),
             scheme="https" if self.plan.ssl_certfile else "http",
         )
         self._listening[name] = addresses
