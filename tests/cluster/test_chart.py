@@ -69,13 +69,13 @@ def values(directory: Path) -> dict[str, Any]:
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[dict[str, Running]]:
     objects = render(values(tmp_path))
-    wanted = {8000, 50051, 50052, 50053}
+    wanted = {8000, 50051, 50053}
+    own = {50052, 9090}  # of each pod; here they share a host
     containers: dict[str, Running] = {}
-    # Each worker has the same port, of its own pod; here they share a host.
     shared = free_ports(wanted)
     try:
         for part in PARTS:
-            ports = {**shared, 50052: free_ports({50052})[50052]}
+            ports = {**shared, **free_ports(own)}
             containers[part] = start(pod_of(objects, part), ports, tmp_path)
         yield containers
     finally:

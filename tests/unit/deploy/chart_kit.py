@@ -199,7 +199,18 @@ VALUE_SETS: dict[str, Values] = {
         "ingress": {"enabled": True, "className": "nginx"},
         "networkPolicy": {"clientsFrom": [{"podSelector": {}}]},
     },
-    "watched": {"serviceMonitor": {"enabled": True, "additionalLabels": {"release": "p"}}},
+    "watched": {
+        "serviceMonitor": {"enabled": True, "additionalLabels": {"release": "p"}},
+        "prometheusRule": {
+            "enabled": True,
+            "additionalLabels": {"release": "p"},
+            "runbookUrl": "https://runbooks.example.com/baton",
+        },
+        "grafanaDashboard": {"enabled": True, "annotations": {"grafana_folder": "baton"}},
+        "networkPolicy": {"metricsFrom": [{"namespaceSelector": {}}]},
+        "kvstore": {"enabled": True},
+    },
+    "unwatched": {"metrics": {"port": 0}, "serviceMonitor": {"enabled": True}},
     "bare": {
         "networkPolicy": {"enabled": False},
         "serviceAccount": {"create": False},

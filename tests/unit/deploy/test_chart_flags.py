@@ -142,7 +142,8 @@ def test_probes_ask_the_port_that_is_listened_on(values: Values) -> None:
         if pod.component == "conductor":
             continue
         port = int(config.listen.rpartition(":")[2])
-        assert [each["containerPort"] for each in pod.container["ports"]] == [port]
+        ports = [port, *([config.metrics_port] if config.metrics_port else [])]
+        assert [each["containerPort"] for each in pod.container["ports"]] == ports
         probes = {
             kind: pod.container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")
         }

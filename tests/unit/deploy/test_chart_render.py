@@ -24,7 +24,7 @@ from tests.unit.deploy.chart_kit import (
 from tests.unit.deploy.golden import FOLDER, NAMES, golden_text
 
 VERSIONS = ("1.27", "1.30", "1.33", "1.35", "1.37")
-WITHOUT_SCHEMA = {"ServiceMonitor"}  # of the Prometheus Operator
+WITHOUT_SCHEMA = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}  # of the Prometheus Operator
 LONG = "a-release-whose-name-is-as-long-as-helm-lets-it-be-xx"
 
 

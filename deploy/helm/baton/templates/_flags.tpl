@@ -50,6 +50,9 @@
 - --block-size={{ .Values.engine.blockSize }}
 - --transport={{ .Values.engine.transport }}
 - --verify={{ .Values.engine.verify }}
+{{- with .Values.metrics.port }}
+- --metrics-port={{ . }}
+{{- end }}
 {{- end -}}
 
 {{- define "baton.field" -}}

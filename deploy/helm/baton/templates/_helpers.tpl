@@ -91,7 +91,7 @@ imagePullPolicy: {{ $image.pullPolicy }}
 {{- if and $scaling.enabled (gt (int $scaling.minReplicas) (int $scaling.maxReplicas)) -}}
 {{- fail "conductor.autoscaling.minReplicas is more than maxReplicas" -}}
 {{- end -}}
-{{- $own := "^--(name|node|host|port|grpc-port|listen|advertise|conductor|cluster-name|model|model-name|log-level|dtype|block-size|transport|verify|device|store|role|elastic|elastic-settle|memory-mib|memory-name|disk-dir|disk-gib|drain-timeout)(=|$)" -}}
+{{- $own := "^--(name|node|host|port|grpc-port|listen|metrics-port|advertise|conductor|cluster-name|model|model-name|log-level|dtype|block-size|transport|verify|device|store|role|elastic|elastic-settle|memory-mib|memory-name|disk-dir|disk-gib|drain-timeout)(=|$)" -}}
 {{- range $component := list "conductor" "prefill" "decode" "kvstore" -}}
 {{- range (get $.Values $component).extraArgs -}}
 {{- if regexMatch $own . -}}
