@@ -105,11 +105,12 @@ class Metrics:
         self._role_changes = own.counter(
             "baton_role_changes", "Workers that were asked to take another role.", ["role"]
         )
-        self._exports = own.counter(
+        self._exports = own.tallies(
             "baton_trace_exports",
             "Traces of sampled requests: sent to the collector, failed there, or dropped because "
             "too many waited.",
-            ["outcome"],
+            "outcome",
+            ("sent", "failed", "dropped"),
         )
         for role in (Role.PREFILL, Role.DECODE):
             self._role_changes.labels(role.value)
@@ -146,7 +147,7 @@ class Metrics:
             self.retry_refusals.add(reason)
 
     def note_export(self, outcome: str, traces: int) -> None:
-        self._exports.labels(outcome).inc(traces)
+        self._exports.add(outcome, traces)
 
     def note_role_change(self, role: str) -> None:
         self._role_changes.labels(role).inc()
