@@ -14,6 +14,7 @@ from baton.cli.bench_process import PASS_ON, bench_router, bench_store
 from baton.cli.chat import chat
 from baton.cli.doctor.command import doctor
 from baton.cli.generate import generate
+from baton.cli.keys import keys
 from baton.cli.options import command
 from baton.cli.ray import app as ray
 from baton.cli.serve import serve
@@ -63,6 +64,7 @@ bench.command("store", context_settings=PASS_ON)(bench_store)
 bench.command("router", context_settings=PASS_ON)(bench_router)
 app.add_typer(bench, name="bench")
 app.add_typer(ray, name="ray")
+app.add_typer(keys, name="keys")
 app.command("sim", context_settings=PASS_ON)(sim)
 app.command("plan", context_settings=PASS_ON)(plan)
 
