@@ -54,6 +54,24 @@ class Unauthenticated(BatonError):
     code = "unauthenticated"
 
 
+class InvalidApiKey(Unauthenticated):
+    """The client sent no API key, or one that is unknown, revoked or too old."""
+
+    code = "invalid_api_key"
+
+
+class PermissionDenied(BatonError):
+    """The API key is good, but its tenant may not do this."""
+
+    code = "permission_denied"
+
+    def __init__(self, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
 class LayoutMismatch(BatonError):
     """Two processes hold KV blocks of different layouts; the message names both."""
 
@@ -75,6 +93,12 @@ class Overloaded(BatonError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    """The tenant has used up what it is allowed; its next requests are let in later."""
+
+    code = "rate_limit_exceeded"
 
 
 class NoWorker(BatonError):

@@ -14,6 +14,7 @@ from conductor.fleet import MAP_BLOCKS
 from conductor.planner import PlannerOptions
 from conductor.policies import RoutePolicy
 from conductor.router import RouteOptions
+from conductor.tenants.options import TenancyOptions
 
 AUTO = "auto"
 
@@ -79,8 +80,21 @@ class ConductorConfig(ClusterOptions):
     sse_keepalive: float = option(
         5.0, "seconds of silence in a stream until a comment is sent; 0 = never"
     )
+    max_prompt_tokens: int = option(0, "longest prompt, in tokens; 0 = what the context holds")
+    max_output_tokens: int = option(0, "longest answer, in tokens; 0 = what the context holds")
     max_body_bytes: int = option(16 << 20, "largest request body")
     api_key: tuple[str, ...] = option((), "keys that clients must send one of; none = open")
+    keys: str = option("", "file with the API keys of tenants, or `redis`: they are in --redis")
+    tenants: str = option("", "YAML file with the tenants of --keys and their limits")
+    limits_without_redis: str = option(
+        "local",
+        "while Redis is away: each conductor keeps its part of the limits, or nothing that has "
+        "limits is let in",
+        choices=("local", "refuse"),
+    )
+    private_status: bool = option(
+        False, "metrics and the fleet only for the key of a tenant with `admin: true`"
+    )
     cpus: str = option("", "CPUs of this process, as 0-3,8; empty: all that it may run on")
     log_level: str = option("info", "least severe log records to write", choices=LEVELS)
     drain_timeout: float = option(30.0, "seconds that running requests get at shutdown")
@@ -117,6 +131,8 @@ class ConductorConfig(ClusterOptions):
             "slo_ttft_ms",
             "slo_tpot_ms",
             "prompt_patience",
+            "max_prompt_tokens",
+            "max_output_tokens",
         ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must not be negative")
@@ -128,6 +144,18 @@ class ConductorConfig(ClusterOptions):
             raise ConfigError("--ssl-certfile and --ssl-keyfile belong together")
         if self.local_prefill_tokens != AUTO and not self.local_prefill_tokens.isdecimal():
             raise ConfigError("--local-prefill-tokens must be a number of tokens, or auto")
+
+        _ = self.tenancy  # raises ConfigError for options that do not belong together
+
+    @property
+    def tenancy(self) -> TenancyOptions:
+        return TenancyOptions(
+            keys=self.keys,
+            tenants=self.tenants,
+            plain_keys=self.api_key,
+            redis=self.redis_options,
+            local_without_redis=self.limits_without_redis == "local",
+        )
 
     @property
     def routing(self) -> RouteOptions:

@@ -44,6 +44,7 @@ from conductor.records import LINGER_S, Records
 from conductor.request import Request
 from conductor.retries import Retries, Tries
 from conductor.router import Decision, RouteOptions
+from conductor.tenants.tenant import Amounts
 from conductor.trace import Timeline, Traces
 
 PEER_GRACE_S = 5.0  # how long the other worker may take to end an answer after its peer has gone
@@ -133,6 +134,11 @@ class Serving:
     def latencies(self) -> Latencies:
         """So far."""
         return self._stopwatch.latencies
+
+    def taken(self) -> Amounts:
+        """Of what its tenant is allowed."""
+        usage = self.usage
+        return Amounts(1, usage.prompt_tokens, usage.completion_tokens)
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """What becomes known, in order; ends when every answer has ended.

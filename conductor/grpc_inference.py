@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
@@ -23,10 +24,12 @@ from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
-from conductor.http import body_too_large, check_key
+from conductor.http import body_too_large
 from conductor.request import Arrival, Ask, Options, Prompt
 from conductor.resume import Bookmark
 from conductor.service import Conductor
+from conductor.tenants.tenancy import check_allowed
+from conductor.tenants.tenant import Tenant
 from conductor.validate import DEFAULT_COMPLETION_TOKENS, check_model, make_chat
 
 SERVICE_NAME = "baton.v1.Inference"
@@ -35,19 +38,16 @@ PARAM_KEY = "baton-error-param"
 log = logging.getLogger(__name__)
 
 
-def add_inference(
-    server: grpc.aio.Server, conductor: Conductor, max_bytes: int, api_keys: Sequence[str]
-) -> None:
+def add_inference(server: grpc.aio.Server, conductor: Conductor, max_bytes: int) -> None:
     """Serve the public API on `server`. Requests may have `max_bytes` bytes."""
-    servicer = _InferenceServicer(conductor, max_bytes, [key.encode() for key in api_keys])
+    servicer = _InferenceServicer(conductor, max_bytes)
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
 
 
 class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[misc]
-    def __init__(self, conductor: Conductor, max_bytes: int, api_keys: Sequence[bytes]) -> None:
+    def __init__(self, conductor: Conductor, max_bytes: int) -> None:
         self._conductor = conductor
         self._max_bytes = max_bytes
-        self._api_keys = api_keys
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
@@ -57,7 +57,8 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
         conductor = self._conductor
         arrival = _arrival_of(context)
         try:
-            self._check(request, context)
+            tenant = self._check(request, context)
+            arrival = replace(arrival, tenant=tenant)
             timeout_s = context.time_remaining()
             token = request.resume_token or None
             prepared = await conductor.prepare(_to_ask(request), "gen", timeout_s, token, arrival)
@@ -76,9 +77,10 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.TokenizeResponse:
         try:
-            self._check(request, context)
+            tenant = self._check(request, context)
             limits = self._conductor.limits
             check_model(request.model, limits)
+            check_allowed(tenant, request.model)
             prompt = _to_prompt(request, request.WhichOneof("input"))
             ids = await self._conductor.tokenize(prompt, request.add_special_tokens)
             return pb.TokenizeResponse(token_ids=ids, max_model_len=limits.context)
@@ -89,20 +91,22 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
         try:
-            self._check(request, context)
+            tenant = self._check(request, context)
             limits = self._conductor.limits
             model = pb.Model(id=limits.model_name, max_model_len=limits.context)
-            return pb.ListModelsResponse(models=[model])
+            return pb.ListModelsResponse(models=[model] if tenant.may_use(model.id) else [])
         except Exception as error:
             await _abort(context, error)
 
-    def _check(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        """Raises Unauthenticated without a valid key, InvalidRequest for an oversized request."""
-        if self._api_keys:
-            given = dict(context.invocation_metadata() or ()).get("authorization")
-            check_key(given if isinstance(given, str) else None, self._api_keys)
+    def _check(self, request: Any, context: grpc.aio.ServicerContext) -> Tenant:
+        """Whose the call is. Raises Unauthenticated without a valid key, InvalidRequest for an
+        oversized request."""
+        given = dict(context.invocation_metadata() or ()).get("authorization")
+        tenancy = self._conductor.tenancy
+        tenant = tenancy.authenticate(given if isinstance(given, str) else None)
         if request.ByteSize() > self._max_bytes:
             raise body_too_large(self._max_bytes)
+        return tenant
 
 
 def _arrival_of(context: grpc.aio.ServicerContext) -> Arrival:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -12,12 +10,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from baton.errors import InvalidRequest, Unauthenticated
+from baton.errors import InvalidRequest
 from baton.types.trace import TRACEPARENT, TRACESTATE, parse_trace_context
 from conductor.cluster import ConductorIdentity, describe_cluster, other_conductors
 from conductor.event_stream import keepalive_headers
 from conductor.http_errors import JsonResponse, error_handlers
 from conductor.http_generate import DIRECT_SEND, GenerationResponse, StreamResponse
+from conductor.http_keys import tenant_of, with_admin_key, with_key
 from conductor.http_live import live_routes, page_routes
 from conductor.openai import (
     ChatBody,
@@ -30,6 +29,7 @@ from conductor.openai_reply import ChatReply, CompletionReply, Reply
 from conductor.openapi import make_document
 from conductor.request import Arrival
 from conductor.service import Conductor
+from conductor.tenants.tenancy import check_allowed
 from conductor.trace_json import timeline_json
 from conductor.validate import check_model, check_token_ids, quote
 
@@ -40,15 +40,21 @@ def make_app(
     conductor: Conductor,
     identity: ConductorIdentity,
     max_body_bytes: int,
-    api_keys: Sequence[str] = (),
+    private_status: bool = False,
 ) -> Starlette:
-    """The application. Its lifespan is the process's business, not its own."""
+    """The application. Its lifespan is the process's business, not its own. With `private_status`
+    only an admin's key opens metrics and the fleet."""
+    tenancy = conductor.tenancy
     guarded = _guarded_routes(conductor, identity, max_body_bytes)
-    guarded += live_routes(conductor, identity)
-    if api_keys:
-        guarded = [_with_key(route, api_keys) for route in guarded]
+    status = _status_routes(conductor, identity)
+    live = live_routes(conductor, identity)
+    if not tenancy.directory.is_open:
+        guarded = [with_key(route, tenancy) for route in guarded]
+        live = [with_admin_key(route, tenancy) for route in live]  # it shows everybody's requests
+        if private_status:
+            status = [with_admin_key(route, tenancy) for route in status]
     app = Starlette(
-        routes=[*page_routes(), *_open_routes(conductor, identity, bool(api_keys)), *guarded],
+        routes=[*page_routes(), *_open_routes(conductor), *status, *live, *guarded],
         exception_handlers=error_handlers(),
     )
     app.router.redirect_slashes = False
@@ -66,7 +72,9 @@ def with_direct_send(app: ASGIApp) -> ASGIApp:
     return keep_send
 
 
-def _open_routes(conductor: Conductor, identity: ConductorIdentity, with_key: bool) -> list[Route]:
+def _open_routes(conductor: Conductor) -> list[Route]:
+    with_key = not conductor.tenancy.directory.is_open
+
     async def health(_request: Request) -> Response:
         return JsonResponse({"status": "ok"})
 
@@ -75,6 +83,17 @@ def _open_routes(conductor: Conductor, identity: ConductorIdentity, with_key: bo
             return JsonResponse({"status": "ready"})
         return JsonResponse({"status": "not ready"}, status_code=503)
 
+    async def document(_request: Request) -> Response:
+        return JsonResponse(make_document(conductor.limits, with_key))
+
+    return [  # GET includes HEAD, which load balancers like to ask by
+        Route("/openapi.json", document),
+        Route("/health", health),
+        Route("/ready", ready),
+    ]
+
+
+def _status_routes(conductor: Conductor, identity: ConductorIdentity) -> list[Route]:
     async def metrics(request: Request) -> Response:
         body, content_type = conductor.metrics.render_for(request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
@@ -84,16 +103,7 @@ def _open_routes(conductor: Conductor, identity: ConductorIdentity, with_key: bo
         body["conductors"] += await other_conductors(conductor, identity)
         return JsonResponse(body)
 
-    async def document(_request: Request) -> Response:
-        return JsonResponse(make_document(conductor.limits, with_key))
-
-    return [  # GET includes HEAD, which load balancers like to ask by
-        Route("/openapi.json", document),
-        Route("/health", health),
-        Route("/ready", ready),
-        Route("/metrics", metrics),
-        Route("/cluster", cluster),
-    ]
+    return [Route("/metrics", metrics), Route("/cluster", cluster)]
 
 
 def _guarded_routes(
@@ -126,13 +136,15 @@ def _guarded_routes(
     async def completions(request: Request) -> Response:
         return await generate(request, CompletionBody, "cmpl")
 
-    async def models(_request: Request) -> Response:
-        body = {"object": "list", "data": [_model_body(conductor, identity)]}
+    async def models(request: Request) -> Response:
+        seen = tenant_of(request).may_use(conductor.model.name)
+        body = {"object": "list", "data": [_model_body(conductor, identity)] if seen else []}
         # Clients that ask for the models first know it before their first stream.
         return JsonResponse(body, headers=keepalive_headers(conductor.policy.keepalive_s))
 
     async def model(request: Request) -> Response:
         check_model(request.path_params["name"], conductor.limits)
+        check_allowed(tenant_of(request), conductor.model.name)
         return JsonResponse(_model_body(conductor, identity))
 
     async def tokenize(request: Request) -> Response:
@@ -140,6 +152,7 @@ def _guarded_routes(
         limits = conductor.limits
         if body.model is not None:
             check_model(body.model, limits)
+        check_allowed(tenant_of(request), limits.model_name)
         ids = await conductor.tokenize(body.to_prompt(), body.add_special_tokens)
         return JsonResponse({"tokens": ids, "count": len(ids), "max_model_len": limits.context})
 
@@ -148,13 +161,14 @@ def _guarded_routes(
         limits = conductor.limits
         if body.model is not None:
             check_model(body.model, limits)
+        check_allowed(tenant_of(request), limits.model_name)
         check_token_ids(body.tokens, limits, "tokens")
         return JsonResponse({"prompt": await conductor.detokenize(tuple(body.tokens))})
 
     async def trace(request: Request) -> Response:
         request_id = request.path_params["request_id"]
         timeline = conductor.traces.get(request_id)
-        if timeline is None:
+        if timeline is None or not tenant_of(request).may_see(timeline.tenant):
             raise InvalidRequest(
                 f"no trace of request {quote(request_id)}: it is unknown or too long ago",
                 param="request_id",
@@ -178,7 +192,7 @@ def arrival_of(request: Request) -> Arrival:
     """Of a request whose body has come just now."""
     headers = request.headers
     caller = parse_trace_context(headers.getlist(TRACEPARENT), headers.getlist(TRACESTATE))
-    return Arrival(asyncio.get_running_loop().time(), caller)
+    return Arrival(asyncio.get_running_loop().time(), caller, tenant_of(request))
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -220,23 +234,3 @@ def _model_body(conductor: Conductor, identity: ConductorIdentity) -> dict[str, 
         "owned_by": "baton",
         "max_model_len": conductor.limits.context,
     }
-
-
-def _with_key(route: Route, keys: Sequence[str]) -> Route:
-    """The same route, for those who know one of the keys."""
-    known = [key.encode() for key in keys]
-
-    async def guarded(request: Request) -> Response:
-        check_key(request.headers.get("authorization"), known)
-        response: Response = await route.endpoint(request)
-        return response
-
-    return Route(route.path, guarded, methods=sorted(route.methods or ()))
-
-
-def check_key(authorization: str | None, keys: Sequence[bytes]) -> None:
-    """Raises Unauthenticated unless `authorization` is `Bearer KEY` with one of `keys`."""
-    scheme, _, given = (authorization or "").partition(" ")
-    found = [hmac.compare_digest(given.strip().encode(), key) for key in keys]
-    if scheme.lower() != "bearer" or not any(found):
-        raise Unauthenticated("send a valid API key in the header `Authorization: Bearer KEY`")

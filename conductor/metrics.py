@@ -12,6 +12,7 @@ from conductor.admission import Slos
 from conductor.fleet import Fleet
 from conductor.fleet_metrics import FleetCollector
 from conductor.goodput import Goodput, Latencies
+from conductor.tenants.metrics import TenantMetrics
 
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4, 10)
@@ -115,6 +116,7 @@ class Metrics:
         for role in (Role.PREFILL, Role.DECODE):
             self._role_changes.labels(role.value)
         self.loop_lag = loop_lag(own)
+        self.tenants = TenantMetrics(own)
         own.add_process("conductor")
         own.registry.register(FleetCollector(fleet))
 

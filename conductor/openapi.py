@@ -101,7 +101,7 @@ def _guarded_paths(with_key: bool) -> Json:
         for path in paths.values():
             for operation in path.values():
                 operation["security"] = [{"key": []}]
-                operation["responses"]["401"] = _error("401")
+                operation["responses"] |= {code: _error(code) for code in ("401", "403")}
     return paths
 
 
@@ -147,6 +147,7 @@ def _error(code: str) -> Json:
 _MEANINGS = {
     "400": "The request is wrong: `param` names the field",
     "401": "No valid API key",
+    "403": "The API key's tenant may not do this",
     "404": "There is no such model or trace",
     "408": "The body came too slowly",
     "413": "The body is too large",

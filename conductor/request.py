@@ -12,6 +12,7 @@ from typing import Any
 
 from baton.types.request import SamplingParams
 from baton.types.trace import TraceContext, span_id_of, trace_id_of
+from conductor.tenants.tenant import ANYBODY, Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,12 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """How a request came: when its last byte was there (loop time), and under which span of the
-    client's, if it says so."""
+    """How a request came: when its last byte was there (loop time), under which span of the
+    client's, if it says so, and from whom."""
 
     at: float
     caller: TraceContext | None = None
+    tenant: Tenant = ANYBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ class Request:
     deadline: float
     operation: str  # "chat" or "text_completion", as OpenTelemetry calls them
     tracing: Tracing
+    tenant: Tenant = ANYBODY
     sent: tuple[Sent, ...] = ()
 
     def sent_of(self, index: int) -> Sent:

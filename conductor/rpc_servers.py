@@ -32,7 +32,7 @@ class RpcServers:
         address = f"{host}:{config.grpc_port}"
         self._public = RpcServer(address, token, reflect=(SERVICE_NAME,), tls=front)
         self._all = [self._public]
-        add_inference(self._public.grpc, conductor, config.max_body_bytes, config.api_key)
+        add_inference(self._public.grpc, conductor, config.max_body_bytes)
         if certificates is not None:
             self._all.append(RpcServer(f"{host}:{config.internal_port}", token, tls=certificates))
         self._all[-1].add_fleet(conductor.fleet)

@@ -28,11 +28,13 @@ from baton.worker.monitor import watch_loop
 from conductor.announce import announce
 from conductor.cluster import ConductorIdentity
 from conductor.config import ConductorConfig
+from conductor.exposure import warn_when_open
 from conductor.http import make_app, with_direct_send
 from conductor.otlp import OtlpSender, check_installed
 from conductor.rpc_servers import RpcServers
 from conductor.service import Conductor, Policy, ServedModel
 from conductor.span_export import Sender
+from conductor.tenants.build import build_tenancy
 
 CANCEL_S = 2.0  # for clean-up after running requests were cancelled
 CLOSE_S = 2  # for open connections to take the last bytes
@@ -81,10 +83,13 @@ class Server:
                 map_blocks=config.prefix_map_blocks,
                 planner=config.planner,
                 trace_sample=config.trace_sample if config.otlp_endpoint else 0.0,
+                max_prompt_tokens=config.max_prompt_tokens or None,
+                max_output_tokens=config.max_output_tokens or None,
                 keepalive_s=config.sse_keepalive,
             ),
             registry=registry,
             open_spans=_spans_to(config),
+            make_tenancy=lambda metrics: build_tenancy(config.tenancy, registry, metrics),
         )
 
     @property
@@ -102,13 +107,15 @@ class Server:
     async def run(self, on_listening: Callable[[ConductorIdentity], None]) -> None:
         """Serve until `stop`. `on_listening` is told the addresses. Raises ConfigError."""
         config, conductor = self._config, self.conductor
+        await conductor.tenancy.directory.load()
+        warn_when_open(config)
         front = None
         if config.ssl_certfile:
             front = FrontCertificate(config.ssl_certfile, config.ssl_keyfile)
         rpc = RpcServers(config, conductor, self._token, self._certificates, front)
         with listen(config.host, config.port) as listener:
             identity = self._identify(listener, *await rpc.start())
-            app = make_app(conductor, identity, config.max_body_bytes, config.api_key)
+            app = make_app(conductor, identity, config.max_body_bytes, config.private_status)
             http = _HttpServer(with_direct_send(app), front)
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -131,6 +138,7 @@ class Server:
                     core.cancel()
             finally:
                 await rpc.stop(CLOSE_S)
+                await conductor.tenancy.aclose()
                 if self._registry is not None:
                     await self._registry.aclose()
 

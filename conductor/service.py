@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ from conductor.resume import check_token, digest_of, parse_token
 from conductor.retries import Retries, RetryOptions
 from conductor.router import RouteOptions
 from conductor.span_export import Sender, SpanExport
+from conductor.tenants.tenancy import Spending, TenancyMaker, open_tenancy, restrict
 from conductor.trace import Traces
 from conductor.validate import Limits, build_request, check_ask
 
@@ -71,6 +72,8 @@ class Policy:
     prior: WorkerCost = UNKNOWN_WORKER  # what workers cost until they were measured
     planner: PlannerOptions | None = None  # None: workers keep their roles
     trace_sample: float = 0.0  # of the traces that clients have not begun themselves
+    max_prompt_tokens: int | None = None  # of one prompt; None: what fits the context
+    max_output_tokens: int | None = None  # of one answer
     keepalive_s: float = 5.0  # of silence in a stream over HTTP, until a comment is sent; 0: never
 
 
@@ -85,6 +88,7 @@ class Conductor:
         make_id: Callable[[], str] | None = None,
         registry: Registry | None = None,
         open_spans: Callable[[], Sender] | None = None,
+        make_tenancy: TenancyMaker = open_tenancy,
     ) -> None:
         """`open_spans` connects to where traces are exported to; None: nowhere."""
         self.model = model
@@ -101,6 +105,7 @@ class Conductor:
         self.admission = Admission(
             policy.max_answers, policy.slos, self.metrics.note_rejection, policy.retries.seed
         )
+        self.tenancy = make_tenancy(self.metrics.tenants)
         self.records = Records(registry, self.incarnation)
         self.live = Live(lambda: self.metrics.output_tokens.value, policy.slos)
         self._dispatcher = Dispatcher(
@@ -143,6 +148,7 @@ class Conductor:
                     tasks.create_task(self.records.run(), name="records")
                     if self._spans is not None:
                         tasks.create_task(self._spans.run(), name="spans")
+                    tasks.create_task(self.tenancy.run(), name="tenancy")
                     if self.elastic is not None:
                         tasks.create_task(self.elastic.run(), name="elastic")
                     await self.fleet.run()
@@ -155,9 +161,10 @@ class Conductor:
         capacity = self.fleet.capacity()
         longest = self.model.max_model_len
         context = longest if capacity is None else min(longest, capacity)
-        if context == longest:
-            return Limits(self.model.name, self.model.vocab_size, context)
-        return Limits(self.model.name, self.model.vocab_size, context, _REMEDY)
+        limits = Limits(self.model.name, self.model.vocab_size, context)
+        if context != longest:
+            limits = replace(limits, remedy=_REMEDY)
+        return limits.narrowed(self.policy.max_prompt_tokens, self.policy.max_output_tokens)
 
     @property
     def ready(self) -> bool:
@@ -178,16 +185,16 @@ class Conductor:
         arrival: Arrival | None = None,
     ) -> Request:
         """Validate and tokenize. With a token, the client comes back for the rest of its answers.
-        Without an `arrival` it has come just now. Raises InvalidRequest, ModelNotFound, Overloaded
-        or NoWorker."""
+        Without an `arrival` it has come just now. Raises InvalidRequest, ModelNotFound,
+        PermissionDenied, Overloaded or NoWorker."""
         now = asyncio.get_running_loop().time
         read_at = now()
-        received, caller = read_at, None
-        if arrival is not None:
-            received, caller = arrival.at, arrival.caller
+        arrival = arrival or Arrival(read_at)
+        received, tenant = arrival.at, arrival.tenant
         try:
-            limits = self.limits
+            limits = self.limits.narrowed(tenant.max_prompt_tokens, tenant.max_output_tokens)
             sampling = check_ask(ask, limits)
+            ask = restrict(ask, tenant)
             point = None if resume_token is None else parse_token(resume_token)
             if point is not None:
                 check_token(point, ask, len(ask.prompts) * (ask.options.n or 1))
@@ -197,7 +204,7 @@ class Conductor:
             allowed = self.policy.default_deadline_s
             key = self._make_key(ask, id_prefix) if point is None else point.key
             span = key if point is None else f"{key} {self._make_id()}"  # one for each time
-            context = begin_trace(span, caller, self.policy.trace_sample)
+            context = begin_trace(span, arrival.caller, self.policy.trace_sample)
             return build_request(
                 ask,
                 sampling,
@@ -206,7 +213,8 @@ class Conductor:
                 key=key,
                 received=received,
                 deadline=received + (allowed if timeout_s is None else min(timeout_s, allowed)),
-                tracing=Tracing(context, caller, read_at, now()),
+                tenant=tenant,
+                tracing=Tracing(context, arrival.caller, read_at, now()),
                 sent=() if point is None else point.sent,
             )
         except BatonError as error:
@@ -223,9 +231,10 @@ class Conductor:
         outcome = Cancelled.code  # what a generator that is closed early amounts to
         serving: Serving | None = None
         try:
-            with self.admission.admit(request), self.metrics.running.track_inprogress():
+            async with self._admitted(request) as spending:
                 self.live.note_begin()
                 serving = self._serve(request)
+                spending.usage = serving.taken
                 async with aclosing(serving.deltas()) as deltas:
                     async for batch in deltas:
                         yield batch
@@ -245,6 +254,13 @@ class Conductor:
                 if self._servings.get(request.key) is serving:
                     del self._servings[request.key]
                 self._note_end(request, serving, outcome)
+
+    @asynccontextmanager
+    async def _admitted(self, request: Request) -> AsyncGenerator[Spending, None]:
+        """What the tenant may take is reserved, and there is a place for the request."""
+        async with self.tenancy.reserved(request) as spending:
+            with self.admission.admit(request), self.metrics.running.track_inprogress():
+                yield spending
 
     def _serve(self, request: Request) -> Serving:
         older = self._servings.get(request.key)

@@ -77,6 +77,7 @@ class Timeline:
     asked: Asked
     grown: Callable[[Timeline, int], None]
     nbytes: int = TIMELINE_BYTES  # about
+    tenant: str = ""  # who may see it
     outcome: str = "running"
     ended_s: float | None = None
     prompt_tokens: int = 0
@@ -195,6 +196,7 @@ class Traces:
             request.tracing,
             Asked.of(request),
             self._on_growth,
+            tenant=request.tenant.name,
             prompt_tokens=request.prompt_tokens,
         )
         if (before := self._timelines.pop(request.id, None)) is not None:

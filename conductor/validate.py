@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from baton.errors import InvalidRequest, ModelNotFound
 from baton.types.request import MAX_PIN_S, SamplingParams
 from conductor.request import Answer, Ask, Chat, Options, Request, Sent, Tracing
+from conductor.tenants.tenant import ANYBODY, Tenant
 
 MAX_ANSWERS = 128
 MAX_STOP_STRINGS = 16
@@ -40,6 +41,22 @@ class Limits:
     vocab_size: int
     context: int
     remedy: str = "shorten the prompt"
+    max_prompt: int | None = None  # tokens of one prompt, where less is allowed than would fit
+    max_output: int | None = None  # the same of one answer
+
+    def narrowed(self, max_prompt: int | None, max_output: int | None) -> Limits:
+        """The smaller of both."""
+        if max_prompt is None and max_output is None:
+            return self
+        return replace(
+            self,
+            max_prompt=_least(self.max_prompt, max_prompt),
+            max_output=_least(self.max_output, max_output),
+        )
+
+
+def _least(one: int | None, other: int | None) -> int | None:
+    return min((each for each in (one, other) if each is not None), default=None)
 
 
 def quote(text: str) -> str:
@@ -122,6 +139,7 @@ def build_request(
     received: float,
     deadline: float,
     tracing: Tracing,
+    tenant: Tenant = ANYBODY,
     sent: tuple[Sent, ...] = (),
 ) -> Request:
     """Join what `check_ask` returned with the tokenized prompts. Raises InvalidRequest."""
@@ -146,6 +164,7 @@ def build_request(
         deadline=deadline,
         operation="chat" if isinstance(ask.prompts[0], Chat) else "text_completion",
         tracing=tracing,
+        tenant=tenant,
         sent=sent,
     )
 
@@ -156,6 +175,12 @@ def _fit(
     param = ask.names.get("prompt", "prompt")
     if not prompt:
         raise InvalidRequest("the prompt is empty: give at least one token", param=param)
+    if limits.max_prompt is not None and len(prompt) > limits.max_prompt:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens, at most {limits.max_prompt} are allowed here",
+            param=param,
+            code="prompt_too_long",
+        )
     room = limits.context - len(prompt)
     if room < 1:
         raise InvalidRequest(
@@ -164,8 +189,15 @@ def _fit(
             param=param,
             code="context_length_exceeded",
         )
-    wanted = sampling.max_tokens or min(room, ask.default_max_tokens or room)
     field = ask.names.get("max_tokens", "max_tokens")
+    most = room if limits.max_output is None else min(room, limits.max_output)
+    wanted = sampling.max_tokens or min(most, ask.default_max_tokens or most)
+    if limits.max_output is not None and wanted > limits.max_output:
+        raise InvalidRequest(
+            f"{field} is {wanted}, at most {limits.max_output} are allowed here",
+            param=field,
+            code="max_tokens_too_large",
+        )
     if wanted > room:
         raise InvalidRequest(
             f"{field} is {wanted}, but after a prompt of {len(prompt)} tokens only {room} of the "

@@ -427,7 +427,7 @@ async def test_api_keys_guard_what_costs() -> None:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "k1"}):
             response = await client.post("/v1/completions", json=body, headers=headers)
             assert response.status_code == 401
-            assert response.json()["error"]["code"] == "unauthenticated"
+            assert response.json()["error"]["code"] == "invalid_api_key"
         key = {"authorization": "Bearer k2"}
         assert (await client.post("/v1/completions", json=body, headers=key)).status_code == 200
         assert (await client.get("/v1/models")).status_code == 401
