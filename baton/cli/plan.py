@@ -26,6 +26,8 @@ _CONDUCTOR_FLAGS = (
     "elastic_settle",
     "otlp_endpoint",
     "trace_sample",
+    "keys",
+    "tenants",
 )
 
 

@@ -10,6 +10,7 @@ import typer
 
 _ENGINE = "Engine (default: chosen by the workers)"
 _STORE = "Routing and KV cache"
+_ACCESS = "Who may use it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +191,22 @@ class ServeOptions:
             min=0.1,
             help="With --elastic: seconds between two changes.",
             rich_help_panel=_STORE,
+        ),
+    ] = None
+    keys: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="API keys (`baton keys create TENANT --file FILE`), or `redis`.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None
+    tenants: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML: whose keys they are, and their limits.",
+            rich_help_panel=_ACCESS,
         ),
     ] = None
     store_memory_mib: Annotated[
