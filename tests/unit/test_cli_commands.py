@@ -57,6 +57,12 @@ def text_of(renderable: Any, width: int = 200) -> str:
         return console.export_text()
 
 
+def test_the_package_is_a_program() -> None:
+    command = [sys.executable, "-m", "baton", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"baton {baton.__version__}\n"
+
+
 def test_help_lists_every_command() -> None:
     result = runner.invoke(main.app, ["--help"])
     assert result.exit_code == 0

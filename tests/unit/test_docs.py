@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.docs import grpc_reference, http_reference
+from tools.docs import config_reference, grpc_reference, http_reference
 from tools.docs.__main__ import main
 from tools.docs.blocks import fill
-from tools.docs.config_reference import BLOCKS
 from tools.docs.links import broken_links
 from tools.docs.markdown import anchors, links, replace_links
 
@@ -68,13 +67,13 @@ def test_a_page_without_its_blocks_is_an_error(page: str) -> None:
 
 
 def test_options_are_told_with_variable_default_and_choices() -> None:
-    conductor = BLOCKS["conductor"]().splitlines()
+    conductor = config_reference.BLOCKS["conductor"]().splitlines()
     assert "| `--port` | `BATON_PORT` | `8000` | port of HTTP; 0 = any free one |" in conductor
     [policy] = [line for line in conductor if "`--policy`" in line]
     assert "`cache-aware` | how workers are chosen: `random`" in policy
-    assert "--role" in BLOCKS["elastic"]()
-    assert "--listen" not in BLOCKS["elastic"]()
-    assert "| `--try` |" in BLOCKS["serve"]()
+    assert "--role" in config_reference.BLOCKS["elastic"]()
+    assert "--listen" not in config_reference.BLOCKS["elastic"]()
+    assert "| `--try` |" in config_reference.BLOCKS["serve"]()
 
 
 def test_fields_of_http_are_told_with_types_and_ranges() -> None:
@@ -99,6 +98,16 @@ def test_messages_of_grpc_are_told_with_the_comments_of_their_fields() -> None:
     assert "| 9 | `cache_pin_s` | optional double | Keep the prompt's KV" in public
     assert "### service Handoff\n\nServed by prefill workers" in internal
     assert "| 2 | `ROLE_DECODE` |" in internal
+
+
+def test_who_comes_from_vllm_is_told_of_flags_that_there_are() -> None:
+    text = (ROOT / "docs/migrate-from-vllm.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    told = {flag for row in rows for flag in re.findall(r"`(--[a-z-]+)", row[2])}
+    known = set(re.findall(r"`(--[a-z-]+)`", config_reference.of_serve()))
+    known |= {flag.replace("--", "--no-", 1) for flag in known}
+    assert len(told) > 10
+    assert told <= known
 
 
 def test_links_in_code_are_none() -> None:
