@@ -27,7 +27,9 @@ function show(look) {
   last = look;
   prompts.model = look.model;
   setText(byId("model"), look.model);
-  setText(byId("cluster-state"), stateOf(look));
+  const [state, words] = stateOf(look);
+  byId("cluster-state").dataset.state = state;
+  setText(byId("cluster-state"), words);
   document.title = `${look.model} – baton`;
   figures.show(look, period());
   fleet.show(look);
@@ -35,8 +37,8 @@ function show(look) {
 }
 
 function stateOf(look) {
-  if (look.conductors[0].state === "draining") return "◐ draining";
-  return look.ready ? "● ready" : "▲ no worker can answer";
+  if (look.conductors[0].state === "draining") return ["draining", "◐ draining"];
+  return look.ready ? ["ready", "● ready"] : ["unable", "✕ no worker can answer"];
 }
 
 function showConnection(state, why) {

@@ -4,6 +4,7 @@ import { byId, h, keyed, setAttribute, setText } from "./dom.js";
 import { FlowMap } from "./flows.js";
 import * as format from "./format.js";
 
+const MANY = 6; // cards of a pool, from where on they are small
 const BLOCK_STATES = ["active", "leased", "quarantined", "cached", "free"];
 const TIER_NAMES = { cpu: "memory", nvme: "NVMe" };
 const ICONS = { live: "●", joining: "◌", draining: "◐", suspect: "▲", dead: "✕" };
@@ -34,6 +35,7 @@ export class Fleet {
     setText(byId("decode-title"), split ? "Decode" : "Prefill and decode");
     for (const role of ["prefill", "decode"]) {
       const members = workers.filter((worker) => worker.role === role);
+      byId(role).classList.toggle("many", members.length > MANY);
       keyed(byId(role), members, (each) => each.name, workerCard, showWorker);
     }
     byId("store-pool").hidden = stores.length === 0;

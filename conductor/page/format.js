@@ -4,7 +4,7 @@ const NONE = "–";
 
 export function duration(seconds) {
   if (seconds === null || seconds === undefined) return NONE;
-  if (seconds < 0.01) return `${(seconds * 1e3).toFixed(2)} ms`;
+  if (seconds < 0.01) return `${Number((seconds * 1e3).toFixed(2))} ms`;
   if (seconds < 1) return `${significant(seconds * 1e3)} ms`;
   if (seconds < 120) return `${significant(seconds)} s`;
   return `${Math.round(seconds / 60)} min`;

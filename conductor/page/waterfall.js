@@ -4,6 +4,8 @@ import { h } from "./dom.js";
 import * as format from "./format.js";
 
 const COLOURS = 5; // classes `c0` … of sources
+// Of stages: what the conductor does, what waits, what loads, what computes, the way back.
+const STAGES = { queue: 3, adopt: 3, prefix_load: 4, prefill: 1, return: 2, deliver: 2, retries: 5 };
 
 /** Of the answer of `GET /trace/ID`. */
 export function waterfall(trace) {
@@ -28,7 +30,7 @@ function row(span, begin, end, colour) {
   const when = `begins after ${format.duration(span.start_s - begin)}`;
   return h("tr", {},
     h("td", {}, span.source),
-    h("td", {}, span.name),
+    h("td", {}, words(span.name)),
     h("td", { class: "when" }, h("div", { class: "track", role: "img", "aria-label": when, title: when }, bar)),
     h("td", { class: "number" }, format.duration(span.end_s - span.start_s)));
 }
@@ -46,18 +48,30 @@ function texts(trace) {
   return lines;
 }
 
-/** Where the time to the first token went, when the conductor says it. */
+/** Where the time to the first token went, and what the second one waited for. */
 function stages(trace) {
-  const parts = (trace.ttft_stages ?? []).filter((stage) => stage.seconds > 0);
+  const parts = trace.ttft_stages.filter((stage) => stage.seconds > 0);
   const total = parts.reduce((sum, stage) => sum + stage.seconds, 0);
   if (total === 0) return [];
   const bar = h("div", { class: "stages", "aria-hidden": "true" });
-  const words = h("ol", { class: "stage-names", "aria-label": "Time to the first token, by stage" });
-  parts.forEach((stage, at) => {
-    const piece = h("span", { class: `c${at % COLOURS}` });
+  const names = h("ol", { class: "stage-names", "aria-label": "Time to the first token, by stage" });
+  for (const stage of parts) {
+    const colour = { class: `c${STAGES[stage.name] ?? 0}` };
+    const piece = h("span", colour);
     piece.style.flexGrow = stage.seconds / total;
     bar.append(piece);
-    words.append(h("li", { class: `c${at % COLOURS}` }, `${stage.name} ${format.duration(stage.seconds)}`));
-  });
-  return [h("p", {}, `TTFT ${format.duration(total)}`), bar, words];
+    names.append(h("li", colour, told(stage)));
+  }
+  const second = trace.second_token_stages.map(told).join(" · ");
+  const title = trace.ttft_s === null ? "No token so far" : `TTFT ${format.duration(trace.ttft_s)}`;
+  const more = second === "" ? [] : [h("p", { class: "hint" }, `The second token: ${second}`)];
+  return [h("p", {}, title), bar, names, ...more];
+}
+
+function told(stage) {
+  return `${words(stage.name)} ${format.duration(stage.seconds)}`;
+}
+
+function words(name) {
+  return name.replaceAll("_", " ");
 }
