@@ -6,7 +6,9 @@ import logging
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import accumulate
 from typing import TextIO
 
@@ -24,15 +26,30 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from baton import __version__
+from baton.types.trace import TraceContext
 
 LEVELS = ("debug", "info", "warning", "error")
+
+_trace: ContextVar[TraceContext | None] = ContextVar("trace", default=None)
+
+
+@contextmanager
+def traced(context: TraceContext | None) -> Iterator[None]:
+    """What is logged meanwhile, and by tasks that are made meanwhile, says the trace's id."""
+    before = _trace.set(context)
+    try:
+        yield
+    finally:
+        _trace.reset(before)
+
 
 # Twice as many series, for what the first scrape after a restart shows as well.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class LineFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.123Z INFO decode-0 baton.worker: message`, tracebacks included."""
+    """`2026-01-31T12:00:00.123Z INFO decode-0 baton.worker: message`, tracebacks included; behind
+    it the trace that it is about, if there is one: `trace=0af7651916cd43dd8448eb211c80319c`."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -45,6 +62,8 @@ class LineFormatter(logging.Formatter):
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         line = text.replace("\r", "").replace("\n", " | ")
+        if (context := _trace.get()) is not None:
+            line = f"{line} trace={context.trace_id}"
         return f"{stamp} {record.levelname} {self._process} {record.name}: {line}"
 
 

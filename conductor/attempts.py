@@ -107,6 +107,7 @@ class Attempts:
             cache_salt=request.cache_salt,
             cache_pin_s=request.cache_pin_s,
             slack_s=decision.chosen.slack_s,
+            trace=request.tracing.of_attempt(run.attempt),
         )
         self._place(task.attempt, *peers(decision))
         worker = (decision.prefill or decision.decode).info.name

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from baton.errors import BatonError, InternalError
+from baton.telemetry import traced
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
 from conductor.event_stream import EventStream
@@ -43,10 +44,11 @@ class GenerationResponse(Response):
         self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await until_gone(receive, self._run(scope, receive, send))
-        except TimeoutError:
-            log.warning("request %s: the client did not read its answer", self._request.id)
+        with traced(self._request.tracing.context):
+            try:
+                await until_gone(receive, self._run(scope, receive, send))
+            except TimeoutError:
+                log.warning("request %s: the client did not read its answer", self._request.id)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with (

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from baton.types.request import SamplingParams
+from baton.types.request import AttemptId, SamplingParams
 from baton.types.trace import TraceContext, span_id_of, trace_id_of
 from conductor.tenants.tenant import ANYBODY, Tenant
 
@@ -107,6 +107,10 @@ class Tracing:
     caller: TraceContext | None
     read_at: float
     tokenized_at: float
+
+    def of_attempt(self, attempt: AttemptId) -> TraceContext:
+        """What travels to an attempt's workers."""
+        return self.context.child(str(attempt))
 
     @property
     def exemplar(self) -> str | None:

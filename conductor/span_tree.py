@@ -66,19 +66,15 @@ def span_tree(timeline: Timeline) -> tuple[TreeSpan, ...]:
             spans.append(_part(own, root))
     before = ""
     for attempt, record in timeline.attempts.items():
-        context = attempt_context(root, attempt)
-        spans.append(_attempt(attempt, record, root, before, ended_s))
+        context = timeline.tracing.of_attempt(attempt)
+        attempt_span = _attempt(attempt, record, context, before, ended_s)
+        spans.append(replace(attempt_span, parent_id=root.span_id))
         if attempt == timeline.first_by:
             between = [stages[name] for name in (DISPATCH, RETURN) if name in stages]
             spans += [_part(Span(s.name, s.start_s, s.end_s), context) for s in between]
         spans += _of_workers(timeline, attempt, record, context)
         before = context.span_id
     return tuple(spans)
-
-
-def attempt_context(root: TraceContext, attempt: AttemptId) -> TraceContext:
-    """What travels to an attempt's workers."""
-    return root.child(str(attempt))
 
 
 def _root(timeline: Timeline, ended_s: float) -> TreeSpan:
@@ -123,7 +119,7 @@ def _gen_ai(timeline: Timeline) -> dict[str, Value]:
 
 
 def _attempt(
-    attempt: AttemptId, record: AttemptRecord, root: TraceContext, before: str, ended_s: float
+    attempt: AttemptId, record: AttemptRecord, own: TraceContext, before: str, ended_s: float
 ) -> TreeSpan:
     failed = record.ended not in (None, "complete")
     code = (record.ended or "").partition(":")[0] if failed else ""
@@ -142,8 +138,8 @@ def _attempt(
             attributes["baton.prefill.worker"] = decision.prefill.info.name
     return TreeSpan(
         f"attempt {attempt.number}",
-        attempt_context(root, attempt).span_id,
-        root.span_id,
+        own.span_id,
+        "",
         record.sent_s,
         record.ended_s if record.ended_s is not None else ended_s,
         attributes | ({"error.type": code} if code else {}),

@@ -103,7 +103,7 @@ class Intake:
             )
             return Place(reserved.blocks, reserved.cached)
 
-        return await self._reader.fetch(task.attempt, peer, reserve, limit_s)
+        return await self._reader.fetch(task.attempt, peer, reserve, limit_s, task.trace)
 
     def _admit(self, task: GenerationTask, fetched: Fetched) -> None:
         """The engine owns the blocks afterwards, or they are free again."""
@@ -116,7 +116,13 @@ class Intake:
             if task.timeout_s is not None and task.timeout_s <= 0:
                 raise DeadlineExceeded("the deadline passed while KV was handed over")
             self._begun(task.attempt, prefilled.first)  # first: admitting may end it
-            self._engine.admit(task, fetched.blocks, prefilled.first, prefilled.cached_tokens)
+            self._engine.admit(
+                task,
+                fetched.blocks,
+                prefilled.first,
+                prefilled.cached_tokens,
+                fetched.stats.spans(),
+            )
         except BaseException:
             self._engine.unreserve(task.attempt)  # every read has ended: nothing writes to them
             raise

@@ -42,6 +42,7 @@ from baton.types.request import (
     FinishReason,
     GenerationTask,
     SampledToken,
+    Span,
     WireError,
 )
 
@@ -215,10 +216,11 @@ class Engine:
         blocks: tuple[int, ...],
         first: SampledToken,
         cached_tokens: int = 0,
+        spans: tuple[Span, ...] = (),
     ) -> None:
         """Go on after `first`, with the KV of everything before it in the attempt's reserved
         blocks, which belong to the sequence from here on. `first` itself is not reported again.
-        The task's `timeout_s` counts from now.
+        The task's `timeout_s` counts from now. `spans`, in loop time, tell how the KV came.
 
         Raises StaleAttempt when the reservation has gone or was cancelled, and InternalError for KV
         or a first token that cannot be meant.
@@ -236,6 +238,7 @@ class Engine:
         del self._reservations[task.attempt]
         sequence = self._sequence(reservation.number, task, hand_off=False)
         sequence.started_at = sequence.submitted_at
+        sequence.brought = spans
         sequence.append(first, sequence.submitted_at)
         self._scheduler.admit(sequence, reservation, cached_tokens)
         self._track(sequence)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.engine.batch import SampleRequest
 from baton.errors import BatonError, InternalError
@@ -54,6 +54,7 @@ class Sequence:
     __slots__ = (
         "arrived_at",
         "blocks",
+        "brought",
         "cached_tokens",
         "coming",
         "computed",
@@ -123,6 +124,7 @@ class Sequence:
         self.early_at: float | None = None  # when its first step began, if that was before
         self.first_token_at: float | None = None
         self.second_token_at: float | None = None
+        self.brought: tuple[Span, ...] = ()  # how its KV came from a prefill worker; loop time
 
     @property
     def remaining(self) -> int:
@@ -185,17 +187,32 @@ class Sequence:
         begins where the one before it ends; a prefill that did not wait for all KV begins earlier,
         and the first step of decoding is a part of it.
         """
+        told = self.brought if self.brought else self._until_first_token(now)
+        if self.first_token_at is not None:
+            if self.hand_off:
+                told += (Span("handoff", self.first_token_at, now),)
+            else:
+                told += (Span("decode", self.first_token_at, now, (("tokens", self.num_output),)),)
+            if self.second_token_at is not None:
+                told += (Span("first_step", self.first_token_at, self.second_token_at),)
+        return tuple(
+            replace(span, start_s=span.start_s + unix_offset, end_s=span.end_s + unix_offset)
+            for span in told
+        )
+
+    def _until_first_token(self, now: float) -> tuple[Span, ...]:
         marks = [("queue", self.submitted_at)]
         if self.started_at is not None:
             marks.append(("prefill", self.started_at))
             if self.arrived_at is not None:
                 marks[-1:] = [("fetch", self.started_at), ("prefill", self.arrived_at)]
-        if self.first_token_at is not None:
-            marks.append(("handoff" if self.hand_off else "decode", self.first_token_at))
-        ends = [start for _, start in marks[1:]] + [now]
+        until = self.first_token_at if self.first_token_at is not None else now
+        ends = [start for _, start in marks[1:]] + [until]
         if self.early_at is not None:
             marks = [(n, self.early_at if n == "prefill" else start) for n, start in marks]
-        stretches = [(name, start, end) for (name, start), end in zip(marks, ends, strict=True)]
-        if self.first_token_at is not None and self.second_token_at is not None:
-            stretches.append(("first_step", self.first_token_at, self.second_token_at))
-        return tuple(Span(n, start + unix_offset, end + unix_offset) for n, start, end in stretches)
+        given = len(self.task.prompt) + len(self.task.output)
+        done = (("tokens", given - self.cached_tokens), ("cached_tokens", self.cached_tokens))
+        return tuple(
+            Span(name, start, end, done if name == "prefill" else ())
+            for (name, start), end in zip(marks, ends, strict=True)
+        )

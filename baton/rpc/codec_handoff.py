@@ -13,6 +13,8 @@ from baton.rpc.codec_request import (
     error_to_pb,
     token_from_pb,
     token_to_pb,
+    trace_from_pb,
+    trace_to_pb,
 )
 from baton.types.handoff import (
     Abort,
@@ -35,8 +37,9 @@ def decode_to_pb(value: DecodeMessage) -> pb.DecodeMessage:
     match value:
         case Hello():
             return pb.DecodeMessage(hello=_hello_to_pb(value))
-        case Attach(attempt):
-            return pb.DecodeMessage(attach=pb.Attach(attempt=attempt_to_pb(attempt)))
+        case Attach(attempt, trace):
+            attach = pb.Attach(attempt=attempt_to_pb(attempt), trace=trace_to_pb(trace))
+            return pb.DecodeMessage(attach=attach)
         case Renew(attempts):
             renew = pb.Renew(attempts=[attempt_to_pb(attempt) for attempt in attempts])
             return pb.DecodeMessage(renew=renew)
@@ -55,7 +58,8 @@ def decode_from_pb(message: pb.DecodeMessage) -> DecodeMessage:
         case "hello":
             return _hello_from_pb(message.hello)
         case "attach":
-            return Attach(attempt_from_pb(message.attach.attempt))
+            attach = message.attach
+            return Attach(attempt_from_pb(attach.attempt), trace_from_pb(attach))
         case "renew":
             return Renew(tuple(attempt_from_pb(attempt) for attempt in message.renew.attempts))
         case "release":

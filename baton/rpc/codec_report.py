@@ -165,11 +165,19 @@ def _finish_to_pb(value: Finish) -> pb.Finish:
         reason=_REASONS[value.reason],
         error=None if value.error is None else error_to_pb(value.error),
         cached_tokens=value.cached_tokens,
-        spans=[
-            pb.Span(name=span.name, start_s=span.start_s, end_s=span.end_s) for span in value.spans
-        ],
+        spans=[_span_to_pb(span) for span in value.spans],
         prefill_s=value.prefill_s,
     )
+
+
+def _span_to_pb(value: Span) -> pb.Span:
+    counts = [pb.SpanCount(name=name, value=count) for name, count in value.counts]
+    return pb.Span(name=value.name, start_s=value.start_s, end_s=value.end_s, counts=counts)
+
+
+def _span_from_pb(message: pb.Span) -> Span:
+    counts = tuple((count.name, count.value) for count in message.counts)
+    return Span(message.name, message.start_s, message.end_s, counts)
 
 
 def _finish_from_pb(message: pb.Finish) -> Finish:
@@ -179,6 +187,6 @@ def _finish_from_pb(message: pb.Finish) -> Finish:
         _REASONS_BACK[message.reason],
         error_from_pb(message.error) if message.HasField("error") else None,
         message.cached_tokens,
-        tuple(Span(span.name, span.start_s, span.end_s) for span in message.spans),
+        tuple(_span_from_pb(span) for span in message.spans),
         message.prefill_s,
     )

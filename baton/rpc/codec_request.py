@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from baton.types.request import (
     AttemptId,
@@ -12,6 +13,7 @@ from baton.types.request import (
     TokenLogprob,
     WireError,
 )
+from baton.types.trace import TraceContext
 from baton.v1 import common_pb2 as pb
 
 
@@ -21,6 +23,22 @@ def attempt_to_pb(value: AttemptId) -> pb.AttemptId:
 
 def attempt_from_pb(message: pb.AttemptId) -> AttemptId:
     return AttemptId(message.request_id, message.number)
+
+
+def trace_to_pb(value: TraceContext | None) -> pb.TraceContext | None:
+    if value is None:
+        return None
+    return pb.TraceContext(
+        trace_id=value.trace_id, span_id=value.span_id, sampled=value.sampled, state=value.state
+    )
+
+
+def trace_from_pb(message: Any) -> TraceContext | None:
+    """Of a message that may have one."""
+    if not message.HasField("trace"):
+        return None
+    trace = message.trace
+    return TraceContext(trace.trace_id, trace.span_id, trace.sampled, trace.state)
 
 
 def sampling_to_pb(value: SamplingParams) -> pb.SamplingParams:
@@ -72,6 +90,7 @@ def task_to_pb(value: GenerationTask) -> pb.GenerationTask:
         cache_salt=value.cache_salt,
         cache_pin_s=value.cache_pin_s,
         slack_s=value.slack_s,
+        trace=trace_to_pb(value.trace),
     )
 
 
@@ -86,6 +105,7 @@ def task_from_pb(message: pb.GenerationTask) -> GenerationTask:
         cache_salt=message.cache_salt,
         cache_pin_s=message.cache_pin_s if message.HasField("cache_pin_s") else None,
         slack_s=message.slack_s,
+        trace=trace_from_pb(message),
     )
 
 

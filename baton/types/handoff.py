@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from baton.types.fleet import KvLayout
 from baton.types.request import AttemptId, SampledToken, WireError
+from baton.types.trace import TraceContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Hello:
 @dataclass(frozen=True, slots=True)
 class Attach:
     attempt: AttemptId
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from baton.types.trace import TraceContext
+
 MAX_PIN_S = 86_400.0  # a day
 
 
@@ -70,6 +72,7 @@ class GenerationTask:
     cache_salt: str = ""
     cache_pin_s: float | None = None  # keep the prompt's KV in the store that long; up to MAX_PIN_S
     slack_s: float = 0.0  # later than it came its prompt is due: who is due sooner goes first
+    trace: TraceContext | None = None  # of the attempt: what is done for it belongs there
 
 
 @dataclass(frozen=True, slots=True)

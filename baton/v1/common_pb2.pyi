@@ -52,6 +52,18 @@ class AttemptId(_message.Message):
     number: int
     def __init__(self, request_id: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
+class TraceContext(_message.Message):
+    __slots__ = ("trace_id", "span_id", "sampled", "state")
+    TRACE_ID_FIELD_NUMBER: _ClassVar[int]
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    trace_id: str
+    span_id: str
+    sampled: bool
+    state: str
+    def __init__(self, trace_id: _Optional[str] = ..., span_id: _Optional[str] = ..., sampled: _Optional[bool] = ..., state: _Optional[str] = ...) -> None: ...
+
 class LogitBias(_message.Message):
     __slots__ = ("token_id", "bias")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -93,7 +105,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class GenerationTask(_message.Message):
-    __slots__ = ("attempt", "prompt", "sampling", "output", "priority", "timeout_s", "cache_salt", "cache_pin_s", "slack_s")
+    __slots__ = ("attempt", "prompt", "sampling", "output", "priority", "timeout_s", "cache_salt", "cache_pin_s", "slack_s", "trace")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +115,7 @@ class GenerationTask(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     CACHE_PIN_S_FIELD_NUMBER: _ClassVar[int]
     SLACK_S_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     attempt: AttemptId
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
@@ -112,7 +125,8 @@ class GenerationTask(_message.Message):
     cache_salt: str
     cache_pin_s: float
     slack_s: float
-    def __init__(self, attempt: _Optional[_Union[AttemptId, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., output: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., cache_pin_s: _Optional[float] = ..., slack_s: _Optional[float] = ...) -> None: ...
+    trace: TraceContext
+    def __init__(self, attempt: _Optional[_Union[AttemptId, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., output: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., cache_pin_s: _Optional[float] = ..., slack_s: _Optional[float] = ..., trace: _Optional[_Union[TraceContext, _Mapping]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("logprob", "top_ids", "top_logprobs")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/v1/handoff.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\xa8\x01\n\x05Hello\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\"\n\x06layout\x18\x03 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x05 \x01(\x0c\x12\x13\n\x0blease_ttl_s\x18\x06 \x01(\x01\x12\x1c\n\x14\x65xpected_incarnation\x18\x07 \x01(\t\".\n\x06\x41ttach\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\".\n\x05Renew\x12%\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32\x13.baton.v1.AttemptId\"?\n\x07Release\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"=\n\x05\x41\x62ort\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xc7\x01\n\rDecodeMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12\"\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x10.baton.v1.AttachH\x00\x12 \n\x05renew\x18\x03 \x01(\x0b\x32\x0f.baton.v1.RenewH\x00\x12$\n\x07release\x18\x04 \x01(\x0b\x32\x11.baton.v1.ReleaseH\x00\x12 \n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x0f.baton.v1.AbortH\x00\x42\x06\n\x04kind\"\x8c\x01\n\x06Ranges\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x13\n\x0blayer_begin\x18\x04 \x01(\r\x12\x11\n\tlayer_end\x18\x05 \x01(\r\x12\x0f\n\x07\x64igests\x18\x06 \x03(\x0c\"\x83\x01\n\tPrefilled\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12%\n\x05\x66irst\x18\x02 \x01(\x0b\x32\x16.baton.v1.SampledToken\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\"0\n\x08Released\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\"/\n\x07\x45xpired\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\"S\n\x07Refused\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\"\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x13.baton.v1.WireError\"\xfc\x01\n\x0ePrefillMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12\"\n\x06ranges\x18\x02 \x01(\x0b\x32\x10.baton.v1.RangesH\x00\x12(\n\tprefilled\x18\x03 \x01(\x0b\x32\x13.baton.v1.PrefilledH\x00\x12&\n\x08released\x18\x04 \x01(\x0b\x32\x12.baton.v1.ReleasedH\x00\x12$\n\x07\x65xpired\x18\x05 \x01(\x0b\x32\x11.baton.v1.ExpiredH\x00\x12$\n\x07refused\x18\x06 \x01(\x0b\x32\x11.baton.v1.RefusedH\x00\x42\x06\n\x04kind2H\n\x07Handoff\x12=\n\x04Pair\x12\x17.baton.v1.DecodeMessage\x1a\x18.baton.v1.PrefillMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/v1/handoff.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\xa8\x01\n\x05Hello\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\"\n\x06layout\x18\x03 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x05 \x01(\x0c\x12\x13\n\x0blease_ttl_s\x18\x06 \x01(\x01\x12\x1c\n\x14\x65xpected_incarnation\x18\x07 \x01(\t\"U\n\x06\x41ttach\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12%\n\x05trace\x18\x02 \x01(\x0b\x32\x16.baton.v1.TraceContext\".\n\x05Renew\x12%\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32\x13.baton.v1.AttemptId\"?\n\x07Release\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"=\n\x05\x41\x62ort\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xc7\x01\n\rDecodeMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12\"\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x10.baton.v1.AttachH\x00\x12 \n\x05renew\x18\x03 \x01(\x0b\x32\x0f.baton.v1.RenewH\x00\x12$\n\x07release\x18\x04 \x01(\x0b\x32\x11.baton.v1.ReleaseH\x00\x12 \n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x0f.baton.v1.AbortH\x00\x42\x06\n\x04kind\"\x8c\x01\n\x06Ranges\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x13\n\x0blayer_begin\x18\x04 \x01(\r\x12\x11\n\tlayer_end\x18\x05 \x01(\r\x12\x0f\n\x07\x64igests\x18\x06 \x03(\x0c\"\x83\x01\n\tPrefilled\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12%\n\x05\x66irst\x18\x02 \x01(\x0b\x32\x16.baton.v1.SampledToken\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\"0\n\x08Released\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\"/\n\x07\x45xpired\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\"S\n\x07Refused\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\"\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x13.baton.v1.WireError\"\xfc\x01\n\x0ePrefillMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12\"\n\x06ranges\x18\x02 \x01(\x0b\x32\x10.baton.v1.RangesH\x00\x12(\n\tprefilled\x18\x03 \x01(\x0b\x32\x13.baton.v1.PrefilledH\x00\x12&\n\x08released\x18\x04 \x01(\x0b\x32\x12.baton.v1.ReleasedH\x00\x12$\n\x07\x65xpired\x18\x05 \x01(\x0b\x32\x11.baton.v1.ExpiredH\x00\x12$\n\x07refused\x18\x06 \x01(\x0b\x32\x11.baton.v1.RefusedH\x00\x42\x06\n\x04kind2H\n\x07Handoff\x12=\n\x04Pair\x12\x17.baton.v1.DecodeMessage\x1a\x18.baton.v1.PrefillMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,27 +35,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=60
   _globals['_HELLO']._serialized_end=228
   _globals['_ATTACH']._serialized_start=230
-  _globals['_ATTACH']._serialized_end=276
-  _globals['_RENEW']._serialized_start=278
-  _globals['_RENEW']._serialized_end=324
-  _globals['_RELEASE']._serialized_start=326
-  _globals['_RELEASE']._serialized_end=389
-  _globals['_ABORT']._serialized_start=391
-  _globals['_ABORT']._serialized_end=452
-  _globals['_DECODEMESSAGE']._serialized_start=455
-  _globals['_DECODEMESSAGE']._serialized_end=654
-  _globals['_RANGES']._serialized_start=657
-  _globals['_RANGES']._serialized_end=797
-  _globals['_PREFILLED']._serialized_start=800
-  _globals['_PREFILLED']._serialized_end=931
-  _globals['_RELEASED']._serialized_start=933
-  _globals['_RELEASED']._serialized_end=981
-  _globals['_EXPIRED']._serialized_start=983
-  _globals['_EXPIRED']._serialized_end=1030
-  _globals['_REFUSED']._serialized_start=1032
-  _globals['_REFUSED']._serialized_end=1115
-  _globals['_PREFILLMESSAGE']._serialized_start=1118
-  _globals['_PREFILLMESSAGE']._serialized_end=1370
-  _globals['_HANDOFF']._serialized_start=1372
-  _globals['_HANDOFF']._serialized_end=1444
+  _globals['_ATTACH']._serialized_end=315
+  _globals['_RENEW']._serialized_start=317
+  _globals['_RENEW']._serialized_end=363
+  _globals['_RELEASE']._serialized_start=365
+  _globals['_RELEASE']._serialized_end=428
+  _globals['_ABORT']._serialized_start=430
+  _globals['_ABORT']._serialized_end=491
+  _globals['_DECODEMESSAGE']._serialized_start=494
+  _globals['_DECODEMESSAGE']._serialized_end=693
+  _globals['_RANGES']._serialized_start=696
+  _globals['_RANGES']._serialized_end=836
+  _globals['_PREFILLED']._serialized_start=839
+  _globals['_PREFILLED']._serialized_end=970
+  _globals['_RELEASED']._serialized_start=972
+  _globals['_RELEASED']._serialized_end=1020
+  _globals['_EXPIRED']._serialized_start=1022
+  _globals['_EXPIRED']._serialized_end=1069
+  _globals['_REFUSED']._serialized_start=1071
+  _globals['_REFUSED']._serialized_end=1154
+  _globals['_PREFILLMESSAGE']._serialized_start=1157
+  _globals['_PREFILLMESSAGE']._serialized_end=1409
+  _globals['_HANDOFF']._serialized_start=1411
+  _globals['_HANDOFF']._serialized_end=1483
 # @@protoc_insertion_point(module_scope)

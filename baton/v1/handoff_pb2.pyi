@@ -26,10 +26,12 @@ class Hello(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., transport: _Optional[str] = ..., endpoint: _Optional[bytes] = ..., lease_ttl_s: _Optional[float] = ..., expected_incarnation: _Optional[str] = ...) -> None: ...
 
 class Attach(_message.Message):
-    __slots__ = ("attempt",)
+    __slots__ = ("attempt", "trace")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     attempt: _common_pb2.AttemptId
-    def __init__(self, attempt: _Optional[_Union[_common_pb2.AttemptId, _Mapping]] = ...) -> None: ...
+    trace: _common_pb2.TraceContext
+    def __init__(self, attempt: _Optional[_Union[_common_pb2.AttemptId, _Mapping]] = ..., trace: _Optional[_Union[_common_pb2.TraceContext, _Mapping]] = ...) -> None: ...
 
 class Renew(_message.Message):
     __slots__ = ("attempts",)

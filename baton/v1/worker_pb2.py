@@ -26,15 +26,15 @@ from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 from baton.v1 import fleet_pb2 as baton_dot_v1_dot_fleet__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\x1a\x14\x62\x61ton/v1/fleet.proto\"r\n\tFetchPart\x12\x1e\n\x06source\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Peer\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x1c\n\x04tier\x18\x04 \x01(\x0e\x32\x0e.baton.v1.Tier\"Z\n\x0cStartPrefill\x12&\n\x04task\x18\x01 \x01(\x0b\x32\x18.baton.v1.GenerationTask\x12\"\n\x05\x66\x65tch\x18\x02 \x03(\x0b\x32\x13.baton.v1.FetchPart\"z\n\x0bStartDecode\x12&\n\x04task\x18\x01 \x01(\x0b\x32\x18.baton.v1.GenerationTask\x12\x1f\n\x07prefill\x18\x02 \x01(\x0b\x32\x0e.baton.v1.Peer\x12\"\n\x05\x66\x65tch\x18\x03 \x03(\x0b\x32\x13.baton.v1.FetchPart\"-\n\x05\x41\x64opt\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\">\n\x06\x43\x61ncel\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x07\n\x05\x44rain\"\x08\n\x06Resync\"\'\n\x07SetRole\x12\x1c\n\x04role\x18\x01 \x01(\x0e\x32\x0e.baton.v1.Role\"\xad\x02\n\x10\x43onductorMessage\x12/\n\rstart_prefill\x18\x01 \x01(\x0b\x32\x16.baton.v1.StartPrefillH\x00\x12-\n\x0cstart_decode\x18\x02 \x01(\x0b\x32\x15.baton.v1.StartDecodeH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x12 \n\x05\x64rain\x18\x04 \x01(\x0b\x32\x0f.baton.v1.DrainH\x00\x12\"\n\x06resync\x18\x05 \x01(\x0b\x32\x10.baton.v1.ResyncH\x00\x12 \n\x05\x61\x64opt\x18\x06 \x01(\x0b\x32\x0f.baton.v1.AdoptH\x00\x12%\n\x08set_role\x18\x07 \x01(\x0b\x32\x11.baton.v1.SetRoleH\x00\x42\x06\n\x04kind\"4\n\x04Span\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07start_s\x18\x02 \x01(\x01\x12\r\n\x05\x65nd_s\x18\x03 \x01(\x01\"\x9d\x01\n\x06\x46inish\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\"\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x13.baton.v1.WireError\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1d\n\x05spans\x18\x04 \x03(\x0b\x32\x0e.baton.v1.Span\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\"\x7f\n\rAttemptOutput\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.baton.v1.SampledToken\x12 \n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.baton.v1.Finish\"\xb3\x01\n\nStepReport\x12(\n\x07outputs\x18\x01 \x03(\x0b\x32\x17.baton.v1.AttemptOutput\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\x12\"\n\x05named\x18\x03 \x03(\x0b\x32\x13.baton.v1.AttemptId\x12\x0f\n\x07numbers\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x0f\n\x07indices\x18\x06 \x03(\r\"X\n\x08KvEvents\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x1c\n\x04tier\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Tier\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x01(\x0c\x12\x0f\n\x07removed\x18\x04 \x01(\x0c\"e\n\nKvSnapshot\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x1c\n\x04tier\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Tier\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\r\n\x05\x66irst\x18\x04 \x01(\x08\x12\x0c\n\x04last\x18\x05 \x01(\x08\"\x9a\x01\n\rWorkerMessage\x12+\n\x0bstep_report\x18\x01 \x01(\x0b\x32\x14.baton.v1.StepReportH\x00\x12\'\n\tkv_events\x18\x02 \x01(\x0b\x32\x12.baton.v1.KvEventsH\x00\x12+\n\x0bkv_snapshot\x18\x03 \x01(\x0b\x32\x14.baton.v1.KvSnapshotH\x00\x42\x06\n\x04kind*\xb3\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1c\n\x18\x46INISH_REASON_HANDED_OFF\x10\x05\x32I\n\x06Worker\x12?\n\x04Link\x12\x1a.baton.v1.ConductorMessage\x1a\x17.baton.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\x1a\x14\x62\x61ton/v1/fleet.proto\"r\n\tFetchPart\x12\x1e\n\x06source\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Peer\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x1c\n\x04tier\x18\x04 \x01(\x0e\x32\x0e.baton.v1.Tier\"Z\n\x0cStartPrefill\x12&\n\x04task\x18\x01 \x01(\x0b\x32\x18.baton.v1.GenerationTask\x12\"\n\x05\x66\x65tch\x18\x02 \x03(\x0b\x32\x13.baton.v1.FetchPart\"z\n\x0bStartDecode\x12&\n\x04task\x18\x01 \x01(\x0b\x32\x18.baton.v1.GenerationTask\x12\x1f\n\x07prefill\x18\x02 \x01(\x0b\x32\x0e.baton.v1.Peer\x12\"\n\x05\x66\x65tch\x18\x03 \x03(\x0b\x32\x13.baton.v1.FetchPart\"-\n\x05\x41\x64opt\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\">\n\x06\x43\x61ncel\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x07\n\x05\x44rain\"\x08\n\x06Resync\"\'\n\x07SetRole\x12\x1c\n\x04role\x18\x01 \x01(\x0e\x32\x0e.baton.v1.Role\"\xad\x02\n\x10\x43onductorMessage\x12/\n\rstart_prefill\x18\x01 \x01(\x0b\x32\x16.baton.v1.StartPrefillH\x00\x12-\n\x0cstart_decode\x18\x02 \x01(\x0b\x32\x15.baton.v1.StartDecodeH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x12 \n\x05\x64rain\x18\x04 \x01(\x0b\x32\x0f.baton.v1.DrainH\x00\x12\"\n\x06resync\x18\x05 \x01(\x0b\x32\x10.baton.v1.ResyncH\x00\x12 \n\x05\x61\x64opt\x18\x06 \x01(\x0b\x32\x0f.baton.v1.AdoptH\x00\x12%\n\x08set_role\x18\x07 \x01(\x0b\x32\x11.baton.v1.SetRoleH\x00\x42\x06\n\x04kind\"(\n\tSpanCount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03\"Y\n\x04Span\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07start_s\x18\x02 \x01(\x01\x12\r\n\x05\x65nd_s\x18\x03 \x01(\x01\x12#\n\x06\x63ounts\x18\x04 \x03(\x0b\x32\x13.baton.v1.SpanCount\"\x9d\x01\n\x06\x46inish\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\"\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x13.baton.v1.WireError\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1d\n\x05spans\x18\x04 \x03(\x0b\x32\x0e.baton.v1.Span\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\"\x7f\n\rAttemptOutput\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.baton.v1.AttemptId\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.baton.v1.SampledToken\x12 \n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.baton.v1.Finish\"\xb3\x01\n\nStepReport\x12(\n\x07outputs\x18\x01 \x03(\x0b\x32\x17.baton.v1.AttemptOutput\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\x12\"\n\x05named\x18\x03 \x03(\x0b\x32\x13.baton.v1.AttemptId\x12\x0f\n\x07numbers\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x0f\n\x07indices\x18\x06 \x03(\r\"X\n\x08KvEvents\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x1c\n\x04tier\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Tier\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x01(\x0c\x12\x0f\n\x07removed\x18\x04 \x01(\x0c\"e\n\nKvSnapshot\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x1c\n\x04tier\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Tier\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\r\n\x05\x66irst\x18\x04 \x01(\x08\x12\x0c\n\x04last\x18\x05 \x01(\x08\"\x9a\x01\n\rWorkerMessage\x12+\n\x0bstep_report\x18\x01 \x01(\x0b\x32\x14.baton.v1.StepReportH\x00\x12\'\n\tkv_events\x18\x02 \x01(\x0b\x32\x12.baton.v1.KvEventsH\x00\x12+\n\x0bkv_snapshot\x18\x03 \x01(\x0b\x32\x14.baton.v1.KvSnapshotH\x00\x42\x06\n\x04kind*\xb3\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1c\n\x18\x46INISH_REASON_HANDED_OFF\x10\x05\x32I\n\x06Worker\x12?\n\x04Link\x12\x1a.baton.v1.ConductorMessage\x1a\x17.baton.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1763
-  _globals['_FINISHREASON']._serialized_end=1942
+  _globals['_FINISHREASON']._serialized_start=1842
+  _globals['_FINISHREASON']._serialized_end=2021
   _globals['_FETCHPART']._serialized_start=80
   _globals['_FETCHPART']._serialized_end=194
   _globals['_STARTPREFILL']._serialized_start=196
@@ -53,20 +53,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETROLE']._serialized_end=581
   _globals['_CONDUCTORMESSAGE']._serialized_start=584
   _globals['_CONDUCTORMESSAGE']._serialized_end=885
-  _globals['_SPAN']._serialized_start=887
-  _globals['_SPAN']._serialized_end=939
-  _globals['_FINISH']._serialized_start=942
-  _globals['_FINISH']._serialized_end=1099
-  _globals['_ATTEMPTOUTPUT']._serialized_start=1101
-  _globals['_ATTEMPTOUTPUT']._serialized_end=1228
-  _globals['_STEPREPORT']._serialized_start=1231
-  _globals['_STEPREPORT']._serialized_end=1410
-  _globals['_KVEVENTS']._serialized_start=1412
-  _globals['_KVEVENTS']._serialized_end=1500
-  _globals['_KVSNAPSHOT']._serialized_start=1502
-  _globals['_KVSNAPSHOT']._serialized_end=1603
-  _globals['_WORKERMESSAGE']._serialized_start=1606
-  _globals['_WORKERMESSAGE']._serialized_end=1760
-  _globals['_WORKER']._serialized_start=1944
-  _globals['_WORKER']._serialized_end=2017
+  _globals['_SPANCOUNT']._serialized_start=887
+  _globals['_SPANCOUNT']._serialized_end=927
+  _globals['_SPAN']._serialized_start=929
+  _globals['_SPAN']._serialized_end=1018
+  _globals['_FINISH']._serialized_start=1021
+  _globals['_FINISH']._serialized_end=1178
+  _globals['_ATTEMPTOUTPUT']._serialized_start=1180
+  _globals['_ATTEMPTOUTPUT']._serialized_end=1307
+  _globals['_STEPREPORT']._serialized_start=1310
+  _globals['_STEPREPORT']._serialized_end=1489
+  _globals['_KVEVENTS']._serialized_start=1491
+  _globals['_KVEVENTS']._serialized_end=1579
+  _globals['_KVSNAPSHOT']._serialized_start=1581
+  _globals['_KVSNAPSHOT']._serialized_end=1682
+  _globals['_WORKERMESSAGE']._serialized_start=1685
+  _globals['_WORKERMESSAGE']._serialized_end=1839
+  _globals['_WORKER']._serialized_start=2023
+  _globals['_WORKER']._serialized_end=2096
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,7 @@ from baton.errors import (
 )
 from baton.rpc.errors import to_wire
 from baton.rpc.services import Duplex
-from baton.telemetry import Buckets
+from baton.telemetry import Buckets, traced
 from baton.types.fleet import Role, WorkerLoad
 from baton.types.link import (
     Adopt,
@@ -42,6 +42,7 @@ from baton.types.link import (
     WorkerMessage,
 )
 from baton.types.request import AttemptId, AttemptOutput, Finish, FinishReason, SampledToken
+from baton.types.trace import TraceContext
 from baton.worker.kv_news import KvNews, Subscription
 from baton.worker.tails import EndedTails, Tail
 
@@ -91,6 +92,7 @@ class _Held:
     attempt: AttemptId
     link: _Link | None  # None: orphaned, until `timer` ends it
     tail: Tail | None  # None: it is not to be decoded here
+    trace: TraceContext | None = None
     timer: asyncio.TimerHandle | None = None
 
 
@@ -260,17 +262,20 @@ class LinkServer:
             link.tell(_failed(attempt, error))
             return
         tail = Tail(message.task) if isinstance(message, StartDecode) else None
-        self._held[attempt] = _Held(attempt, link, tail)
+        trace = message.task.trace
+        self._held[attempt] = _Held(attempt, link, tail, trace)
         self._current[attempt.request_id] = attempt
         link.attempts[attempt] = None
         self._idle.clear()
-        try:
-            self._duty.start(message)
-        except BatonError as error:
-            self.fail(attempt, error)
-        except Exception as error:
-            log.exception("attempt %s could not be started", attempt)
-            self.fail(attempt, error)
+        with traced(trace):  # tasks that are made for it log its id, too
+            log.debug("attempt %s begins", attempt)
+            try:
+                self._duty.start(message)
+            except BatonError as error:
+                self.fail(attempt, error)
+            except Exception as error:
+                log.exception("attempt %s could not be started", attempt)
+                self.fail(attempt, error)
 
     def _check_new(self, link: _Link, attempt: AttemptId) -> None:
         """Raises when the attempt may not start here. A newer attempt ends an older one."""
@@ -329,7 +334,8 @@ class LinkServer:
 
     def _on_orphan_timeout(self, attempt: AttemptId) -> None:
         waited = f"no conductor adopted it within {self._orphan_timeout_s:g} s"
-        log.info("attempt %s is cancelled: %s", attempt, waited)
+        with traced(self._held[attempt].trace):
+            log.info("attempt %s is cancelled: %s", attempt, waited)
         self._end(attempt, WorkerLost(waited))
 
     def _end(self, attempt: AttemptId, error: BatonError) -> None:
@@ -343,6 +349,9 @@ class LinkServer:
         self._duty.cancel(held.attempt, "the link to the conductor ended")
 
     def _let_go(self, held: _Held, finish: Finish | None) -> None:
+        with traced(held.trace):
+            how = finish.reason if finish is not None else "given up"
+            log.debug("attempt %s ends here: %s", held.attempt, how)
         self._unlink(held)
         del self._held[held.attempt]
         del self._current[held.attempt.request_id]

@@ -132,8 +132,11 @@ def shared_memory_of(pids: set[int]) -> set[Path]:
 
 
 @contextmanager
-def serve(directory: Path, *flags: str, start_s: float = START_S) -> Iterator[Cluster]:
-    """`baton serve` on free ports. Afterwards nothing of it may be left."""
+def serve(
+    directory: Path, *flags: str, start_s: float = START_S, log_lines: int = 200
+) -> Iterator[Cluster]:
+    """`baton serve` on free ports. Afterwards nothing of it may be left. The last `log_lines` of
+    all processes are kept."""
     token = secrets.token_hex(16)
     directory.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
@@ -151,7 +154,7 @@ def serve(directory: Path, *flags: str, start_s: float = START_S) -> Iterator[Cl
             "PYTHONUNBUFFERED": "1",
         },
     )
-    cluster = Cluster(process, token, directory, stderr=deque(maxlen=200))
+    cluster = Cluster(process, token, directory, stderr=deque(maxlen=log_lines))
     reader = threading.Thread(target=_keep_lines, args=(process, cluster.stderr))
     reader.start()
     segments: set[Path] = set()

@@ -417,6 +417,9 @@ async def test_a_request_goes_on_in_its_client_s_trace(cluster: FakeCluster) -> 
             (await client.post("/v1/completions", json=body, headers=headers)).raise_for_status()
             seen[name] = (await client.get(f"/trace/{name}")).json()["trace_id"]
     assert seen["good"] == trace_id
+    task = cluster.workers["decode-0"].tasks[0]
+    assert task.trace is not None
+    assert (task.trace.trace_id, task.trace.sampled) == (trace_id, True)
     assert len(seen["bad"]) == 32
     assert seen["bad"] != trace_id
 

@@ -70,6 +70,7 @@ from baton.types.request import (
     TokenLogprob,
     WireError,
 )
+from baton.types.trace import TraceContext
 from baton.v1 import blocks_pb2, common_pb2, fleet_pb2, handoff_pb2, worker_pb2
 
 u32 = st.integers(0, 2**32 - 1)
@@ -100,8 +101,10 @@ st.register_type_strategy(
     ),
 )
 attempts = st.builds(AttemptId, request_id=text, number=u32)
+traces = st.none() | st.builds(TraceContext, text, text, st.booleans(), text)
 tasks = st.builds(
     GenerationTask,
+    trace=traces,
     attempt=attempts,
     prompt=tokens,
     output=tokens,
@@ -114,7 +117,8 @@ tasks = st.builds(
 logprobs = st.builds(TokenLogprob, logprob=real, top=pairs)
 sampled = st.builds(SampledToken, token_id=u32, index=u32, logprob=st.none() | logprobs)
 errors = st.builds(WireError, text, text, st.booleans(), st.booleans())
-spans = st.builds(Span, name=text, start_s=real, end_s=real)
+counted = st.lists(st.tuples(text, st.integers(-(2**63), 2**63 - 1)), max_size=3).map(tuple)
+spans = st.builds(Span, name=text, start_s=real, end_s=real, counts=counted)
 finishes = st.builds(
     Finish,
     error=st.none() | errors,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 from collections.abc import Iterator
 
 import pytest
 
-from baton.telemetry import Metrics, setup_logging
+from baton.telemetry import Metrics, setup_logging, traced
+from baton.types.trace import TraceContext
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +79,24 @@ def test_what_is_counted_per_token_reads_like_the_librarys_metrics() -> None:
     ours_text = [line for line in lines if "_ours_" in line]
     assert len(ours_text) == 8
     assert [line.replace("theirs", "ours") for line in lines if "_theirs_" in line] == ours_text
+
+
+async def test_lines_about_a_traced_attempt_name_the_trace() -> None:
+    out = io.StringIO()
+    setup_logging("info", "decode-0", out)
+    context = TraceContext("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331", True)
+    log = logging.getLogger("test")
+
+    async def later() -> None:
+        log.info("in a task")
+
+    with traced(context):
+        log.info("within")
+        task = asyncio.create_task(later())
+        with traced(None):
+            log.info("of nobody")
+    log.info("behind")
+    await task
+    lines = {line.split("test: ")[1] for line in out.getvalue().splitlines()}
+    said = f"trace={context.trace_id}"
+    assert lines == {f"within {said}", f"in a task {said}", "of nobody", "behind"}

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from baton.kv.digest import Cell
 from baton.types.handoff import PrefillMessage
 from baton.types.request import AttemptId
+from baton.types.trace import TraceContext
 
 REMEMBERED = 8192  # endings and request numbers that are kept to answer late messages
 
@@ -40,6 +41,7 @@ class Lease(Generic[PairT]):
     backlog: list[PrefillMessage] = field(default_factory=list)  # said before anybody attached
     cells: list[Cell] = field(default_factory=list)
     serving: ExitStack = field(default_factory=ExitStack)
+    trace: TraceContext | None = None  # as whoever attached says
 
 
 class Deadlines:

@@ -33,7 +33,7 @@ from baton.kv.identity import Identity, life
 from baton.kv.transport.base import PoolMemory, Transport
 from baton.rpc.errors import to_wire
 from baton.rpc.services import Duplex
-from baton.telemetry import Metrics
+from baton.telemetry import Metrics, traced
 from baton.types.handoff import (
     Abort,
     Attach,
@@ -49,6 +49,7 @@ from baton.types.handoff import (
     Renew,
 )
 from baton.types.request import AttemptId, SampledToken, WireError
+from baton.types.trace import TraceContext
 
 log = logging.getLogger(__name__)
 
@@ -245,8 +246,8 @@ class HandoffPublisher:
 
     def _handle(self, pair: _Pair, message: DecodeMessage) -> None:
         match message:
-            case Attach(attempt):
-                self._attach(pair, attempt)
+            case Attach(attempt, trace):
+                self._attach(pair, attempt, trace)
             case Renew(attempts):
                 for attempt in attempts:
                     if (lease := self._attached(pair, attempt)) and lease.published:
@@ -260,7 +261,7 @@ class HandoffPublisher:
             case Hello():
                 raise PeerGone(f"{pair.key} said Hello twice")
 
-    def _attach(self, pair: _Pair, attempt: AttemptId) -> None:
+    def _attach(self, pair: _Pair, attempt: AttemptId, trace: TraceContext | None) -> None:
         lease = self._leases.get(attempt)
         try:
             self._check_current(attempt)
@@ -279,7 +280,7 @@ class HandoffPublisher:
             self._set_deadline(lease, self._options.attach_timeout_s)
         if lease.pair is pair:
             return
-        lease.pair = pair
+        lease.pair, lease.trace = pair, trace
         pair.attempts.add(attempt)
         lease.serving.enter_context(self._transport.serving(pair.key))
         if lease.published:
@@ -388,6 +389,8 @@ class HandoffPublisher:
 
     def _end(self, lease: Lease[_Pair], how: Ending, last: PrefillMessage | None) -> None:
         attempt = lease.attempt
+        with traced(lease.trace):
+            log.debug("the handoff of %s ends: %s", attempt, how)
         del self._leases[attempt]
         if how is Ending.RELEASED:
             lease.serving.close()

@@ -47,7 +47,8 @@ from baton.types.handoff import (
     Release,
     Released,
 )
-from baton.types.request import AttemptId
+from baton.types.request import AttemptId, Span
+from baton.types.trace import TraceContext
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,17 @@ class HandoffStats:
         """How long reading went on after prefill had ended: what overlap did not hide."""
         return max(0.0, self.last_byte_s - self.prefilled_s)
 
+    def spans(self) -> tuple[Span, ...]:
+        """In loop time. Reading overlaps with waiting for blocks: nothing is read before."""
+        counts = (("bytes", self.nbytes), ("ranges", self.ranges))
+        spans = (
+            Span("attach", self.started_s, self.attached_s),
+            Span("reserve", self.attached_s, self.reserved_s),
+            Span("transfer", max(self.first_range_s, self.reserved_s), self.last_byte_s, counts),
+            Span("release", max(self.last_byte_s, self.prefilled_s), self.released_s),
+        )
+        return tuple(span for span in spans if span.start_s <= span.end_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
@@ -104,6 +116,7 @@ class _Fetch:
     inbox: Inbox
     coverage: Coverage
     started_s: float
+    trace: TraceContext | None = None
     attached_s: float = 0.0
     reserved_s: float = 0.0
     first_range_s: float = 0.0
@@ -158,7 +171,12 @@ class HandoffReader:
                 self._tasks = None
 
     async def fetch(
-        self, attempt: AttemptId, peer: Peer, reserve: Reserve, timeout_s: float
+        self,
+        attempt: AttemptId,
+        peer: Peer,
+        reserve: Reserve,
+        timeout_s: float,
+        trace: TraceContext | None = None,
     ) -> Fetched:
         """Bring the KV of `attempt` from `peer` into the blocks that `reserve` returns.
 
@@ -173,7 +191,7 @@ class HandoffReader:
             async with asyncio.timeout(timeout_s):
                 pair = await self._pair(peer)
                 coverage = Coverage(self._identity.layout.num_layers)
-                fetch = _Fetch(attempt, pair, pair.open(attempt), coverage, started)
+                fetch = _Fetch(attempt, pair, pair.open(attempt), coverage, started, trace)
                 fetched = await self._fetch(fetch, reserve)
         except TimeoutError:
             late = DeadlineExceeded(f"{attempt}: no KV from {peer.name} within {timeout_s:g} s")
@@ -208,7 +226,7 @@ class HandoffReader:
             del self._pairs[pair.key]
 
     async def _fetch(self, fetch: _Fetch, reserve: Reserve) -> Fetched:
-        await fetch.pair.send(Attach(fetch.attempt))
+        await fetch.pair.send(Attach(fetch.attempt, fetch.trace))
         fetch.attached_s = self._now()
         try:
             async with asyncio.TaskGroup() as tasks:
