@@ -62,7 +62,7 @@ async def _serve(
     signals: StopSignals,
 ) -> None:
     try:
-        service = parts.make_service(metrics.kv_event_lag)
+        service = parts.make_service(metrics)
         metrics.follow(parts.identity, Role.STORE, service.load)
         await serve(place, parts.info, service, signals)
         await parts.store.settle()

@@ -18,10 +18,10 @@ from baton.kv.transport.registry import make_transport
 from baton.kv.transport.shared import SharedTransport
 from baton.model.hub import resolve_model
 from baton.model.spec import choose_dtype, kv_layout, load_spec
-from baton.telemetry import Buckets
 from baton.types.fleet import Role, WorkerInfo
 from baton.types.kv_events import Tier
 from baton.worker.address import reachable_address
+from baton.worker.member_metrics import MemberMetrics
 from kvstore.config import StoreConfig
 from kvstore.disk_options import DiskOptions
 from kvstore.disk_tier import DiskTier
@@ -52,7 +52,7 @@ class StoreParts:
     files: tuple[Path, ...]  # of the CPU tier
     keep: bool
 
-    def make_service(self, news_lag: Buckets | None = None) -> StoreService:
+    def make_service(self, metrics: MemberMetrics | None = None) -> StoreService:
         shared = SharedTransport(self.transport)
         return StoreService(
             self.store,
@@ -61,7 +61,7 @@ class StoreParts:
             shared,
             self.memory,
             self.options,
-            news_lag=news_lag,
+            metrics=metrics,
         )
 
     def info(self, address: str) -> WorkerInfo:

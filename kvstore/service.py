@@ -21,13 +21,13 @@ from baton.kv.identity import Identity
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.shared import SharedTransport
 from baton.rpc.grpc_server import RpcServer
-from baton.telemetry import Buckets
 from baton.types.fleet import BlockState, WorkerLoad
 from baton.types.kv_events import Tier
 from baton.types.link import StartDecode, StartPrefill
 from baton.types.request import AttemptId
 from baton.worker.kv_news import KvNews
 from baton.worker.links import LinkServer
+from baton.worker.member_metrics import MemberMetrics
 from kvstore.format import NO_PARENT
 from kvstore.memory_tier import MemoryTier, SlotState
 from kvstore.store import Store
@@ -118,15 +118,18 @@ class StoreService:
         memory: PoolMemory,
         options: BlocksOptions,
         tell_s: float = TELL_S,
-        news_lag: Buckets | None = None,
+        metrics: MemberMetrics | None = None,
     ) -> None:
+        metrics = metrics or MemberMetrics("store")
         self._tell_s = tell_s
         self._store = store
         self._memory_tier = memory_tier
         self._source = StoreSource(store)
         sink = StoreSink(store)
-        self.blocks = BlocksServer(identity, shared, memory, self._source, sink, options)
-        self.links = LinkServer(NoDuty(), self.load, KvNews(store), news_lag=news_lag)
+        self.blocks = BlocksServer(
+            identity, shared, memory, self._source, sink, options, metrics.loans
+        )
+        self.links = LinkServer(NoDuty(), self.load, KvNews(store), news_lag=metrics.kv_event_lag)
         self._closed = asyncio.Event()
 
     def serve_on(self, server: RpcServer) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from baton.kv.blocks.figures import LoanFigures
 from baton.kv.identity import Identity
 from baton.telemetry import Metrics
 from baton.types.fleet import Role, WorkerLoad
@@ -19,7 +20,7 @@ from baton.worker.monitor import LAGS, loop_lag
 
 
 class MemberMetrics:
-    """Of a worker or a store. `tell` has to be set to be told of in its load."""
+    """Of a worker or a store; what it tells of itself in its load only after `follow`."""
 
     def __init__(self, kind: str = "worker") -> None:
         self.own = Metrics()
@@ -28,6 +29,7 @@ class MemberMetrics:
             "Time from when there was news of KV blocks until it had been sent to a conductor.",
             LAGS,
         )
+        self.loans = LoanFigures(self.own)
         self.loop_lag = loop_lag(self.own)
         self.own.add_process(kind)
         self._member: Callable[[], MemberLoad] | None = None

@@ -26,15 +26,15 @@ class FetchFigures:
 
     def __init__(self, metrics: Metrics, engine: EngineFigures) -> None:
         self._hits = engine.hits
-        self._seconds = metrics.distributions(
+        self.seconds = metrics.distributions(
             "baton_fetch_seconds",
             "Time to read what a worker lacked of a prefix, by the tier that it was in.",
             _FETCHES,
             "tier",
             Tier,
         )
-        self._bytes = metrics.tallies("baton_fetch_bytes", "KV that was read so.", "tier", Tier)
-        self._failures = metrics.tallies(
+        self.bytes = metrics.tallies("baton_fetch_bytes", "KV that was read so.", "tier", Tier)
+        self.failures = metrics.tallies(
             "baton_fetch_failures",
             "Reads that brought less than was wanted: the rest was computed.",
             "tier",
@@ -43,7 +43,7 @@ class FetchFigures:
 
     def note(self, tier: Tier, seconds: float, tokens: int, nbytes: int, complete: bool) -> None:
         """Of one source."""
-        self._seconds[tier].observe(seconds)
-        self._bytes.add(tier, nbytes)
+        self.seconds[tier].observe(seconds)
+        self.bytes.add(tier, nbytes)
         self._hits.add(Source.of(tier), tokens)
-        self._failures.add(tier, int(not complete))
+        self.failures.add(tier, int(not complete))

@@ -65,7 +65,7 @@ class Sharing:
         common = (parts.identity, parts.shared, parts.memory)
         source = PoolSource(engine.loans, on_change)
         self.news = KvNews(PoolBook(engine.loans))
-        self.server = BlocksServer(*common, source, None, options)
+        self.server = BlocksServer(*common, source, None, options, parts.metrics.loans)
         self._borrower = Borrower(*common, dialer, options)
         groups = parts.engine.layer_groups if parts.early_prefill else 0
         self._fetcher = Fetcher(self._borrower, engine, groups, parts.note_fetch)

@@ -102,7 +102,8 @@ def test_what_is_exported_is_what_is_documented(watched: Watched) -> None:
     for process in PROCESSES:
         assert real[process].keys() == documented[process].keys()
         for name, family in real[process].items():
-            assert family == documented[process][name]
+            if family.labels:  # else nothing of it has happened
+                assert family == documented[process][name]
     assert families_of(watched.scrape("decode")).keys() == documented["worker"].keys()
 
 

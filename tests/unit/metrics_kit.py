@@ -20,6 +20,7 @@ from baton.types.fleet import BlockState, Role, WorkerLoad
 from baton.types.kv_events import Tier
 from baton.worker.member_metrics import MemberMetrics
 from baton.worker.metrics import WorkerMetrics
+from conductor.tenants.tenant import Amounts
 from tests.fake_worker import fake_cluster, layout, say, worker_info
 from tests.virtual_time import run_virtual
 
@@ -78,9 +79,13 @@ async def _conductor() -> str:
         await fleet.register(worker_info("store-0", Role.STORE, layout=layout()))
         await fleet.renew("store-0", "store-0-life-1", STORE_LOAD)
         await fleet.renew("prefill-0", "prefill-0-life-1", WORKER_LOAD)
-        cluster.conductor.metrics.note_decision("cache-aware", "cached")
         await asyncio.sleep(0)
-        return cluster.conductor.metrics.render().decode()
+        metrics = cluster.conductor.metrics
+        metrics.note_decision("cache-aware", "cached")  # what has no series before it happens
+        metrics.tenants.note_spent("t", Amounts(1, 2, 3))
+        metrics.tenants.note_refusal("t", "requests")
+        metrics.tenants.note_reload("ok")
+        return metrics.render().decode()
 
 
 def worker_text() -> str:

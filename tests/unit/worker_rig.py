@@ -31,6 +31,7 @@ from baton.types.kv_events import KvEvents, KvSnapshot
 from baton.types.link import ConductorMessage, StepReport, WorkerMessage
 from baton.types.request import AttemptId, Finish
 from baton.worker.links import ORPHAN_S
+from baton.worker.metrics import WorkerMetrics
 from baton.worker.parts import WorkerParts
 from decode_worker.service import DecodeService
 from prefill_worker.service import PrefillService
@@ -126,6 +127,8 @@ class Pair:
     to_prefill: Conductor
     to_decode: Conductor
     prefill_runner: FakeRunner
+    prefill_metrics: WorkerMetrics
+    decode_metrics: WorkerMetrics
 
     def answer(self, attempt: AttemptId) -> list[int]:
         both = self.to_prefill.tokens.get(attempt, {}) | self.to_decode.tokens.get(attempt, {})
@@ -214,7 +217,17 @@ async def running_pair(
             for link in links:
                 group.create_task(link.listen())
             assert isinstance(ours.runner, FakeRunner)
-            pair = Pair(network, prefill, decode, peer, links[0], links[1], ours.runner)
+            pair = Pair(
+                network,
+                prefill,
+                decode,
+                peer,
+                links[0],
+                links[1],
+                ours.runner,
+                ours.metrics,
+                theirs.metrics,
+            )
             yield pair
             await pair.until_idle()
             await prefill.aclose()

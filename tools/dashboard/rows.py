@@ -202,9 +202,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             {
                 "{{outcome}}": rate("baton_handoffs_total", "outcome"),
                 "lease {{how}}": rate("baton_handoff_leases_ended_total", "how"),
+                "loan {{how}}": rate("baton_loans_ended_total", "how"),
             },
             "ops",
-            "As decode workers see them, and how leases ended at prefill workers.",
+            "As decode workers see them; how leases ended at prefill workers, and loans of blocks.",
             width=6,
         ),
         Panel(
@@ -285,6 +286,28 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 "prefix map of {{instance}}": "sum by (instance) (baton_prefix_map_bytes{@})",
             },
             "bytes",
+        ),
+    ),
+    "Keys and tenants": (
+        Panel(
+            "Tokens of tenants",
+            {"{{tenant}} {{kind}}": rate("baton_tenant_tokens_total", "tenant", "kind")},
+            what="Per second.",
+            stacked=True,
+        ),
+        Panel(
+            "Turned away by a tenant's limit",
+            {"{{tenant}} {{reason}}": rate("baton_tenant_refusals_total", "tenant", "reason")},
+            "reqps",
+        ),
+        Panel(
+            "Keys and limits",
+            {
+                "no key that holds": rate("baton_unauthenticated_total"),
+                "keys read: {{outcome}}": rate("baton_key_reloads_total", "outcome"),
+                "limits without Redis": rate("baton_limit_fallbacks_total"),
+            },
+            "ops",
         ),
     ),
     "Failures": (

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from baton.errors import BatonError, InternalError, InvalidRequest, Overloaded
 from baton.hashing import KEY_BYTES
+from baton.kv.blocks.figures import LoanEnd, LoanFigures
 from baton.kv.blocks.loans import LoanId, Loans
 from baton.kv.blocks.options import BlocksOptions
 from baton.kv.blocks.session import Session
@@ -58,6 +59,7 @@ class Lender:
         layout: KvLayout,
         options: BlocksOptions,
         tasks: asyncio.TaskGroup,
+        figures: LoanFigures,
     ) -> None:
         self.loans = Loans(session, options.lease_ttl_s, options.linger_s)
         self._session = session
@@ -66,6 +68,7 @@ class Lender:
         self._layout = layout
         self._options = options
         self._tasks = tasks
+        self._figures = figures
 
     def ask(self, ask: Ask) -> None:
         """Raises InvalidRequest for what no borrower asks: the stream is of no use then."""
@@ -82,8 +85,10 @@ class Lender:
 
     async def _lend(self, ask: Ask) -> None:
         loan = LoanId(self._session.key, ask.number)
+        how = LoanEnd.FAILED
         try:
-            await self.loans.keep(ask.number, partial(self._hand_over, loan, ask))
+            kept = await self.loans.keep(ask.number, partial(self._hand_over, loan, ask))
+            how = LoanEnd.of(kept)
         except BatonError as error:
             self._session.say(BlocksRefused(ask.number, to_wire(error)))
         except Exception as error:
@@ -91,6 +96,7 @@ class Lender:
             self._session.say(BlocksRefused(ask.number, to_wire(error)))
         finally:
             self._source.end(loan)
+            self._figures.ended.add(how)
 
     async def _hand_over(self, loan: LoanId, ask: Ask) -> bool:
         asked, count = len(ask.keys) // KEY_BYTES, 0

@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from baton.errors import BatonError, InvalidRequest, PeerGone
+from baton.kv.blocks.figures import LoanFigures
 from baton.kv.blocks.lender import Lender, Source
 from baton.kv.blocks.options import BlocksOptions
 from baton.kv.blocks.session import BlocksStream, Session, answered
@@ -14,6 +15,7 @@ from baton.kv.identity import Identity
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.shared import SharedTransport
 from baton.rpc.errors import to_wire
+from baton.telemetry import Metrics
 from baton.types.blocks import (
     Ask,
     BlocksMessage,
@@ -39,6 +41,7 @@ class BlocksServer:
         source: Source,
         sink: Sink | None,
         options: BlocksOptions,
+        figures: LoanFigures | None = None,
     ) -> None:
         self._identity = identity
         self._shared = shared
@@ -46,6 +49,7 @@ class BlocksServer:
         self._source = source
         self._sink = sink
         self._options = options
+        self._figures = figures or LoanFigures(Metrics())
         self._streams: set[BlocksStream] = set()
 
     async def pair(self, stream: BlocksStream) -> None:
@@ -81,7 +85,9 @@ class BlocksServer:
 
     def _lender(self, session: Session, tasks: asyncio.TaskGroup) -> Lender:
         layout = self._identity.layout
-        return Lender(session, self._source, self._memory, layout, self._options, tasks)
+        return Lender(
+            session, self._source, self._memory, layout, self._options, tasks, self._figures
+        )
 
     def _taker(self, session: Session, tasks: asyncio.TaskGroup) -> Taker | None:
         if self._sink is None:
