@@ -118,7 +118,8 @@ def as_json(plan: LoadPlan, runs: Mapping[str, Run], argv: Sequence[str]) -> dic
 
 def _timelines_json(run: Run) -> dict[str, Any]:
     known = {} if run.timelines is None else asdict(run.timelines)
-    return {"balance": known.get("balance"), "ttft_parts": known.get("ttft_parts")}
+    names = {"balance": "balance", "ttft_parts": "ttft_parts", "attributed": "ttft_attributed"}
+    return {told: known.get(name) for name, told in names.items()}
 
 
 def rows(run: Run) -> list[tuple[str, str]]:
@@ -149,6 +150,9 @@ def rows(run: Run) -> list[tuple[str, str]]:
         if parts:
             times = " / ".join(f"{seconds * 1e3:.1f}" for seconds in parts.values())
             lines.append((f"TTFT mean: {' / '.join(parts)}", f"{times} ms"))
+        if (told := run.timelines.attributed) is not None:
+            shares = f"{told.p50:.1%} / {told.p1:.1%} / {told.lowest:.1%}"
+            lines.append(("TTFT attributed, p50 / p1 / lowest", shares))
         lines.append(("prefill load, max / mean", f"{run.timelines.balance.max_to_mean:.2f}"))
     lines += [(f"error × {count}", message) for message, count in summary.errors[:3]]
     return lines

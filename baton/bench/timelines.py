@@ -30,6 +30,24 @@ class Balance:
 
 
 @dataclass(frozen=True, slots=True)
+class Attributed:
+    """The share of a request's TTFT that has a stage: of all requests that had a token."""
+
+    requests: int
+    lowest: float
+    p1: float
+    p50: float
+
+    @classmethod
+    def of(cls, traces: Sequence[Mapping[str, Any]]) -> Attributed | None:
+        shares = sorted(t["ttft_attributed"] for t in traces if t.get("ttft_attributed"))
+        if not shares:
+            return None
+        middle = shares[len(shares) // 2]
+        return cls(len(shares), shares[0], shares[len(shares) // 100], middle)
+
+
+@dataclass(frozen=True, slots=True)
 class Timelines:
     """`ttft_parts`: mean seconds of a request by stage, from its arrival at the conductor until the
     first token is there: route (to the worker, with tokenizing and hashing), queue, fetch, prefill
@@ -37,6 +55,7 @@ class Timelines:
 
     balance: Balance
     ttft_parts: Mapping[str, float]
+    attributed: Attributed | None = None  # None when the conductor does not tell
 
 
 async def read_timelines(client: Client, outcomes: Sequence[Outcome]) -> Timelines | None:
@@ -44,6 +63,7 @@ async def read_timelines(client: Client, outcomes: Sequence[Outcome]) -> Timelin
     tokens: Counter[str] = Counter()
     requests: Counter[str] = Counter()
     stages: list[Mapping[str, float]] = []
+    traces: list[Mapping[str, Any]] = []
     try:
         for worker in await _computing_workers(client):
             tokens[worker] += 0
@@ -51,6 +71,7 @@ async def read_timelines(client: Client, outcomes: Sequence[Outcome]) -> Timelin
             if outcome.timing is None:
                 continue
             trace = await client.trace(outcome.timing.request_id)
+            traces.append(trace)
             worker, usage = _worker_of(trace), outcome.timing.usage
             tokens[worker] += usage.prompt_tokens - usage.cached_tokens
             requests[worker] += 1
@@ -61,7 +82,7 @@ async def read_timelines(client: Client, outcomes: Sequence[Outcome]) -> Timelin
     means = {
         stage: sum(parts[stage] for parts in stages) / len(stages) for stage in STAGES if stages
     }
-    return Timelines(Balance(dict(tokens), dict(requests)), means)
+    return Timelines(Balance(dict(tokens), dict(requests)), means, Attributed.of(traces))
 
 
 def ttft_parts(trace: Mapping[str, Any]) -> Mapping[str, float]:

@@ -17,7 +17,7 @@ from baton.bench.load import Load, poisson_arrivals
 from baton.bench.serve import LoadPlan
 from baton.bench.sessions import Session, Shape, TraceScale, Turn, make_sessions, trace_sessions
 from baton.bench.stats import Outcome, Slo, distribution, percentile, summarize
-from baton.bench.timelines import Balance, ttft_parts
+from baton.bench.timelines import Attributed, Balance, ttft_parts
 from baton.bench.trace import TraceRequest
 from baton.client.http import Client, Usage
 from baton.client.timing import Timing
@@ -210,6 +210,13 @@ def test_stages_of_a_ttft() -> None:
     assert list(parts) == ["route", "queue", "fetch", "prefill", "reply"]
     assert list(parts.values()) == pytest.approx([0.1, 0.2, 0.1, 0.6, 0.1])
     assert ttft_parts(TRACE | {"attempts": TRACE["attempts"] * 2}) == {}
+
+
+def test_shares_of_ttft_that_have_a_stage() -> None:
+    shares = [None, *(n / 200 for n in range(200, 0, -1))]
+    told = Attributed.of([TRACE | {"ttft_attributed": share} for share in shares])
+    assert told == Attributed(200, 0.005, 0.015, 0.505)
+    assert Attributed.of([TRACE]) is None
 
 
 async def test_failures_are_counted_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
