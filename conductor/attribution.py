@@ -1,9 +1,8 @@
 """Where a request's time to the first token went: named stages that do not overlap.
 
-    received   read_at  tokenized  sent                                   heard   passed on
-    |-- read ---|- tokenize -|- route -|- retries -|                        |- deliver -|
-    worker:                                        |queue|prefix_load|prefill|
-                                                 dispatch                 return
+    received  read_at  tokenized  sent                            heard    passed on
+    |-- read --|- tokenize -|- route -|- dispatch ... return -----|- deliver -|
+    in the worker, by its own clock:    |queue|prefix_load|batch_wait|prefill|
 
 The stages, and what none of them covers, add up to the whole exactly. A worker tells its own times
 by its own clock. That is moved, as little as possible, to where they can have been: between the
@@ -25,7 +24,8 @@ RETRIES = "retries"  # attempts that brought nothing, and pauses between them
 DISPATCH = "dispatch"  # the start, on its way to the worker that computes the prompt
 QUEUE = "queue"
 PREFIX_LOAD = "prefix_load"  # KV that others have, as far as nothing was computed meanwhile
-PREFILL = "prefill"
+BATCH_WAIT = "batch_wait"  # steps before and between its own, which compute for others
+PREFILL = "prefill"  # the steps that compute the prompt, whoever else is in them
 RETURN = "return"  # the token, on its way from the worker
 DELIVER = "deliver"  # text made of it, and handed to the client's connection
 EXPOSED_TRANSFER = "exposed_transfer"  # the rest of the KV, which the second token waits for
@@ -110,7 +110,13 @@ def _of_worker(known: FirstToken) -> Iterator[Stage]:
     yield Stage(DISPATCH, known.sent_s, own[0].start_s)
     for span, following in zip(own, [*own[1:], None], strict=True):
         end_s = span.end_s if following is None else min(span.end_s, following.start_s)
-        yield Stage(_OF_WORKER[span.name], span.start_s, end_s)
+        computing_s = dict(span.counts).get("compute_us", 0) / 1e6
+        if computing_s and span.name == "prefill":
+            begun_s = max(span.start_s, end_s - computing_s)
+            yield Stage(BATCH_WAIT, span.start_s, begun_s)
+            yield Stage(PREFILL, begun_s, end_s)
+        else:
+            yield Stage(_OF_WORKER[span.name], span.start_s, end_s)
     yield Stage(RETURN, own[-1].end_s, known.heard_s)
 
 

@@ -24,7 +24,7 @@ def stage_bars(
     whole, bar_width = max(total_s, 1e-9), _bar_width(width, _STAGE_COLUMNS)
     for place, stage in enumerate(stages):
         begin, seconds = stage["start_s"] - received_s, stage["seconds"]
-        drawn = bar(begin / whole, seconds / whole, bar_width)
+        drawn = bar(begin / whole, seconds / whole, bar_width) if seconds > 0 else ""
         name = str(stage["name"]).replace("_", " ")
         _add_stage(table, name, seconds, whole, Text(drawn, _COLOURS[place % len(_COLOURS)]))
     rest = total_s - sum(stage["seconds"] for stage in stages)

@@ -211,7 +211,11 @@ class Sequence:
         if self.early_at is not None:
             marks = [(n, self.early_at if n == "prefill" else start) for n, start in marks]
         given = len(self.task.prompt) + len(self.task.output)
-        done = (("tokens", given - self.cached_tokens), ("cached_tokens", self.cached_tokens))
+        done = (
+            ("tokens", given - self.cached_tokens),
+            ("cached_tokens", self.cached_tokens),
+            ("compute_us", round(self.prefill_s * 1e6)),
+        )
         return tuple(
             Span(name, start, end, done if name == "prefill" else ())
             for (name, start), end in zip(marks, ends, strict=True)

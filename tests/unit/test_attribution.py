@@ -76,6 +76,15 @@ def test_a_load_that_compute_hides_is_no_stage() -> None:
     assert (found["prefix_load"], found["prefill"]) == (0.5, 4.5)
 
 
+def test_steps_that_compute_for_others_are_a_stage() -> None:
+    prefill = Span("prefill", 16.0, 19.0, (("tokens", 7), ("compute_us", 1_250_000)))
+    found = seconds(replace(KNOWN, spans=(*WORKER[:2], prefill)))
+    assert (found["batch_wait"], found["prefill"]) == (1.75, 1.25)
+    longer = replace(prefill, counts=(("compute_us", 9_000_000),))
+    found = seconds(replace(KNOWN, spans=(*WORKER[:2], longer)))
+    assert (found["batch_wait"], found["prefill"]) == (0.0, 3.0)
+
+
 def test_an_adopted_answer() -> None:
     found = seconds(replace(KNOWN, adopted=True, spans=()))
     assert found == {"read": 0.25, "tokenize": 0.75, "adopt": 9.0, "deliver": 0.5}
