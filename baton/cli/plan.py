@@ -68,6 +68,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
                 *("kvstore", "--name", "store-0", "--conductor", addresses.all_for_workers),
                 *("--memory-name", memory),
                 *("--listen", store_at, "--no-keep-memory", *common, *_store_flags(options)),
+                *("--metrics-port", str(_nth_port(options.metrics_port, len(placed)))),
             ),
             environ,
         )
@@ -83,10 +84,11 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
                     *_module(options, role),
                     *("--name", name, "--conductor", addresses.all_for_workers),
                     *("--listen", "127.0.0.1:0", "--cpus", cpus, *common, *flags),
+                    *("--metrics-port", str(_nth_port(options.metrics_port, number))),
                 ),
                 environ,
             )
-            for role, name, cpus in placed
+            for number, (role, name, cpus) in enumerate(placed)
         ]
 
     first, *more = [partial(conductor, number) for number in range(options.conductors)]

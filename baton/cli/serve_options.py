@@ -80,6 +80,15 @@ class ServeOptions:
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests get on Ctrl-C.")
     ] = 30.0
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            envvar="BATON_METRICS_PORT",
+            min=0,
+            max=65535,
+            help="First of the ports in a row for /metrics of each worker and the store; 0 = none.",
+        ),
+    ] = 0
     otlp_endpoint: Annotated[
         str | None,
         typer.Option(metavar="URL", help="OpenTelemetry collector for traces: http://host:4317."),

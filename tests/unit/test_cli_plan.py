@@ -84,6 +84,14 @@ def test_several_conductors_have_ports_in_a_row_and_share_the_workers() -> None:
         assert flags_of(tuple(spec.argv))["--conductor"] == "127.0.0.1:50100,127.0.0.1:50101"
 
 
+def test_workers_and_the_store_have_ports_for_metrics_in_a_row() -> None:
+    for first, expected in ((9100, ["9103", "9100", "9101", "9102"]), (0, ["0"] * 4)):
+        options = ServeOptions(prefill=2, metrics_port=first, store_memory_mib=8)
+        workers = make_plan(options, Path("m"), {}).workers(ADDRESSES)
+        assert [spec.name for spec in workers] == ["store-0", "prefill-0", "prefill-1", "decode-0"]
+        assert [flags_of(spec.argv)["--metrics-port"] for spec in workers] == expected
+
+
 def test_redis_is_told_by_the_environment_where_nobody_else_can_read_it() -> None:
     environ = new_environ("redis://:secret@host:1")
     assert environ["BATON_REDIS"] == "redis://:secret@host:1"
