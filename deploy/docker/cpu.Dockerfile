@@ -12,7 +12,7 @@ ENV PATH=/opt/baton/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY constraints.txt /src/
 RUN pip install -c /src/constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 COPY . /src
-RUN pip install -c /src/constraints.txt "/src[nixl,redis]"
+RUN pip install -c /src/constraints.txt "/src[nixl,redis,otel]"
 
 FROM python:3.11.14-slim-bookworm
 RUN groupadd --gid 10001 baton \

@@ -9,7 +9,7 @@ ENV PATH=/opt/baton/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY constraints.txt /src/
 RUN pip install -c /src/constraints.txt torch
 COPY . /src
-RUN pip install -c /src/constraints.txt "/src[nixl,cuda,redis]"
+RUN pip install -c /src/constraints.txt "/src[nixl,cuda,redis,otel]"
 
 FROM python:3.11.14-slim-bookworm
 # Triton compiles a launcher for each kernel; libibverbs and its drivers are what UCX reaches RDMA devices by.

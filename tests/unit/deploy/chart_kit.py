@@ -123,6 +123,8 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
     return re.sub(r"\$\((\w+)\)", lambda match: variables.get(match[1], match[0]), text)
 
 
+ISSUER = {"name": "our-ca", "kind": "Issuer"}
+EXTERNAL_REDIS = {"enabled": False, "external": {"url": "rediss://redis.example.com:6380"}}
 GPU = {"device": "cuda", "resources": {"limits": {"nvidia.com/gpu": 1}}}
 ALONE = {"conductor": {"replicas": 1}, "redis": {"enabled": False}}
 FIRST_WITH_IMAGE_VOLUMES = "1.33"
@@ -133,8 +135,18 @@ VALUE_SETS: dict[str, Values] = {
     "2p2d-rdma": example("2p2d-rdma"),
     "large": example("large"),
     "alone": ALONE,
-    "external-redis-url": {
-        "redis": {"enabled": False, "external": {"url": "rediss://redis.example.com:6380"}}
+    "external-redis-url": {"redis": EXTERNAL_REDIS},
+    "external-redis-secured": {
+        "redis": {
+            "enabled": False,
+            "external": {
+                "url": "rediss://redis.example.com:6380",
+                "username": "baton",
+                "passwordSecret": "redis-password",
+                "tlsSecret": "redis-tls",
+                "clientCertificate": True,
+            },
+        }
     },
     "external-redis-secret": {
         "redis": {
@@ -179,6 +191,28 @@ VALUE_SETS: dict[str, Values] = {
             ]
         }
     },
+    "tls": {
+        "tls": {
+            "internal": {"enabled": True, "existingSecret": "members-tls"},
+            "clients": {"enabled": True, "existingSecret": "clients-tls"},
+        },
+        "kvstore": {"enabled": True},
+        "serviceMonitor": {"enabled": True},
+    },
+    "tls-alone": {**ALONE, "tls": {"internal": {"enabled": True, "existingSecret": "members-tls"}}},
+    "tls-by-cert-manager": {
+        "tls": {
+            "internal": {"enabled": True, "issuerRef": ISSUER, "peerName": "baton.internal"},
+            "clients": {
+                "enabled": True,
+                "issuerRef": {"name": "public", "kind": "ClusterIssuer"},
+                "dnsNames": ["llm.example.com"],
+            },
+        }
+    },
+    "tenants": {"apiKeys": {"existingSecret": "tenants", "testSecret": "key-of-tests"}},
+    "tenants-in-redis": {"apiKeys": {"existingSecret": "tenants", "inRedis": True}},
+    "traced": {"tracing": {"otlpEndpoint": "http://collector.monitoring:4317", "sample": 0.05}},
     "autoscaling": {
         "conductor": {
             "autoscaling": {"enabled": True},

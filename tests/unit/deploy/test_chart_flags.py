@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,7 +56,22 @@ def configuration(pod: Pod) -> Any:
     variables = environment(pod.container)
     flags = [expand(flag, variables) for flag in pod.container["args"]]
     assert not any("$(" in text for text in (*flags, *variables.values()))
-    return parse_config(CONFIGS[module], flags, variables, module)
+    with tempfile.TemporaryDirectory() as directory:
+        flags = [from_secret(pod, flag, Path(directory)) for flag in flags]
+        return parse_config(CONFIGS[module], flags, variables, module)
+
+
+def from_secret(pod: Pod, flag: str, directory: Path) -> str:
+    """A flag that names a file of a mounted Secret: with a file that there is."""
+    path = Path(flag.partition("=")[2])
+    mounts = {mount["mountPath"]: mount for mount in pod.container["volumeMounts"]}
+    if not path.is_relative_to("/etc/baton"):
+        return flag
+    assert mounts[str(path.parent)]["readOnly"]
+    file = directory / path.relative_to("/")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("secret")
+    return f"{flag.partition('=')[0]}={file}"
 
 
 def config_of(values: Values, component: str) -> Any:
@@ -109,6 +126,7 @@ def test_members_find_conductors(values: Values) -> None:
         service = named(objects, "Service", host)
         assert service["spec"]["publishNotReadyAddresses"]  # not ready before there are workers
         assert service["spec"]["ports"][0]["port"] == int(port)
+        assert int(port) == (conductor.internal_port or conductor.grpc_port)
         deployment = pod_of(objects, "conductor").owner
         assert deployment["spec"]["strategy"] == {"type": "Recreate"}  # see conductor.yaml
         assert deployment["spec"]["replicas"] == 1
@@ -142,17 +160,19 @@ def test_probes_ask_the_port_that_is_listened_on(values: Values) -> None:
         if pod.component == "conductor":
             continue
         port = int(config.listen.rpartition(":")[2])
-        ports = [port, *([config.metrics_port] if config.metrics_port else [])]
-        assert [each["containerPort"] for each in pod.container["ports"]] == ports
+        others = [each for each in (config.health_port, config.metrics_port) if each]
+        assert [each["containerPort"] for each in pod.container["ports"]] == [port, *others]
+        asked = config.health_port or port
+        assert bool(config.tls_cert) == bool(config.health_port)  # probes have no certificate
         probes = {
             kind: pod.container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")
         }
         assert (
             probes["startup"]["grpc"]
             == probes["liveness"]["grpc"]
-            == {"port": port, "service": LIVE}
+            == {"port": asked, "service": LIVE}
         )
-        assert probes["readiness"]["grpc"] == {"port": port}  # registered with a conductor
+        assert probes["readiness"]["grpc"] == {"port": asked}  # registered with a conductor
 
 
 def test_probes_of_conductors() -> None:

@@ -25,7 +25,9 @@ WITHOUT_ROOT = [values for name, values in VALUE_SETS.items() if name != "as-roo
 # Given by the value sets: objects of others.
 THEIRS = {
     "Secret": {"hub", "their-redis", "my-redis", "my-token", "client-keys"}
-    | {"registry", "baton-cluster", "baton-redis-url", "llm-example-com"},
+    | {"registry", "baton-cluster", "baton-redis-url", "llm-example-com"}
+    | {"members-tls", "clients-tls", "tenants", "key-of-tests", "redis-password", "redis-tls"}
+    | {"baton-tenants", "baton-test-key"},
     "PersistentVolumeClaim": {"models", "hub-cache"},
     "ConfigMap": {"theirs"},
     "ServiceAccount": {"default"},
@@ -80,6 +82,7 @@ def test_pods_are_spread_among_their_own_kind(values: Values) -> None:
 def test_what_is_referred_to_exists(values: Values) -> None:
     objects = render(values)
     made = {(each["kind"], each["metadata"]["name"]): each for each in objects}
+    made |= {("Secret", each["spec"]["secretName"]): {} for each in of_kind(objects, "Certificate")}
     for each in objects:
         for kind, name, key in references(each):
             assert (kind, name) in made or name in THEIRS[kind], (kind, name)

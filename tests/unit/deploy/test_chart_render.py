@@ -24,7 +24,8 @@ from tests.unit.deploy.chart_kit import (
 from tests.unit.deploy.golden import FOLDER, NAMES, golden_text
 
 VERSIONS = ("1.27", "1.30", "1.33", "1.35", "1.37")
-WITHOUT_SCHEMA = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}  # of the Prometheus Operator
+# Of the Prometheus Operator, and of cert-manager.
+WITHOUT_SCHEMA = {"ServiceMonitor", "PodMonitor", "PrometheusRule", "Certificate"}
 LONG = "a-release-whose-name-is-as-long-as-helm-lets-it-be-xx"
 
 
@@ -105,3 +106,6 @@ def test_every_example_is_tested() -> None:
 def test_notes_warn_of_what_is_open() -> None:
     assert "no keys of its own" in render_files(VALUE_SETS["reachable"])["NOTES.txt"]
     assert "no keys of its own" not in render_files({})["NOTES.txt"]
+    with_keys = {**VALUE_SETS["reachable"], "apiKeys": {"existingSecret": "tenants"}}
+    assert "no keys of its own" not in render_files(with_keys)["NOTES.txt"]
+    assert "`helm test` needs a key" in render_files(with_keys)["NOTES.txt"]

@@ -9,7 +9,7 @@ import helm_python
 import pytest
 import yaml
 
-from tests.unit.deploy.chart_kit import CHART, GPU, Values, chart, render
+from tests.unit.deploy.chart_kit import ALONE, CHART, GPU, Values, chart, render
 
 STORE_ON_GPUS = {"kvstore": {"enabled": True}, "decode": GPU}
 BAD: dict[str, tuple[Values, str]] = {
@@ -61,6 +61,50 @@ BAD: dict[str, tuple[Values, str]] = {
         {"kvstore": {"resources": {"limits": {"memory": "8Gi"}}}},
         "the memory is kvstore.memory.sizeMiB",
     ),
+    "tls-without-a-certificate": (
+        {"tls": {"internal": {"enabled": True}}},
+        "tls.internal.enabled needs tls.internal.existingSecret, or tls.internal.issuerRef",
+    ),
+    "tls-with-two": (
+        {"tls": {"clients": {"enabled": True, "existingSecret": "a", "issuerRef": {"name": "b"}}}},
+        "set one of tls.clients.existingSecret and tls.clients.issuerRef",
+    ),
+    "tls-forgotten": (
+        {"tls": {"clients": {"existingSecret": "a"}}},
+        "tls.clients has a certificate and is off",
+    ),
+    "tls-peer-name": (
+        {"tls": {"internal": {"peerName": "Baton_1"}}},
+        "at '/tls/internal/peerName': 'Baton_1' does not match",
+    ),
+    "issuer": ({"tls": {"clients": {"issuerRef": {"nam": "x"}}}}, "at '/tls/clients/issuerRef'"),
+    "keys-nowhere": ({"apiKeys": {"inRedis": True}}, "apiKeys needs existingSecret"),
+    "keys-without-redis": (
+        {**ALONE, "apiKeys": {"existingSecret": "t", "inRedis": True}},
+        "apiKeys.inRedis needs Redis",
+    ),
+    "password-of-no-redis": (
+        {"redis": {"external": {"passwordSecret": "p"}}},
+        "redis.external has a user, a password or a certificate, and no url",
+    ),
+    "certificate-without-tls": (
+        {"redis": {"enabled": False, "external": {"url": "redis://r:6379", "tlsSecret": "t"}}},
+        "write redis.external.url as rediss://host:port",
+    ),
+    "client-certificate-of-nothing": (
+        {
+            "redis": {
+                "enabled": False,
+                "external": {"url": "rediss://r:6379", "clientCertificate": True},
+            }
+        },
+        "clientCertificate needs redis.external.tlsSecret",
+    ),
+    "collector": (
+        {"tracing": {"otlpEndpoint": "collector:4317"}},
+        "at '/tracing/otlpEndpoint': 'collector:4317' does not match",
+    ),
+    "sample": ({"tracing": {"sample": 2}}, "at '/tracing/sample': maximum"),
     "flag-of-a-value": (
         {"prefill": {"extraArgs": ["--drain-timeout=90"]}},
         "prefill.extraArgs: --drain-timeout has a value of its own",

@@ -36,13 +36,16 @@
 {{- if include "baton.hasRedis" . }}
 - --cluster-name={{ .Release.Namespace }}.{{ include "baton.fullname" . }}
 {{- end }}
+{{- with include "baton.accessFlags" . | trim }}
+{{ . }}
+{{- end }}
 {{- end -}}
 
 {{/* Of workers and stores. */}}
 {{- define "baton.memberFlags" -}}
 {{ include "baton.commonFlags" . }}
 {{- if not (include "baton.hasRedis" .) }}
-- --conductor={{ include "baton.fullname" . }}-members:50051
+- --conductor={{ include "baton.fullname" . }}-members:{{ include "baton.internalPort" . }}
 {{- end }}
 - --node=$(NODE_NAME)
 - --advertise=$(POD_IP)
@@ -52,6 +55,9 @@
 - --verify={{ .Values.engine.verify }}
 {{- with .Values.metrics.port }}
 - --metrics-port={{ . }}
+{{- end }}
+{{- if .Values.tls.internal.enabled }}
+- --health-port={{ include "baton.healthPort" (dict "root" .) }}
 {{- end }}
 {{- end -}}
 

@@ -76,6 +76,7 @@ env:
 {{- define "baton.volumeMounts" -}}
 {{- $uri := .root.Values.modelArtifacts.uri -}}
 - {name: tmp, mountPath: /tmp}
+{{- include "baton.accessMounts" . }}
 {{- if hasPrefix "hf://" $uri }}
 - {name: model-cache, mountPath: /model-cache}
 {{- else if or (hasPrefix "pvc://" $uri) (hasPrefix "oci://" $uri) }}
@@ -89,6 +90,7 @@ env:
 {{- define "baton.volumes" -}}
 {{- $model := .root.Values.modelArtifacts -}}
 - {name: tmp, emptyDir: {}}
+{{- include "baton.accessVolumes" . }}
 {{- if hasPrefix "hf://" $model.uri }}
 - name: model-cache
   {{- if $model.cache.claimName }}
@@ -112,19 +114,20 @@ env:
 {{- end }}
 {{- end -}}
 
-{{/* Probes over gRPC: (dict "root" $ "port" 50052). The server listens when the weights are loaded; `live` is SERVING from
+{{/* Probes over gRPC: (dict "root" $ "port" 50052), or at the port that is for probes alone. The server listens when the weights are loaded; `live` is SERVING from
 then on, the server as a whole since the process has registered with a conductor and until it drains. */}}
 {{- define "baton.grpcProbes" -}}
+{{- $port := include "baton.healthPort" . -}}
 startupProbe:
-  grpc: {port: {{ .port }}, service: live}
+  grpc: {port: {{ $port }}, service: live}
   periodSeconds: 5
   failureThreshold: {{ div (add .root.Values.startupTimeoutSeconds 4) 5 }}
 readinessProbe:
-  grpc: {port: {{ .port }}}
+  grpc: {port: {{ $port }}}
   periodSeconds: 5
   timeoutSeconds: 3
 livenessProbe:
-  grpc: {port: {{ .port }}, service: live}
+  grpc: {port: {{ $port }}, service: live}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
