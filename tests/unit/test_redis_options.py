@@ -194,3 +194,22 @@ def test_options_of_every_process() -> None:
     options = parse_config(ClusterOptions, flags, environ, "x").redis_options
     assert options is not None
     assert (options.keys, options.username, options.password) == ("team:{blue}", "u", "s3cret")
+
+
+async def test_a_call_that_is_cancelled_while_it_is_sent_ends(tmp_path: Path) -> None:
+    """The client library sends by `asyncio.wait_for`, which may lose a cancellation."""
+    with redis_server() as server:
+        calls = RedisCalls(RedisOptions(server.url))
+
+        async def for_ever() -> None:
+            while True:
+                await calls.call(lambda: calls.client.ping())
+
+        for rounds in range(40):  # whatever it waits for just then
+            task = asyncio.create_task(for_ever())
+            for _ in range(20 + rounds):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait({task}, timeout=5)
+            assert task.cancelled()
+        await calls.aclose()
