@@ -153,4 +153,5 @@ for place = 3, #ARGV do
 end
 redis.call('PEXPIRE', KEYS[1], 2 * lease)
 redis.call('PEXPIRE', KEYS[2], 2 * lease)
+return {}
 """

@@ -31,7 +31,7 @@ class TenantMetrics:
         )
         self.fallbacks = metrics.counter(
             "baton_limit_fallbacks",
-            "Requests let in by a conductor's own part of the limits, because Redis was away.",
+            "Requests held against a conductor's own part of the limits, because Redis was away.",
         )
 
     def label(self, tenant: str) -> str:
