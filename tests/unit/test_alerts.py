@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
+import subprocess
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,9 @@ RULES = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yaml").read_text())
 ALERTS = [rule for group in RULES["groups"] for rule in group["rules"]]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/baton.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+WITH_PROMTOOL = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool comes with Prometheus"
+)
 EACH_ALERT = pytest.mark.parametrize("alert", ALERTS, ids=[rule["alert"] for rule in ALERTS])
 EACH_PANEL = pytest.mark.parametrize("panel", PANELS, ids=[panel["title"] for panel in PANELS])
 
@@ -129,6 +135,30 @@ def test_errors_that_alerts_name_exist() -> None:
     (alert,) = [rule for rule in ALERTS if rule["alert"] == "BatonErrors"]
     (codes,) = re.findall(r'outcome=~"([^"]*)"', alert["expr"])
     assert set(codes.split("|")) <= known | {OTHER}
+
+
+@WITH_PROMTOOL
+def test_alerts_fire_when_they_should() -> None:
+    promtool("test", "rules", str(ROOT / "deploy/prometheus/alerts_test.yaml"))
+
+
+@WITH_PROMTOOL
+def test_every_expression_can_be_parsed(tmp_path: Path) -> None:
+    expressions = [target["expr"] for panel in PANELS for target in panel["targets"]]
+    rules = [
+        {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "1m")}
+        for number, expression in enumerate(expressions)
+    ]
+    file = tmp_path / "rules.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    promtool("check", "rules", str(file), str(ROOT / "deploy/prometheus/alerts.yaml"))
+
+
+def promtool(*argv: str) -> None:
+    done = subprocess.run(
+        ["promtool", *argv], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_dashboard_is_up_to_date() -> None:
