@@ -244,6 +244,14 @@ VALUE_SETS: dict[str, Values] = {
         "networkPolicy": {"metricsFrom": [{"namespaceSelector": {}}]},
         "kvstore": {"enabled": True},
     },
+    "scaled": {
+        "keda": {
+            "enabled": True,
+            "conductor": {"maxReplicas": 4},
+            "prefill": {"maxReplicas": 8, "target": 4096},
+            "decode": {"minReplicas": 2, "maxReplicas": 2},
+        }
+    },
     "unwatched": {"metrics": {"port": 0}, "serviceMonitor": {"enabled": True}},
     "bare": {
         "networkPolicy": {"enabled": False},

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
+import helm_python
 import pytest
 import yaml
 
 from tests.unit.deploy.chart_kit import (
     CHART,
+    NAMESPACE,
     ROOT,
     VALUE_SETS,
     Object,
@@ -21,6 +24,7 @@ from tests.unit.deploy.chart_kit import (
     render,
     selects,
 )
+from tests.unit.metrics_kit import exported, names_in
 
 WATCHED = VALUE_SETS["watched"]
 MEMBERS = {"prefill", "decode", "kvstore"}
@@ -69,6 +73,57 @@ def test_prometheus_may_connect() -> None:
     assert policy["ingress"] == [
         {"ports": [{"port": "metrics"}], "from": [{"namespaceSelector": {}}]}
     ]
+
+
+def test_keda_scales_by_what_is_exported() -> None:
+    objects = render(VALUE_SETS["scaled"])
+    deployments = {each["metadata"]["name"]: each for each in of_kind(objects, "Deployment")}
+    scaled = {each["metadata"]["name"]: each["spec"] for each in of_kind(objects, "ScaledObject")}
+    assert scaled.keys() == {"baton-conductor", "baton-prefill", "baton-decode"}
+    series = {name for families in exported().values() for name in families}
+    for name, spec in scaled.items():
+        assert spec["scaleTargetRef"] == {"name": name}
+        assert "replicas" not in deployments[name]["spec"]  # helm would set them back
+        (trigger,) = spec["triggers"]
+        query = trigger["metadata"]["query"]
+        assert names_in(query) <= series
+        assert f'namespace="{NAMESPACE}"' in query
+        (pods_of,) = re.findall(r'(?:pod|worker)=~"([^"]*)"', query)
+        assert re.fullmatch(pods_of, f"{name}-7d9f-x2x")
+    prefill = scaled["baton-prefill"]
+    assert (prefill["minReplicaCount"], prefill["maxReplicaCount"]) == (1, 8)
+    assert prefill["triggers"][0]["metadata"]["threshold"] == "4096"
+
+
+def test_parts_without_bounds_are_not_scaled() -> None:
+    objects = render({"keda": {"enabled": True, "decode": {"maxReplicas": 3}}})
+    assert [each["metadata"]["name"] for each in of_kind(objects, "ScaledObject")] == [
+        "baton-decode"
+    ]
+    prefill = named(objects, "Deployment", "baton-prefill")
+    assert prefill["spec"]["replicas"] == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"prefill": {"minReplicas": 3, "maxReplicas": 2}}, "minReplicas is more than maxReplicas"),
+        ({"conductor": {"maxReplicas": 3}, "redis": False}, "needs Redis"),
+        ({"decode": {"maxReplicas": 3}, "elastic": True}, "elastic workers change their pools"),
+        ({"decode": {"maxReplicas": 3}, "port": 0}, "needs metrics.port"),
+    ],
+)
+def test_what_keda_cannot_do_is_said(values: Any, why: str) -> None:
+    keda = {"enabled": True, **{k: v for k, v in values.items() if isinstance(v, dict)}}
+    alone = {"conductor": {"replicas": 1}, "redis": {"enabled": False}}
+    given = {
+        "keda": keda,
+        "elastic": {"enabled": values.get("elastic", False)},
+        "metrics": {"port": values.get("port", 9090)},
+        **(alone if values.get("redis") is False else {}),
+    }
+    with pytest.raises(helm_python.HelmError, match=why):
+        render(given)
 
 
 def test_nothing_is_watched_without_a_port() -> None:

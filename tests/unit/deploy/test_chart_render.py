@@ -25,7 +25,7 @@ from tests.unit.deploy.golden import FOLDER, NAMES, golden_text
 
 VERSIONS = ("1.27", "1.30", "1.33", "1.35", "1.37")
 # Of the Prometheus Operator, and of cert-manager.
-WITHOUT_SCHEMA = {"ServiceMonitor", "PodMonitor", "PrometheusRule", "Certificate"}
+WITHOUT_SCHEMA = {"ServiceMonitor", "PodMonitor", "PrometheusRule", "ScaledObject", "Certificate"}
 LONG = "a-release-whose-name-is-as-long-as-helm-lets-it-be-xx"
 
 

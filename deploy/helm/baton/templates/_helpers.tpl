@@ -59,10 +59,35 @@ imagePullPolicy: {{ $image.pullPolicy }}
 {{- default (printf "%s-cluster-token" (include "baton.fullname" .)) .Values.clusterToken.existingSecret -}}
 {{- end -}}
 
+{{/* "true" where KEDA says how many there are: (dict "root" $ "component" "prefill"). */}}
+{{- define "baton.isScaled" -}}
+{{- if and .root.Values.keda.enabled (get .root.Values.keda .component).maxReplicas -}}true{{- end -}}
+{{- end -}}
+
 {{/* What a schema cannot say, because it takes two values. */}}
 {{- define "baton.check" -}}
 {{- include "baton.checkAccess" . -}}
 {{- $most := ternary .Values.conductor.autoscaling.maxReplicas .Values.conductor.replicas .Values.conductor.autoscaling.enabled | int -}}
+{{- if include "baton.isScaled" (dict "root" $ "component" "conductor") -}}
+{{- $most = int .Values.keda.conductor.maxReplicas -}}
+{{- if .Values.conductor.autoscaling.enabled -}}
+{{- fail "keda.conductor and conductor.autoscaling exclude each other: set one of keda.conductor.maxReplicas and conductor.autoscaling.enabled" -}}
+{{- end -}}
+{{- end -}}
+{{- range $component := list "conductor" "prefill" "decode" -}}
+{{- if include "baton.isScaled" (dict "root" $ "component" $component) -}}
+{{- $bounds := get $.Values.keda $component -}}
+{{- if gt (int $bounds.minReplicas) (int $bounds.maxReplicas) -}}
+{{- fail (printf "keda.%s.minReplicas is more than maxReplicas" $component) -}}
+{{- end -}}
+{{- if and $.Values.elastic.enabled (ne $component "conductor") -}}
+{{- fail (printf "keda.%s: elastic workers change their pools themselves, so that a pool's load is not that of its pods" $component) -}}
+{{- end -}}
+{{- if and (not $.Values.metrics.port) (ne $component "conductor") -}}
+{{- fail (printf "keda.%s needs metrics.port" $component) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if and (gt $most 1) (not (include "baton.hasRedis" .)) -}}
 {{- fail "more than one conductor needs Redis: set redis.enabled, redis.external.url or redis.external.existingSecret, or conductor.replicas to 1" -}}
 {{- end -}}
