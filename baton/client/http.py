@@ -183,6 +183,12 @@ class Client:
         """Conductors, workers and stores as `GET /cluster` lists them."""
         return await self._get("/cluster")
 
+    async def live(self) -> dict[str, Any]:
+        """The same with figures of the last minutes, KV flows and the last requests: see
+        `GET /live.json`. Raises Unauthenticated or PermissionDenied without an admin's key, where
+        keys are asked for."""
+        return await self._get("/live.json")
+
     async def trace(self, request_id: str) -> dict[str, Any]:
         """Spans of one recent request. Raises InvalidRequest when it is not known (any more)."""
         return await self._get(f"/trace/{quote(request_id, safe='')}")

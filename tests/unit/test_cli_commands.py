@@ -21,7 +21,7 @@ from baton.cli.plan import make_plan
 from baton.cli.report import Reporter
 from baton.cli.serve_options import ServeOptions
 from baton.cli.status import fleet_table, store_lines
-from baton.cli.top import view
+from baton.cli.top_view import view
 from baton.cli.trace import render
 from baton.cli.waterfall import bar
 from baton.client.http import Client, Prompt
@@ -234,7 +234,7 @@ def test_status_says_how_full_a_store_is_and_which_tier_is_off() -> None:
     ]
 
 
-@pytest.mark.parametrize("show", [fleet_table, lambda cluster: view("http://x", cluster)])
+@pytest.mark.parametrize("show", [fleet_table, lambda cluster: view("http://x", cluster, 80, None)])
 def test_tables_lose_nothing_on_a_terminal_of_80_columns(show: Any) -> None:
     worker = {
         "name": "prefill-10",
@@ -253,11 +253,6 @@ def test_tables_lose_nothing_on_a_terminal_of_80_columns(show: Any) -> None:
         *("prefill-10", "4194303", "127.0.0.1:65535", "draining"),
         *("256", "1024", "60000", "30000", "100000"),
     ]
-
-
-def test_top_shows_used_blocks() -> None:
-    text = text_of(view("http://x", CLUSTER))
-    assert "3/10 blocks in use, 2 cached" in text
 
 
 def test_trace_bars_cover_the_request() -> None:
