@@ -13,6 +13,7 @@ const WORDS = {
   reconnecting: "▲ reconnecting",
   paused: "◐ paused",
   locked: "✕ needs an API key",
+  forbidden: "✕ needs an admin's API key",
 };
 
 const figures = new Figures(byId("figures"));
@@ -43,6 +44,7 @@ function stateOf(look) {
 
 function showConnection(state, why) {
   if (state === "locked") keys.ask();
+  if (state === "forbidden") keys.askForAdmin();
   document.body.dataset.connection = state;
   setText(byId("connection"), why === "" ? WORDS[state] : `${WORDS[state]}: ${why}`);
 }

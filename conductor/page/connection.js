@@ -6,9 +6,11 @@ import { authorization } from "./key.js";
 const SILENCE_MS = 6000; // a tick is a second: whoever is silent for so long is gone
 const FIRST_PAUSE_MS = 500;
 const LAST_PAUSE_MS = 10000;
+const LOCKED = "locked"; // another key is needed, and no use in trying before
+const FORBIDDEN = "forbidden";
 
 export class Connection {
-  /** `on.look(snapshot)`, `on.state("live" | "reconnecting" | "paused" | "locked", why)`. */
+  /** `on.look(snapshot)`, `on.state(name, why)`; names are those of WORDS in app.js. */
   constructor(on) {
     this.on = on;
     this.abort = null; // of the connection that is there
@@ -27,8 +29,8 @@ export class Connection {
       }
       const why = await this.#follow();
       if (document.hidden) continue;
-      if (why === "locked") {
-        this.on.state("locked", "");
+      if (why === LOCKED || why === FORBIDDEN) {
+        this.on.state(why, "");
         await this.#pause(null);
         continue;
       }
@@ -55,7 +57,8 @@ export class Connection {
         cache: "no-store",
         signal: abort.signal,
       });
-      if (response.status === 401) return "locked";
+      if (response.status === 401) return LOCKED;
+      if (response.status === 403) return FORBIDDEN;
       if (!response.ok) return `the conductor answered with status ${response.status}`;
       for await (const event of eventsOf(response)) {
         clearTimeout(watchdog);

@@ -24,13 +24,21 @@ export class KeyForm {
     });
   }
 
+  /** For a key, or another one. */
   ask() {
     const refused = sessionStorage.getItem(NAME) !== null;
     sessionStorage.removeItem(NAME);
-    byId("key-why").textContent = refused
-      ? "The cluster does not know this API key."
-      : "This cluster asks for an API key.";
-    this.form.hidden = false;
+    this.#show(refused ? "The cluster does not know this API key." : "This cluster asks for an API key.");
     this.input.focus();
+  }
+
+  /** For an admin's key: the one that there is may send prompts, but not see those of others. */
+  askForAdmin() {
+    this.#show("Prompts can be sent with this API key. To watch the cluster, use an admin's.");
+  }
+
+  #show(why) {
+    byId("key-why").textContent = why;
+    this.form.hidden = false;
   }
 }

@@ -28,7 +28,7 @@ export class PromptBox {
   }
 
   async #send() {
-    if (this.abort !== null || this.model === "") return;
+    if (this.abort !== null) return;
     const abort = new AbortController();
     this.abort = abort;
     this.#setBusy(true);
@@ -36,6 +36,7 @@ export class PromptBox {
     this.answer.replaceChildren();
     const text = this.answer.appendChild(document.createTextNode(""));
     try {
+      if (this.model === "") await this.#findModel(abort.signal);
       await this.#stream(run, text, abort.signal);
       this.#tell(run, "");
     } catch (error) {
@@ -61,6 +62,14 @@ export class PromptBox {
       this.#take(run, chunk, text);
     }
     throw new Error("the connection broke before the answer was complete");
+  }
+
+  /** For who may not watch the cluster: a look at it tells the model otherwise. */
+  async #findModel(signal) {
+    const response = await fetch("v1/models", { headers: authorization(), signal });
+    if (response.status === 401) this.onLocked();
+    if (!response.ok) throw new Error(await messageOf(response));
+    this.model = (await response.json()).data[0].id;
   }
 
   #body(kind) {
@@ -99,7 +108,8 @@ export class PromptBox {
     if (run.usage !== null) parts.push(...ofUsage(run));
     if (ending !== "") parts.push(ending);
     this.figures.replaceChildren(parts.join(" · "));
-    if (run.id !== "") this.figures.append(parts.length ? " · " : "", this.#link(run.id));
+    // Who may not watch the cluster has no table in which it could be shown.
+    if (run.id !== "" && document.body.dataset.connection !== "forbidden") this.figures.append(parts.length ? " · " : "", this.#link(run.id));
   }
 
   #link(id) {

@@ -8,7 +8,7 @@ import { authorization } from "./key.js";
 import { waterfall } from "./waterfall.js";
 
 const ICONS = { ok: "✓", running: "▶", cancelled: "■" };
-const FEW = 10; // that are shown at first
+const FEW = 8; // that are shown at first
 const COLUMNS = ["Prompt", "Cached", "Output", "TTFT", "TPOT", "Time"];
 
 export class Requests {

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import Cluster
-from tests.fake_worker import FakeCluster, fake_server
+from tests.fake_worker import FakeCluster
+from tests.tenants_kit import Files, key_of
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -291,8 +292,10 @@ def test_it_comes_back_with_the_conductor(browser: Any, cluster: Cluster) -> Non
             page.wait_for_selector(f'[data-member="{name}"][data-state="live"]')
 
 
-def test_a_key_is_asked_for_and_kept(browser: Any) -> None:
-    with host(lambda: fake_server(api_key=("right",))) as url:
+def test_a_key_is_asked_for_and_kept(browser: Any, tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    files.write_tenants({"name": "somebody"}, {"name": "boss", "admin": True})
+    with host(files.server) as url:
         context = browser.new_context()
         page = context.new_page()
         page.set_default_timeout(PATIENCE_MS)
@@ -302,7 +305,13 @@ def test_a_key_is_asked_for_and_kept(browser: Any) -> None:
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
         until(page, "document.getElementById('key-why').innerText.includes('does not know')")
-        page.fill("#key", "right")
+        page.fill("#key", key_of("somebody"))
+        page.click("#key-form button")
+        page.wait_for_selector('body[data-connection="forbidden"]')
+        until(page, "document.getElementById('key-why').innerText.includes('admin')")
+        send(page, "hello", 8)
+        until(page, "document.getElementById('answer').textContent === 'hello'")
+        page.fill("#key", key_of("boss"))
         page.click("#key-form button")
         page.wait_for_selector(LIVE)
         assert not page.is_visible("#key-form")
