@@ -171,7 +171,6 @@ class Serving:
             self._attempts.cancel_all("the request has ended")
             now = asyncio.get_running_loop().time()
             self._stopwatch.end(now)
-            self.timeline.tpot_s = self._stopwatch.tpot_s
             if self._stopwatch.first_at is not None:
                 self._parts.admission.note_decode(now - self._stopwatch.first_at)
 

@@ -22,7 +22,8 @@ class Latencies:
 
 class Goodput:
     def __init__(self, metrics: Metrics, slos: Slos) -> None:
-        self._limits = {"ttft": slos.ttft_s, "tpot": slos.tpot_s}
+        self._slos = slos
+        limits = {"ttft": slos.ttft_s, "tpot": slos.tpot_s}
         self._requests = metrics.tally(
             "baton_requests_within_slo",
             "Requests that ended well and kept every SLO that is set.",
@@ -31,23 +32,29 @@ class Goodput:
             "baton_output_tokens_within_slo", "Tokens of these requests' answers."
         )
         self._misses = metrics.tallies(
-            "baton_slo_misses", "Requests that ended well, but missed an SLO.", "slo", self._limits
+            "baton_slo_misses", "Requests that ended well, but missed an SLO.", "slo", limits
         )
-        limits = metrics.gauge(
+        told = metrics.gauge(
             "baton_slo_seconds", "The SLOs of --slo-ttft-ms and --slo-tpot-ms; 0: not set.", ["slo"]
         )
-        for name, limit_s in self._limits.items():
-            limits.labels(name).set(limit_s or 0)
+        for name, limit_s in limits.items():
+            told.labels(name).set(limit_s or 0)
 
     def note(self, latencies: Latencies, tokens: int) -> None:
         """A request has ended well."""
-        taken = {"ttft": latencies.ttft_s, "tpot": latencies.worst_tpot_s}
-        missed = [name for name, limit_s in self._limits.items() if _exceeds(taken[name], limit_s)]
+        missed = missed_slos(latencies, self._slos)
         for name in missed:
             self._misses.add(name)
         if not missed:
             self._requests.value += 1
             self._tokens.value += tokens
+
+
+def missed_slos(latencies: Latencies, slos: Slos) -> list[str]:
+    """Those that a request which ended well did not keep."""
+    late = _exceeds(latencies.ttft_s, slos.ttft_s)
+    slow = _exceeds(latencies.worst_tpot_s, slos.tpot_s)
+    return ["ttft"] * late + ["tpot"] * slow
 
 
 def _exceeds(taken_s: float | None, limit_s: float | None) -> bool:

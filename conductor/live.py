@@ -15,6 +15,7 @@ from baton.types.kv_events import Tier
 from baton.types.link import FetchPart
 from baton.types.request import Finish, FinishReason
 from conductor.admission import Slos
+from conductor.goodput import Latencies, missed_slos
 from conductor.router import Decision
 from conductor.window import SLOT_S, Flow, Period, Slot, Window
 
@@ -42,18 +43,18 @@ class Live:
         """A request begins: what was generated until now had other causes."""
         self._look(_now())
 
-    def note_end(self, outcome: str, ttft_s: float | None, tpot_s: float | None) -> None:
-        """A request has ended; `tpot_s` is of its slowest answer."""
+    def note_end(self, outcome: str, latencies: Latencies) -> None:
+        """A request has ended."""
         now = _now()
         self._look(now)
         slot = self._window.current(now)
         slot.requests += 1
         slot.failed += outcome != "ok"
-        slot.good += outcome == "ok" and self.is_good(ttft_s, tpot_s)
-        if ttft_s is not None:
-            slot.ttft.add(ttft_s)
-        if tpot_s is not None:
-            slot.tpot.add(tpot_s)
+        slot.good += outcome == "ok" and not missed_slos(latencies, self.slos)
+        if latencies.ttft_s is not None:
+            slot.ttft.add(latencies.ttft_s)
+        if latencies.worst_tpot_s is not None:
+            slot.tpot.add(latencies.worst_tpot_s)
 
     def note_finish(
         self, decision: Decision, prompt_tokens: int, duty: Role, finish: Finish
@@ -82,12 +83,6 @@ class Live:
     def note_offers(self, worker: str, store: str, num_bytes: int) -> None:
         """A node's store has read that much of what a worker offered it."""
         self._window.current(_now()).add_flow(Flow(worker, store, "offer"), num_bytes)
-
-    def is_good(self, ttft_s: float | None, tpot_s: float | None) -> bool:
-        """Whether an answer kept the SLOs that there are."""
-        late = self.slos.ttft_s is not None and (ttft_s is None or ttft_s > self.slos.ttft_s)
-        slow = self.slos.tpot_s is not None and (tpot_s or 0.0) > self.slos.tpot_s
-        return not late and not slow
 
     # -- telling -------------------------------------------------------------------------------
 

@@ -203,11 +203,5 @@ class Stopwatch:
                 metrics.tpot.observe(tpot_s, self._exemplar)
                 self._worst_tpot_s = max(tpot_s, self._worst_tpot_s or 0.0)
 
-    @property
-    def tpot_s(self) -> float | None:
-        """Of the slowest answer so far."""
-        answers = [(last - first, count - 1) for first, last, count in self._answers.values()]
-        return max((seconds / gaps for seconds, gaps in answers if gaps > 0), default=None)
-
     def end(self, now: float) -> None:
         self._metrics.e2e.observe(now - self._received, self._exemplar)

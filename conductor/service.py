@@ -296,7 +296,8 @@ class Conductor:
         self.metrics.cached_tokens.inc(usage.cached_tokens)
         serving.timeline.cached_tokens = usage.cached_tokens
         serving.timeline.end(outcome, asyncio.get_running_loop().time())
-        self.live.note_end(outcome, serving.timeline.ttft_s, serving.timeline.tpot_s)
+        serving.timeline.tpot_s = serving.latencies.worst_tpot_s
+        self.live.note_end(outcome, serving.latencies)
         if self._spans is not None:
             self._spans.note_end(serving.timeline)
 

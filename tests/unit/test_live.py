@@ -16,6 +16,7 @@ from baton.types.request import Finish, FinishReason, Span
 from conductor.admission import Slos
 from conductor.cluster import ConductorIdentity
 from conductor.estimate import Candidate
+from conductor.goodput import Latencies
 from conductor.live import Live, fetched_tokens
 from conductor.live_view import MAX_MEMBERS, MAX_REQUESTS, TICK_S, LiveView
 from conductor.request import Ask, Options
@@ -91,12 +92,12 @@ async def test_no_text_of_a_prompt_or_an_answer_is_told() -> None:
 @virtual_time
 async def test_goodput_counts_what_kept_the_slos() -> None:
     live = Live(lambda: 0, Slos(ttft_s=1.0, tpot_s=0.1))
-    live.note_end("ok", 0.5, 0.05)
-    live.note_end("ok", 0.5, None)  # one token
-    live.note_end("ok", 1.5, 0.05)
-    live.note_end("ok", 0.5, 0.2)
-    live.note_end("cancelled", 0.5, 0.05)
-    live.note_end("no_worker", None, None)
+    live.note_end("ok", Latencies(0.5, 0.05))
+    live.note_end("ok", Latencies(0.5, None))  # one token
+    live.note_end("ok", Latencies(1.5, 0.05))
+    live.note_end("ok", Latencies(0.5, 0.2))
+    live.note_end("cancelled", Latencies(0.5, 0.05))
+    live.note_end("no_worker", Latencies(None, None))
     await asyncio.sleep(10)
     minute = live.figures()["periods"][0]
     assert (minute["requests"], minute["failed"]) == (6, 2)
