@@ -28,10 +28,10 @@ CLUSTER = (
 )
 WORKER = ("--name", "decode-2", "--threads", "1", "--kv-memory-mib", "64", "--dtype", "bfloat16")
 TALKERS = 3
-WARM_UP_S = 45.0
+WARM_UP_S = 90.0
 WAIT_MS = 60_000.0
-WIDE = {"width": 1440, "height": 1000}
-TALLEST = 2200
+WIDE = {"width": 1440, "height": 1250}
+TALLEST = 1900  # pixels of a whole page that are shown
 PHONE = {"width": 390, "height": 844}
 LIBRARY = "def {name}(path, mode='r', encoding=None):\n    " + (
     'handle = open(path, mode, encoding=encoding)\n    """Read {name} and check it."""\n    ' * 12
@@ -47,9 +47,9 @@ async def main() -> None:
         )
         async with extra_worker(ready["grpc"]) as worker:
             await asyncio.sleep(WARM_UP_S)
-            await shoot(browser, ready["url"], "page-light", WIDE, "light")
+            await shoot(browser, ready["url"], "page-light", WIDE, "light", whole=True)
             await shoot(browser, ready["url"], "page-dark", WIDE, "dark")
-            await shoot(browser, ready["url"], "page-phone", PHONE, "light")
+            await shoot(browser, ready["url"], "page-phone", PHONE, "light", whole=True)
             worker.kill()
             await shoot(browser, ready["url"], "page-dead", WIDE, "light", dead="decode-2")
         await browser.close()
@@ -90,8 +90,15 @@ async def talk(client: Client, number: int) -> None:
 
 
 async def shoot(
-    browser: Browser, url: str, name: str, size: Any, scheme: Any, dead: str = ""
+    browser: Browser,
+    url: str,
+    name: str,
+    size: Any,
+    scheme: Any,
+    whole: bool = False,
+    dead: str = "",
 ) -> None:
+    """What fits into the window, or with `whole` about all of the page."""
     context = await browser.new_context(viewport=size, color_scheme=scheme)
     page = await context.new_page()
     await page.goto(url)
@@ -102,9 +109,8 @@ async def shoot(
     await ask(page)
     await page.wait_for_selector(".flow.going", state="attached", timeout=WAIT_MS)
     path = IMAGES / f"{name}.png"
-    height = await page.evaluate("document.documentElement.scrollHeight")
-    clip = {"x": 0, "y": 0, "width": size["width"], "height": min(height, TALLEST)}
-    await page.screenshot(path=path, full_page=True, clip=clip)
+    clip = {"x": 0, "y": 0, "width": size["width"], "height": TALLEST}
+    await page.screenshot(path=path, full_page=whole, clip=clip if whole else None)
     print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
     await context.close()
 

@@ -57,6 +57,7 @@ async def _serve(options: ServeOptions) -> None:
         supervisor = Supervisor(plan, reporter)
 
         async def when_ready(addresses: Addresses) -> None:
+            reporter.step("page", f"{addresses.url}/", done=True)
             reporter.settle()
             if options.try_text is not None and not options.json:
                 async with connect(addresses.url) as client:
