@@ -27,7 +27,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def view(url: str, look: Look, width: int, height: int | None) -> RenderableType:
     """Figures, fleet, KV and requests. With `height`, as many requests as fit into the lines."""
-    upper = [
+    upper: list[RenderableType] = [
         *_figures(url, look),
         Text(),
         fleet_table(look),
