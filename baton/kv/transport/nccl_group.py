@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed
 
+from baton.kv.transport.reach import listen_at
+
 dist: Any = torch.distributed  # its classes come from C++ and have no complete stubs
 
 SOURCE, READER = 0, 1
@@ -23,7 +25,16 @@ Span = tuple[int, int]
 
 def make_store(host: str) -> Any:
     """The source's rendezvous (a TCPStore), on a free port. Blocks for milliseconds."""
-    return dist.TCPStore(host, 0, None, True, timedelta(seconds=TIMEOUT_S), wait_for_workers=False)
+    listening = listen_at(host)
+    return dist.TCPStore(
+        host,
+        listening.getsockname()[1],
+        None,
+        True,
+        timedelta(seconds=TIMEOUT_S),
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),  # it would listen at every interface
+    )
 
 
 def join_store(host: str, port: int) -> Any:

@@ -11,6 +11,7 @@ from baton.errors import ConfigError
 from baton.kv.transport.base import Transport
 from baton.kv.transport.loopback import LoopbackFabric, LoopbackTransport
 from baton.kv.transport.nixl import NixlTransport, make_agent
+from baton.kv.transport.reach import is_loopback, keep_ucx_here
 from baton.kv.transport.shm import ShmTransport
 
 NAMES = ("nixl", "nccl", "shm", "loopback")
@@ -34,10 +35,12 @@ def make_transport(
 ) -> Transport:
     """A transport that is not started yet.
 
-    `auto` is nixl where its UCX backend works, else shm. `host` is where peers reach this process
-    (nccl only). `fabric` connects the loopback transports of one process.
+    `auto` is nixl where its UCX backend works, else shm. `host` is where peers reach this process:
+    on loopback, nobody else does. `fabric` connects the loopback transports of one process.
     Raises ConfigError for an unknown name.
     """
+    if is_loopback(host):
+        keep_ucx_here()
     match name:
         case "auto":
             chosen = "nixl" if _nixl().usable else "shm"
