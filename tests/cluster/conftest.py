@@ -9,6 +9,7 @@ import re
 import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -31,7 +32,7 @@ SETTLED = {"free", "cached"}
 
 @dataclass
 class Cluster:
-    """A running `baton serve`. `http` and `grpc` are `host:port`."""
+    """A running `baton serve`. `http` and `grpc` are `host:port`; `trusts` is for its clients."""
 
     process: subprocess.Popen[str]
     token: str
@@ -40,19 +41,27 @@ class Cluster:
     http: str = ""
     grpc: str = ""
     ready: dict[str, Any] = field(default_factory=dict)
+    trusts: ssl.SSLContext | None = None
 
     @property
     def url(self) -> str:
-        return f"http://{self.http}"
+        return str(self.ready["url"])
 
     def status(self) -> dict[str, Any]:
         return dict(self.get("/cluster").json())
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30.0, trust_env=False)
+        verify = self.trusts or True
+        return httpx.get(self.url + path, timeout=30.0, trust_env=False, verify=verify)
 
     def post(self, path: str, body: Any, timeout_s: float = 100.0) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=timeout_s, trust_env=False)
+        return httpx.post(
+            self.url + path,
+            json=body,
+            timeout=timeout_s,
+            trust_env=False,
+            verify=self.trusts or True,
+        )
 
     def cli(self, *argv: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run a client command of baton against this cluster."""
@@ -133,10 +142,14 @@ def shared_memory_of(pids: set[int]) -> set[Path]:
 
 @contextmanager
 def serve(
-    directory: Path, *flags: str, start_s: float = START_S, log_lines: int = 200
+    directory: Path,
+    *flags: str,
+    start_s: float = START_S,
+    log_lines: int = 200,
+    trusts: ssl.SSLContext | None = None,
 ) -> Iterator[Cluster]:
     """`baton serve` on free ports. Afterwards nothing of it may be left. The last `log_lines` of
-    all processes are kept."""
+    all processes are kept. `trusts`: for clients of one with --ssl-certfile."""
     token = secrets.token_hex(16)
     directory.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
@@ -154,7 +167,7 @@ def serve(
             "PYTHONUNBUFFERED": "1",
         },
     )
-    cluster = Cluster(process, token, directory, stderr=deque(maxlen=log_lines))
+    cluster = Cluster(process, token, directory, stderr=deque(maxlen=log_lines), trusts=trusts)
     reader = threading.Thread(target=_keep_lines, args=(process, cluster.stderr))
     reader.start()
     segments: set[Path] = set()
