@@ -98,6 +98,7 @@ def _announce(identity: ConductorIdentity) -> None:
         "http": identity.http,
         "grpc": identity.grpc,
         "for_workers": identity.for_workers,
+        "scheme": identity.scheme,
         "pid": identity.pid,
     }
     sys.stdout.buffer.write(orjson.dumps(event) + b"\n")

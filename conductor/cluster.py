@@ -26,6 +26,7 @@ class ConductorIdentity:
     grpc: str
     started_s: float
     for_workers: str = ""  # where workers register
+    scheme: str = "http"  # or https
 
 
 def describe_cluster(conductor: Conductor, identity: ConductorIdentity) -> dict[str, Any]:

@@ -200,6 +200,7 @@ class Server:
             http=f"{config.host}:{listener.getsockname()[1]}",
             grpc=grpc_address,
             for_workers=for_workers,
+            scheme="https" if config.ssl_certfile else "http",
             started_s=time.time(),
         )
 

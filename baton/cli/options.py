@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import ssl
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from baton.client.http import Client
-from baton.errors import ConfigError
+from baton.client.trust import trusted
 
 Options = TypeVar("Options")
 
@@ -35,17 +34,6 @@ def connect(url: str, timeout_s: float = 120.0) -> Client:
 
 def api_key() -> str:
     return os.environ.get("BATON_API_KEY", "").split(",")[0].strip()
-
-
-def trusted() -> ssl.SSLContext | None:
-    """The authorities of BATON_CA_FILE; None: the system's. Raises ConfigError."""
-    if not (path := os.environ.get("BATON_CA_FILE", "")):
-        return None
-    try:
-        return ssl.create_default_context(cafile=path)
-    except OSError as error:  # also when it is no PEM
-        why = error.strerror or error
-        raise ConfigError(f"BATON_CA_FILE {path} cannot be used: {why}") from None
 
 
 def command(cls: type[Options], run: Callable[[Options], None]) -> Callable[..., None]:

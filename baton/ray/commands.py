@@ -17,10 +17,12 @@ class Listening:
 
     http: str
     grpc: str
+    for_workers: str = ""  # empty: at `grpc`
+    scheme: str = "http"
 
     @property
     def url(self) -> str:
-        return f"http://{self.http}"
+        return f"{self.scheme}://{self.http}"
 
 
 def conductor_command(
@@ -32,9 +34,11 @@ def conductor_command(
     if known is not None:
         port, grpc_port = (_port_of(address) for address in (known.http, known.grpc))
     name = conductor_name(number)
+    at = known.for_workers if known is not None else ""
     args = (
         *("conductor", "--name", name, "--host", "0.0.0.0", "--advertise", node.ip),
         *("--port", str(port), "--grpc-port", str(grpc_port), "--announce"),
+        *(("--internal-port", str(_port_of(at))) if at else ()),
         *_common(config),
         *(("--elastic",) if config.elastic else ()),
         *(("--advise",) if config.scales else ()),
@@ -119,7 +123,7 @@ def _member(config: ClusterConfig, node: Node, conductors: Sequence[Listening]) 
     """Of workers and stores. With Redis they find conductors there."""
     yield from ("--node", node.name, "--advertise", node.ip)
     if not config.redis:
-        yield from ("--conductor", ",".join(each.grpc for each in conductors))
+        yield from ("--conductor", ",".join(each.for_workers or each.grpc for each in conductors))
     yield from flags_of(config.engine.flags)
     yield from _common(config)
 

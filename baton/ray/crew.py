@@ -179,13 +179,17 @@ class Crew:
         """Learn where a conductor listens. Members that were told another address must hear it."""
         try:
             said = await running.announcement(self._config.timeouts.start_s)
-            http, grpc = (f"{node.ip}:{said[key].rpartition(':')[2]}" for key in ("http", "grpc"))
+            http, grpc, for_workers = (
+                f"{node.ip}:{said[key].rpartition(':')[2]}"
+                for key in ("http", "grpc", "for_workers")
+            )
         except TimeoutError:
             await running.kill()
             return
         except PlaceLost:
             return  # its keeper hears of that, too
-        before, now = self.listening.get(number), Listening(http, grpc)
+        now = Listening(http, grpc, for_workers if for_workers != grpc else "", said["scheme"])
+        before = self.listening.get(number)
         self.listening[number], self._conductor_node[number] = now, node.id
         name = conductor_name(number)
         self._events.event("listening", f"{name}: {http}", name=name, http=http, grpc=grpc)

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from typing import Any, Self
 
 from baton.client.http import Client
+from baton.client.trust import trusted
 from baton.errors import BatonError, ConfigError
 from baton.ray.commands import Listening
 from baton.ray.config import ClusterConfig
@@ -106,7 +107,7 @@ class HttpAsks:
 
     async def _client(self, conductor: Listening) -> Client:
         if conductor.url not in self._clients:
-            client = Client(conductor.url, timeout_s=_ASK_S, api_key=self._api_key)
+            client = Client(conductor.url, timeout_s=_ASK_S, api_key=self._api_key, tls=trusted())
             self._clients[conductor.url] = await self._stack.enter_async_context(client)
         return self._clients[conductor.url]
 

@@ -72,7 +72,12 @@ class FakeRunning:
             await asyncio.sleep(1.0 if self._place.announces else 1e9)
         ports = (flag(self.command, name) for name in ("--port", "--grpc-port"))
         http, grpc = (self._place.next_port() if port == "0" else port for port in ports)
-        return {"http": f"0.0.0.0:{http}", "grpc": f"0.0.0.0:{grpc}"}
+        return {
+            "http": f"0.0.0.0:{http}",
+            "grpc": f"0.0.0.0:{grpc}",
+            "for_workers": f"0.0.0.0:{grpc}",
+            "scheme": "http",
+        }
 
     async def stop(self, grace_s: float) -> None:
         self._place.log.append(("stop", self.command.name))

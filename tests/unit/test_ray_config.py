@@ -16,6 +16,7 @@ from baton.ray.commands import Listening, conductor_command, flags_of, store_com
 from baton.ray.config import ClusterConfig, load_config, parse_config
 from tests.unit.ray_kit import NODE_A, config, flag
 
+SECURED = Listening("10.0.0.9:8000", "10.0.0.9:50051", "10.0.0.9:50054", "https")
 CONDUCTORS = (Listening("10.0.0.9:8000", "10.0.0.9:50051"),)
 
 
@@ -167,3 +168,12 @@ def test_without_ray_it_says_what_to_install(
     done = CliRunner().invoke(app, ["ray", "up", "--config", str(tmp_path / "cluster.yaml")])
     assert isinstance(done.exception, ConfigError)
     assert "pip install 'baton-llm[ray]'" in done.exception.message
+
+
+def test_with_certificates_members_are_told_the_port_for_workers() -> None:
+    assert SECURED.url == "https://10.0.0.9:8000"
+    wanted = config()
+    worker = worker_command(wanted, "decode", 0, NODE_A, (SECURED,), "")
+    assert flag(worker, "--conductor") == "10.0.0.9:50054"
+    assert flag(conductor_command(wanted, 0, NODE_A, SECURED), "--internal-port") == "50054"
+    assert "--internal-port" not in conductor_command(wanted, 0, NODE_A, CONDUCTORS[0]).args
