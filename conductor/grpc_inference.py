@@ -17,6 +17,7 @@ import grpc
 
 from baton.errors import InternalError, InvalidRequest
 from baton.rpc.errors import status_of, trailing_metadata
+from baton.telemetry import traced
 from baton.tokenizer import Tokenizer
 from baton.types.request import SampledToken
 from baton.types.trace import TRACEPARENT, TRACESTATE, parse_trace_context
@@ -25,7 +26,7 @@ from baton.v1 import inference_pb2_grpc
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
 from conductor.http import body_too_large
-from conductor.request import Arrival, Ask, Options, Prompt
+from conductor.request import Arrival, Ask, Options, Prompt, Request
 from conductor.resume import Bookmark
 from conductor.service import Conductor
 from conductor.tenants.tenancy import check_allowed
@@ -62,16 +63,21 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
             timeout_s = context.time_remaining()
             token = request.resume_token or None
             prepared = await conductor.prepare(_to_ask(request), "gen", timeout_s, token, arrival)
-            bookmark = Bookmark(prepared)
-            with_details = prepared.answers[0].sampling.logprobs is not None
-            async with aclosing(conductor.generate(prepared)) as results:
-                async for result in results:
-                    for message in _messages(
-                        prepared.id, result, conductor.model.tokenizer, with_details, bookmark
-                    ):
-                        await context.write(message)
+            with traced(prepared.tracing.context):
+                await self._answer(prepared, context)
         except Exception as error:
             await _abort(context, error)
+
+    async def _answer(self, request: Request, context: grpc.aio.ServicerContext) -> None:
+        conductor = self._conductor
+        bookmark = Bookmark(request)
+        with_details = request.answers[0].sampling.logprobs is not None
+        async with aclosing(conductor.generate(request)) as results:
+            async for result in results:
+                for message in _messages(
+                    request.id, result, conductor.model.tokenizer, with_details, bookmark
+                ):
+                    await context.write(message)
 
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext

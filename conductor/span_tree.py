@@ -110,6 +110,8 @@ def _gen_ai(timeline: Timeline) -> dict[str, Value]:
         "gen_ai.usage.cache_read.input_tokens": timeline.cached_tokens,
         "baton.attempts": len(timeline.attempts),
     }
+    if timeline.tenant:
+        attributes["baton.tenant"] = timeline.tenant
     if timeline.finish_reasons:
         attributes["gen_ai.response.finish_reasons"] = tuple(timeline.finish_reasons)
     if timeline.passed_s is not None:
