@@ -422,7 +422,10 @@ def test_a_disk_is_timed_and_left_as_it_was(
 
 
 def test_the_kernel_tells_of_its_clock() -> None:
-    synchronised, error_s = kernel_clock()
+    try:
+        synchronised, error_s = kernel_clock()
+    except PermissionError:
+        pytest.skip("this container may not ask")
     assert isinstance(synchronised, bool)
     assert error_s >= 0
 
