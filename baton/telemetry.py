@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TextIO
 
@@ -171,6 +172,23 @@ class Distributions(Collector):
         return [family]
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot(Collector):
+    """Metrics as they were. Of many, most of the time goes into their text: another thread may
+    make it."""
+
+    families: tuple[Metric, ...]
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+    def encode(self, accept: str) -> tuple[bytes, str]:
+        """The exposition in the format that a scraper's `Accept` asks for, and its content type.
+        Only OpenMetrics has exemplars."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self), content_type
+
+
 class Metrics:
     """The metrics of one process, in a registry of its own. Names start with `baton_`."""
 
@@ -221,10 +239,11 @@ class Metrics:
         return generate_latest(self.registry)
 
     def render_for(self, accept: str) -> tuple[bytes, str]:
-        """The exposition in the format that a scraper's `Accept` asks for, and its content type.
-        Only OpenMetrics has exemplars."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        """See `Snapshot.encode`."""
+        return self.snapshot().encode(accept)
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(tuple(self.registry.collect()))
 
 
 def _checked(name: str) -> str:

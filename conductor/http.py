@@ -95,7 +95,8 @@ def _open_routes(conductor: Conductor) -> list[Route]:
 
 def _status_routes(conductor: Conductor, identity: ConductorIdentity) -> list[Route]:
     async def metrics(request: Request) -> Response:
-        body, content_type = conductor.metrics.render_for(request.headers.get("accept", ""))
+        encode = conductor.metrics.snapshot().encode  # in a thread: streams go on meanwhile
+        body, content_type = await asyncio.to_thread(encode, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     async def cluster(_request: Request) -> Response:

@@ -162,9 +162,9 @@ class Metrics:
         """The text exposition format."""
         return self._metrics.render()
 
-    def render_for(self, accept: str) -> tuple[bytes, str]:
-        """In the format that `Accept` asks for, and its content type; see `telemetry.Metrics`."""
-        return self._metrics.render_for(accept)
+    def snapshot(self) -> telemetry.Snapshot:
+        """For a scraper."""
+        return self._metrics.snapshot()
 
 
 class Stopwatch:

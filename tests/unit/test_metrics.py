@@ -50,6 +50,19 @@ def test_both_formats_have_the_same_metrics() -> None:
     assert names == {name.removesuffix("_total") for name in families_of(plain.decode())}
 
 
+def test_a_snapshot_stays_as_it_was() -> None:
+    own = Metrics()
+    things = own.tally("baton_things", "Things.")
+    seconds = own.histogram("baton_thing_seconds", "Their times.", (1.0,))
+    before = own.snapshot()
+    things.value += 1
+    seconds.observe(0.5)
+    text = before.encode("")[0].decode()
+    assert "baton_things_total 0.0" in text
+    assert 'baton_thing_seconds_bucket{le="1.0"} 0.0' in text
+    assert "baton_things_total 1.0" in own.snapshot().encode("")[0].decode()
+
+
 def test_a_worker_says_only_what_is_its_own() -> None:
     assert not [name for name in families_of(worker_text()) if "store" in name]
 
