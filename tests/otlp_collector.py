@@ -37,10 +37,14 @@ class Collector(stubs.TraceServiceServicer):  # type: ignore[misc]
     url: str = ""
     raw: list[bytes] = field(default_factory=list)
     metadata: list[dict[str, str]] = field(default_factory=list)
+    answers: threading.Event = field(default_factory=threading.Event)  # cleared: it hangs
+    called: threading.Event = field(default_factory=threading.Event)
     _spans: list[Got] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def Export(self, request: Any, context: Any) -> Any:
+        self.called.set()
+        self.answers.wait()
         with self._lock:
             self.raw.append(request.SerializeToString())
             self.metadata.append(dict(context.invocation_metadata()))
@@ -59,12 +63,14 @@ class Collector(stubs.TraceServiceServicer):  # type: ignore[misc]
 def collector() -> Iterator[Collector]:
     server = grpc.server(ThreadPoolExecutor(1))
     found = Collector()
+    found.answers.set()
     stubs.add_TraceServiceServicer_to_server(found, server)
     found.url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     try:
         yield found
     finally:
+        found.answers.set()
         server.stop(None).wait(10)
 
 

@@ -275,6 +275,20 @@ async def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
         await wait_for(lambda: counts["failed"] == 1)
 
 
+async def test_a_collector_that_hangs_does_not_hold_the_end_up(
+    otel: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(otlp, "EXPORT_TIMEOUT_S", 1e4)
+    monkeypatch.setattr(span_export, "FLUSH_S", 0.01)
+    otel.answers.clear()
+    sender = OtlpSender(otel.url, "", "c")
+    async with exporting(sender) as (export, counts):
+        export.note_end(await some_timeline())
+        await wait_for(otel.called.is_set)
+    assert counts == {"failed": 1}
+    await wait_for(lambda: not any(t.name.startswith("spans") for t in threading.enumerate()))
+
+
 def test_options_that_cannot_work() -> None:
     with pytest.raises(ConfigError, match="trace-sample"):
         ConductorConfig(trace_sample=1.5)
