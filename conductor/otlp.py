@@ -7,7 +7,7 @@ that exports nothing does not load it.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from baton.errors import ConfigError
@@ -36,54 +36,73 @@ class OtlpSender:
     """
 
     def __init__(self, endpoint: str, cluster: str, conductor: str) -> None:
+        from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk import trace as sdk
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace.export import SpanExportResult
+        from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
         self._exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S)
+        self._success = SpanExportResult.SUCCESS
+        self._api, self._sdk, self._make_resource = trace, sdk, Resource.create
+        self._scope = InstrumentationScope("baton")
+        self._kinds = {
+            Kind.SERVER: trace.SpanKind.SERVER,
+            Kind.CLIENT: trace.SpanKind.CLIENT,
+            Kind.INTERNAL: trace.SpanKind.INTERNAL,
+        }
         self._cluster = cluster
         self._conductor = conductor
         self._resources: dict[tuple[str, str], Any] = {}
 
     def send(self, traces: Sequence[tuple[TraceContext, Sequence[TreeSpan]]]) -> bool:
         """Whether the collector has taken them all."""
-        from opentelemetry.sdk.trace.export import SpanExportResult
-
-        spans = [self._span(context, span) for context, tree in traces for span in tree]
-        return bool(self._exporter.export(spans) is SpanExportResult.SUCCESS)
+        spans = []
+        for context, tree in traces:
+            make_context = self._contexts(context)
+            spans += [self._span(span, make_context) for span in tree]
+        return bool(self._exporter.export(spans) is self._success)
 
     def close(self) -> None:
         """Calls that still run fail at once."""
         self._exporter.shutdown()
 
-    def _span(self, trace: TraceContext, span: TreeSpan) -> Any:
-        """Ids and times are known already, so that no tracer makes it."""
-        from opentelemetry.sdk.trace import Event, ReadableSpan
-        from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-        from opentelemetry.trace import Link, SpanKind, Status, StatusCode
+    def _contexts(self, trace: TraceContext) -> Callable[[str], Any]:
+        """What makes the context of a span of that trace from its id."""
+        api = self._api
+        trace_id = int(trace.trace_id, 16)
+        flags = api.TraceFlags(api.TraceFlags.SAMPLED if trace.sampled else 0)
+        state = api.TraceState.from_header([trace.state]) if trace.state else None
+        return lambda span_id: api.SpanContext(trace_id, int(span_id, 16), False, flags, state)
 
-        kinds = {Kind.SERVER: SpanKind.SERVER, Kind.CLIENT: SpanKind.CLIENT}
-        parent, before = span.parent_id, span.follows
-        return ReadableSpan(
+    def _span(self, span: TreeSpan, make_context: Callable[[str], Any]) -> Any:
+        """Ids and times are known already, so that no tracer makes it."""
+        api, sdk = self._api, self._sdk
+        links = []
+        if span.follows:
+            links.append(api.Link(make_context(span.follows), {"baton.link": "retry of"}))
+        error = api.Status(api.StatusCode.ERROR, span.error) if span.error else api.Status()
+        return sdk.ReadableSpan(
             span.name,
-            _context(trace, span.span_id),
-            _context(trace, parent) if parent else None,
+            make_context(span.span_id),
+            make_context(span.parent_id) if span.parent_id else None,
             self._resource(span),
             dict(span.attributes),
-            [Event(name, timestamp=_nanoseconds(at_s)) for name, at_s in span.events],
-            [Link(_context(trace, before), {"baton.link": "retry of"})] if before else (),
-            kinds.get(span.kind, SpanKind.INTERNAL),
-            status=Status(StatusCode.ERROR, span.error) if span.error else Status(),
+            [sdk.Event(name, timestamp=_nanoseconds(at_s)) for name, at_s in span.events],
+            links,
+            self._kinds[span.kind],
+            status=error,
             start_time=_nanoseconds(span.start_s),
             end_time=_nanoseconds(max(span.end_s, span.start_s)),
-            instrumentation_scope=InstrumentationScope("baton"),
+            instrumentation_scope=self._scope,
         )
 
     def _resource(self, span: TreeSpan) -> Any:
-        from opentelemetry.sdk.resources import Resource
-
         name = span.process or (self._conductor if span.service == CONDUCTOR else "")
         key = (span.service, name)
         if key not in self._resources:
-            self._resources[key] = Resource.create(
+            self._resources[key] = self._make_resource(
                 {
                     "service.name": span.service,
                     "service.namespace": self._cluster,
@@ -91,14 +110,6 @@ class OtlpSender:
                 }
             )
         return self._resources[key]
-
-
-def _context(trace: TraceContext, span_id: str) -> Any:
-    from opentelemetry.trace import SpanContext, TraceFlags, TraceState
-
-    state = TraceState.from_header([trace.state]) if trace.state else None
-    flags = TraceFlags(TraceFlags.SAMPLED if trace.sampled else TraceFlags.DEFAULT)
-    return SpanContext(int(trace.trace_id, 16), int(span_id, 16), False, flags, state)
 
 
 def _nanoseconds(unix_s: float) -> int:
