@@ -118,13 +118,17 @@ class Tracing:
         return self.context.trace_id if self.context.sampled else None
 
 
-def begin_trace(name: str, caller: TraceContext | None, sample: float) -> TraceContext:
-    """The span of the request with that unique name: in the client's trace, which decides whether
-    it is sampled, or in one of its own, which is with probability `sample`."""
+def begin_trace(
+    key: str, caller: TraceContext | None, sample: float, again: str = ""
+) -> TraceContext:
+    """The span of the request with that key: in the client's trace, which decides whether it is
+    sampled, or in one of its own, which is with probability `sample`, and which it goes on in when
+    its client comes back for the rest; that time's own name is `again`."""
+    span_id = span_id_of(key + again)
     if caller is not None:
-        return TraceContext(caller.trace_id, span_id_of(name), caller.sampled, caller.state)
-    trace_id = trace_id_of(name)
-    return TraceContext(trace_id, span_id_of(name), int(trace_id[:8], 16) < sample * 2**32)
+        return TraceContext(caller.trace_id, span_id, caller.sampled, caller.state)
+    trace_id = trace_id_of(key)
+    return TraceContext(trace_id, span_id, int(trace_id[:8], 16) < sample * 2**32)
 
 
 @dataclass(frozen=True, slots=True)

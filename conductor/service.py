@@ -203,8 +203,8 @@ class Conductor:
             prompts = [await self._to_ids(prompt, ask.add_special_tokens) for prompt in ask.prompts]
             allowed = self.policy.default_deadline_s
             key = self._make_key(ask, id_prefix) if point is None else point.key
-            span = key if point is None else f"{key} {self._make_id()}"  # one for each time
-            context = begin_trace(span, arrival.caller, self.policy.trace_sample)
+            again = "" if point is None else self._make_id()
+            context = begin_trace(key, arrival.caller, self.policy.trace_sample, again)
             return build_request(
                 ask,
                 sampling,

@@ -400,8 +400,12 @@ async def test_a_request_id_is_its_own_when_it_comes_back() -> None:
         await lose_conductor(place, client, 4)
         await client.read(place.conductors[1])
         assert client.tokens() == list(ANSWER)
-        timeline = place.conductors[1].traces.get("mine:1")
+        before, timeline = (each.traces.get("mine:1") for each in place.conductors[:2])
+        assert before is not None
         assert timeline is not None
+        first, second = before.tracing.context, timeline.tracing.context
+        assert (first.trace_id, first.sampled) == (second.trace_id, second.sampled)
+        assert first.span_id != second.span_id
         (attempt,) = timeline_json(timeline, now_s=0.0)["attempts"]
         assert attempt["reasons"] == ["another conductor began it, or an earlier connection"]
         with pytest.raises(BatonError):
