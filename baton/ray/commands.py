@@ -115,6 +115,8 @@ def _common(config: ClusterConfig) -> Iterator[str]:
     for flag, value in (("--model", config.model), ("--model-name", config.model_name)):
         if value:
             yield from (flag, value)
+    if config.tls is not None:
+        yield from flags_of({f"tls_{key}": value for key, value in config.tls if value})
     if config.redis:  # its URL is in the environment: it may have a password
         yield from ("--cluster-name", config.cluster_name)
 

@@ -28,7 +28,8 @@ _MIB = 1 << 20
 _OURS = {
     *("name", "node", "listen", "advertise", "conductor", "store", "redis", "cluster_name"),
     *("model", "model_name", "announce", "exit_with_parent", "config", "host", "grpc_host"),
-    *("port", "grpc_port", "drain_timeout", "role", "advise"),
+    *("port", "grpc_port", "internal_port", "drain_timeout", "role", "advise"),
+    *("tls_cert", "tls_key", "tls_ca", "tls_peer_name"),
 }
 _OF_ENGINE = {"dtype", "block_size", "transport", "verify"}
 
@@ -89,6 +90,15 @@ class Engine(_Part):
     @property
     def flags(self) -> dict[str, FlagValue]:
         return self.model_dump(exclude_none=True)
+
+
+class Tls(_Part):
+    """Files (PEM) on every node, by which the processes know each other."""
+
+    cert: str
+    key: str
+    ca: str
+    peer_name: str = ""
 
 
 class Conductors(Needs):
@@ -188,6 +198,7 @@ class ClusterConfig(_Part):
     redis: str = ""
     cluster_name: Name = "default"
     env: dict[str, str] = Field(default_factory=dict)
+    tls: Tls | None = None
     engine: Engine = Field(default_factory=Engine)
     conductors: Conductors = Field(default_factory=Conductors)
     pools: dict[Name, Pool]
@@ -286,5 +297,5 @@ _UNION_PARTS = {"bool", "int", "float", "str", "list[str]", "[key]"}
 
 
 def _known_keys() -> Iterator[str]:
-    for part in (ClusterConfig, Engine, Conductors, Pool, Store, Restart, Scale, Timeouts):
+    for part in (ClusterConfig, Tls, Engine, Conductors, Pool, Store, Restart, Scale, Timeouts):
         yield from part.model_fields

@@ -149,6 +149,19 @@ def test_conductors_listen_on_ports_in_a_row() -> None:
     assert [flag(command, "--grpc-port") for command in commands] == ["50051", "50052"]
 
 
+def test_every_process_is_told_of_its_certificate() -> None:
+    files = {"cert": "/c", "key": "/k", "ca": "/a"}
+    wanted = config(tls=files, store={})
+    assert wanted.store is not None
+    for command in (
+        conductor_command(wanted, 0, NODE_A, None),
+        worker_command(wanted, "decode", 0, NODE_A, (SECURED,), ""),
+        store_command(wanted, wanted.store, NODE_A, 7, (SECURED,)),
+    ):
+        assert [flag(command, f"--tls-{key}") for key in files] == list(files.values())
+        assert flag(command, "--tls-peer-name") == ""
+
+
 def test_processes_share_a_token_that_is_made_once() -> None:
     environ = up.process_environ(config(), {"BATON_REDIS": "other", "BATON_LOG_LEVEL": "debug"})
     assert environ["BATON_CLUSTER_TOKEN"]

@@ -88,7 +88,10 @@ def ray_nodes(name: str, replicas: str) -> Iterator[Node]:
 
 
 def commands(config: ClusterConfig) -> Iterator[Command]:
-    node, conductors = Node("a" * 8, "10.0.0.1"), (Listening("10.0.0.1:1", "10.0.0.1:2"),)
+    node, conductors = (
+        Node("a" * 8, "10.0.0.1"),
+        (Listening("10.0.0.1:1", "10.0.0.1:2"),),
+    )
     yield conductor_command(config, 0, node, None)
     for pool in config.pools:
         yield worker_command(config, pool, 0, node, conductors, "10.0.0.1:3")
