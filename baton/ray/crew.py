@@ -19,7 +19,7 @@ from baton.ray.commands import (
     worker_name,
 )
 from baton.ray.config import ClusterConfig
-from baton.ray.keeper import Keeper, State, Work
+from baton.ray.keeper import Keeper, NodeGone, State, Work
 from baton.ray.place import Command, Events, Node, Place, PlaceLost, Running, Slot
 from baton.ray.placement import Bundle, take, why_not, wishes
 
@@ -208,7 +208,13 @@ class Crew:
         async with self._store_lock:
             if node.id not in self._stores:
                 slot = await self._place.on(f"store-{node.name}", node, store.bundle)
-                port = store.port or await slot.free_port()
+                try:
+                    port = store.port or await slot.free_port()
+                except BaseException as error:
+                    await slot.release()
+                    if isinstance(error, NodeGone):  # for the store, but not for who asks
+                        raise PlaceLost(error.message) from None
+                    raise
 
                 async def make(node: Node) -> Command:
                     conductors = tuple(self.listening.values())

@@ -66,7 +66,7 @@ class Keeper:
         self._failures = 0  # in a row
         self._running: Running | None = None
         self._by_force = False  # how it ended last
-        self._renewing = False  # it ends because it should start with another command
+        self._renewing = False  # its command was made before something changed
         self._stopping = asyncio.Event()
         self._done = asyncio.Event()
 
@@ -105,8 +105,8 @@ class Keeper:
 
     async def renew(self, grace_s: float) -> None:
         """Let it start again with a new command. That is no failure."""
-        if self._running is not None and not self._stopping.is_set():
-            self._renewing = True
+        self._renewing = True
+        if self._running is not None:
             await self._running.stop(grace_s)
 
     async def _once(self) -> bool:
@@ -144,7 +144,7 @@ class Keeper:
             return None
         self._running, self.state = running, State.RUNNING
         self.starts += 1
-        if self._stopping.is_set():  # just when it had started: `stop` has not seen it
+        if self._stopping.is_set() or self._renewing:  # just now: they have not seen it
             await running.kill()
         begun = self._work.begun or _nothing
         beside = asyncio.create_task(begun(self.node, running), name=f"{self.name} begins")
@@ -156,6 +156,7 @@ class Keeper:
             await asyncio.gather(beside, return_exceptions=True)
 
     async def _start(self, node: Node) -> Running:
+        self._renewing = False
         return await self._work.slot.start(await self._work.make(node))
 
     async def _pause(self, lived_s: float, ended: Ended | None) -> bool:

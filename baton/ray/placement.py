@@ -74,7 +74,7 @@ def why_not(wish: Wish, nodes: Sequence[Node], held: Mapping[str, Sequence[Bundl
     rooms = {node.id: room(wish.bundle, frees[node.id]) for node in nodes}
     if fits(wish, list(rooms.values())):
         return ""
-    each = f"{wish.count} x ({_say(wish.bundle)})"
+    each = f"{wish.count} x ({say(wish.bundle)})"
     how = f", {wish.strategy}" if wish.strategy.startswith("STRICT") else ""
     places = "; ".join(_say_node(node, wish.bundle, frees[node.id], rooms) for node in nodes)
     return f"{wish.name} needs {each}{how}; {places or 'there are no nodes'}"
@@ -109,7 +109,8 @@ def _say_node(
     return f"node {node.name} has {lacks} left" if lacks else f"node {node.name} has no room"
 
 
-def _say(bundle: Bundle) -> str:
+def say(bundle: Bundle) -> str:
+    """For people."""
     return ", ".join(f"{name} {_amount(name, amount)}" for name, amount in bundle.items())
 
 

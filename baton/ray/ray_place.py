@@ -28,10 +28,12 @@ from ray.util.scheduling_strategies import (
 from baton.ray.actor import ProcessActor
 from baton.ray.keeper import NodeGone
 from baton.ray.place import Command, Ended, Node, PlaceLost
+from baton.ray.placement import say
 
 _POLL_S = 0.5
 _ACTOR_S = 120.0  # a worker process of Ray starts, and imports
 _ANSWER_S = 15.0  # of an actor that has nothing to wait for
+_AS_URGENT = {"RAY_worker_niceness": "0"}  # as everything else: Ray gives its workers 15
 
 
 class RayPlace:
@@ -108,13 +110,21 @@ class _Slot:
         if self._actor is None:
             self._actor, self._actor_node = self._make_actor(name), node.id
         try:
-            where = await _answer(self._actor.node_id.remote(), _ACTOR_S)
+            where = await self._whereabouts(node)
             if where != node.id:
                 raise PlaceLost(f"{name} was placed anew while it started")
         except BaseException:
             self.drop_actor()
             raise
         return self._actor
+
+    async def _whereabouts(self, node: Node) -> str:
+        try:
+            return str(await _answer(self._actor.node_id.remote(), _ACTOR_S))
+        except PlaceLost as error:
+            needs = say(self._bundle)
+            text = f"no actor with ({needs}) began on node {node.name}: {error.message}"
+            raise PlaceLost(text) from None
 
     def _make_actor(self, name: str) -> Any:
         others = {k: v for k, v in self._bundle.items() if k not in ("CPU", "GPU", "memory")}
@@ -128,6 +138,7 @@ class _Slot:
                 scheduling_strategy=self._strategy(),
                 max_restarts=0,
                 max_task_retries=0,
+                runtime_env={"env_vars": _AS_URGENT},
             )
             .remote(name)
         )

@@ -23,7 +23,7 @@ _POLL_S = 0.5
 _SAY_FIRST_S = 3.0
 _SAY_S = 30.0  # between two lines about what is waited for
 _CLOSE_GRACE_S = 5.0  # what a process may take beyond the drain that it does itself
-_STORE_GRACE_S = 10.0
+_WORKER_GRACE_S = 20.0
 _ELSEWHERE = "other jobs of this Ray cluster may hold what is missing"
 
 Result = TypeVar("Result")
@@ -100,8 +100,7 @@ class Supervisor:
         missing: set[str] = set()
 
         async def not_live() -> list[str]:
-            states = {k.name: (k.state, k.why) for k in crew.members}
-            return [f"{n} is {' and '.join(filter(None, states[n]))}" for n in sorted(missing)]
+            return [_say(keeper) for keeper in crew.members if keeper.name in missing]
 
         await self._within(start_s, self._all_live(crew, missing), not_live, "ready")
 
@@ -201,7 +200,7 @@ class Supervisor:
         killed = await self._stop_all(list(crew.conductors.values()), grace_s)
         self._events.event("stopping", "stopping the workers", phase="stop workers")
         # Nothing runs any more: what a worker does now is say farewell.
-        killed += await self._stop_all([*crew.workers, *crew.stores], _STORE_GRACE_S)
+        killed += await self._stop_all([*crew.workers, *crew.stores], _WORKER_GRACE_S)
         text = f"stopped (killed: {', '.join(killed)})" if killed else "stopped"
         self._events.event("stopped", text, killed=killed)
 
@@ -229,6 +228,11 @@ class Supervisor:
             task.cancel()
             stopping.cancel()
             await asyncio.gather(task, stopping, return_exceptions=True)
+
+
+def _say(keeper: Keeper) -> str:
+    before = f"; before, it {keeper.why}" if keeper.why else ""
+    return f"{keeper.name} is {keeper.state}{before}"
 
 
 async def _set(event: asyncio.Event) -> None:

@@ -115,7 +115,8 @@ class FakeSlot:
 
     async def start(self, command: Command) -> FakeRunning:
         await asyncio.sleep(self._place.start_s)
-        assert self.at is not None
+        if self.at is None or self.at not in self._place.alive:
+            raise PlaceLost("the node died")
         return self._place.begin(self.at, command)
 
     async def free_port(self) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from baton.ray.config import ClusterConfig
 from baton.ray.place import Node, StartFailed
@@ -15,6 +17,7 @@ from baton.ray.supervisor import Supervisor
 from tests.unit.ray_kit import NODE_A, NODE_B, FakeAsks, FakePlace, Recorder, config, flag
 from tests.virtual_time import virtual_time
 
+WITH_MEMORY = [replace(node, total={**node.total, "memory": 1e12}) for node in (NODE_A, NODE_B)]
 RESTART = {"failures": 3, "backoff_s": 1.0, "max_backoff_s": 8.0, "stable_s": 60.0}
 
 
@@ -286,5 +289,73 @@ def test_cancelling_leaves_nothing(after_s: float) -> None:
         await asyncio.wait({task}, timeout=300)
         assert task.cancelled()
         place.assert_empty()
+
+    run()
+
+
+happenings = st.lists(
+    st.tuples(
+        st.sampled_from(["die", "lose", "kill node", "add node", "want more", "want fewer"]),
+        st.integers(0, 9),
+        st.sampled_from([0.0, 0.3, 1.0, 2.5, 20.0]),
+    ),
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(happenings)
+# A worker is told of a conductor that moves just then; a node dies while its store begins.
+@example([("die", 0, 2.5), ("die", 0, 0.0), ("kill node", 0, 0.0), ("kill node", 0, 1.0)])
+@example([("kill node", 0, 2.5), ("add node", 9, 0.0), ("kill node", 1, 20.0)])
+def test_whatever_happens_it_comes_back_and_leaves_nothing(
+    what: list[tuple[str, int, float]],
+) -> None:
+    spares = [
+        Node(f"{i}" * 8, f"10.0.1.{i}", {"CPU": 8, "prefill": 2, "decode": 4}) for i in range(12)
+    ]
+    pool = {"resources": {"decode": 1}, "min_replicas": 1, "max_replicas": 3}
+    wanted = config(
+        pools={"prefill": {"resources": {"prefill": 1}}, "decode": pool},
+        store={"memory_mib": 64},
+        restart={**RESTART, "failures": 0},
+        scale={"look_s": 1, "up_after_s": 2, "down_after_s": 4},
+    )
+
+    def happen(run: Run, event: str, number: int) -> None:
+        lives = run.place.running
+        match event:
+            case "die" if lives:
+                lives[number % len(lives)].die()
+            case "lose" if lives:
+                lives[number % len(lives)].lose()
+            case "kill node" if run.place.alive:
+                run.place.lose(run.place.alive[number % len(run.place.alive)])
+            case "add node":
+                run.place.alive.append(spares.pop())
+            case "want more" | "want fewer":
+                decode = 3 if event == "want more" else 1
+                run.asks.wanted = {"prefill": 1, "decode": decode}
+
+    @virtual_time
+    async def run() -> None:
+        async with up(wanted, FakePlace(*WITH_MEMORY)) as cluster:
+            for event, number, pause_s in what:
+                happen(cluster, event, number)
+                await asyncio.sleep(pause_s)
+            cluster.place.alive.append(spares.pop())
+            cluster.asks.wanted = {"prefill": 1, "decode": 2}
+            await asyncio.sleep(120)
+            names = cluster.place.names()
+            assert [n for n in names if "store" not in n] == sorted(
+                ["conductor-0", "prefill-0", *(n for n in names if n.startswith("decode"))]
+            )
+            assert len([n for n in names if n.startswith("decode")]) == 2
+            workers = [x for x in cluster.place.running if "conductor" not in x.command.name]
+            stores = {x.node.name for x in workers if "store" in x.command.name}
+            assert {x.node.name for x in workers} <= stores
+            (conductor,) = [x for x in cluster.place.running if x not in workers]
+            for worker in workers:  # everybody knows where the conductor is
+                assert flag(worker.command, "--conductor").startswith(conductor.node.ip)
 
     run()
