@@ -1,14 +1,9 @@
-"""`baton doctor` on machines that are made up, and its probes on this one."""
+"""`baton doctor` on machines that are made up."""
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import json
-import os
 import resource
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,17 +12,12 @@ from typer.testing import CliRunner
 
 from baton.cli import main
 from baton.cli.doctor import command, compute, memory, network, services
-from baton.cli.doctor.disk_speed import measure
 from baton.cli.doctor.finding import Finding, Verdict, fail, ok, warn
-from baton.cli.doctor.kernel_clock import kernel_clock
 from baton.cli.doctor.machine import Found, ThisMachine
-from baton.cli.doctor.redis_probe import ask, options_of
 from baton.cli.doctor.topology import parse
 from baton.cli.doctor.wanted import Wanted
-from baton.errors import ConfigError, RegistryUnavailable
-from tests.redis_server import BINARY, WHY_NOT, redis_server
+from tests.unit.doctor_kit import GIB, FakeMachine
 
-GIB = 1 << 30
 H200 = {"name": "NVIDIA H200", "bytes": 141 * GIB, "capability": [9, 0]}
 CPU_TORCH = {"version": "2.13.0", "cuda": None, "driver_cuda": None, "gpus": [], "triton": True}
 GPU_TORCH = {**CPU_TORCH, "cuda": "12.8", "driver_cuda": "12.8", "gpus": [H200, H200]}
@@ -35,46 +25,6 @@ DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Fri Jan\nGC
 OPEN_DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n"
 IB = "/sys/class/infiniband"
 NOTHING = Wanted()
-
-
-@dataclass
-class FakeMachine:
-    """Implements Machine."""
-
-    probes: dict[tuple[str, ...], Found] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    topo: str | None = None
-    limits: dict[int, int] = field(default_factory=dict)
-    disks: dict[str, int] = field(default_factory=lambda: {"/dev/shm": GIB})
-    taken: tuple[int, ...] = ()
-    memory: int = 16 * GIB
-
-    def read(self, path: str) -> str | None:
-        return self.files.get(path)
-
-    def names(self, path: str) -> list[str]:
-        below = [
-            name.removeprefix(f"{path}/") for name in self.files if name.startswith(f"{path}/")
-        ]
-        return sorted({name.split("/")[0] for name in below})
-
-    def run(self, *command: str) -> str | None:
-        return self.topo
-
-    def probe(self, *what: str) -> Found:
-        return self.probes[what]
-
-    def available_memory(self) -> int:
-        return self.memory
-
-    def limit(self, resource: int) -> int | None:
-        return self.limits.get(resource)
-
-    def free(self, path: str) -> int | None:
-        return self.disks.get(path)
-
-    def port_is_free(self, port: int) -> bool:
-        return port not in self.taken
 
 
 def with_torch(torch: Found, driver: str = "") -> FakeMachine:
@@ -391,70 +341,3 @@ def test_options_reach_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ["doctor", "--store-dir", "/nvme", "--redis", "redis://r:1", "--port", "9000"]
     CliRunner().invoke(main.app, argv, env={"BATON_REDIS": ""})
     assert asked == [Wanted("/nvme", True, (9000, 50051))]
-
-
-# -- this machine ----------------------------------------------------------------------------------
-
-
-def test_everything_that_needs_no_probe_is_found_here() -> None:
-    machine = ThisMachine({})
-    for check in (compute.python, compute.cpus, compute.native, memory.memory, memory.open_files):
-        assert verdict(check(machine, NOTHING)) is not Verdict.FAIL
-    assert verdict(services.demo_model(machine, NOTHING)) is Verdict.OK
-    assert machine.run("no-such-program") is None
-    assert machine.names("/no/such/place") == []
-
-
-def test_a_probe_that_breaks_is_one_line() -> None:
-    assert "KeyError" in str(ThisMachine({}).probe("no-such-library"))
-
-
-def test_a_disk_is_timed_and_left_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("baton.cli.doctor.disk_speed.MOST", 16 << 20)
-    speed = measure(str(tmp_path))
-    assert speed.write > 0
-    assert speed.read > 0
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ConfigError, match="No such file"):
-        measure(str(tmp_path / "none"))
-
-
-def test_the_kernel_tells_of_its_clock() -> None:
-    try:
-        synchronised, error_s = kernel_clock()
-    except PermissionError:
-        pytest.skip("this container may not ask")
-    assert isinstance(synchronised, bool)
-    assert error_s >= 0
-
-
-def test_blocks_are_read_from_another_process() -> None:
-    moved = ThisMachine(dict(os.environ)).probe("transfer", "shm")
-    assert isinstance(moved, dict), moved
-    assert moved["bytes_per_s"] > 0
-
-
-@pytest.mark.skipif(BINARY is None, reason=WHY_NOT)
-def test_a_real_redis_is_written_and_read() -> None:
-    with redis_server("secret") as server:
-        environ = {"BATON_REDIS": f"redis://{server.address}", "BATON_REDIS_PASSWORD": "secret"}
-        found = asyncio.run(ask(environ))
-        assert found["address"] == server.address
-        assert isinstance(found["offset_s"], float)
-        assert abs(found["offset_s"]) < 5
-        with pytest.raises(RegistryUnavailable, match="authenticated"):
-            asyncio.run(ask({"BATON_REDIS": f"redis://{server.address}"}))
-
-
-def test_redis_has_the_options_of_the_processes() -> None:
-    environ = {
-        "BATON_REDIS": "rediss://r:6379",
-        "BATON_REDIS_USERNAME": "baton",
-        "BATON_CLUSTER_NAME": "blue",
-    }
-    options = options_of(environ)
-    assert (options.url, options.username, options.cluster) == ("rediss://r:6379", "baton", "blue")
-    names = {field.name for field in dataclasses.fields(options)}
-    assert {"password", "password_file", "ca_file"} <= names

@@ -52,8 +52,12 @@ def _redis_remedy(error: str) -> str:
     said = error.lower()
     if "no module named 'redis'" in said:
         return "pip install 'baton-llm[redis]'"
+    if "cannot read" in said:
+        return "give a file that this user can read"
+    if "alert_certificate_required" in said:
+        return "it wants to see a certificate: BATON_REDIS_CERT_FILE and BATON_REDIS_KEY_FILE"
     if "certificate" in said or "ssl" in said:
-        return "TLS: rediss://host:port, BATON_REDIS_CA_FILE, and the host name of its certificate"
+        return "BATON_REDIS_CA_FILE is for its authority; the certificate must have its host's name"
     if "password" in said or "auth" in said:
         return "set BATON_REDIS_PASSWORD, and BATON_REDIS_USERNAME for a user of its ACL"
     if "permission" in said or "noperm" in said:
