@@ -86,9 +86,11 @@ local most, key, nonce, lease = tonumber(ARGV[10]), ARGV[11], ARGV[12], tonumber
 local function wait_for(kind)
   local missing = used[kind] + wanted[kind] - capacity[kind]
   if missing <= 0 then return 0 end
-  for s = first, slot do
-    missing = missing - tonumber(call('HGET', buckets, kind .. ':' .. s) or 0)
-    if missing <= 0 then return back_at(s) - now end
+  local fields = {}
+  for s = first, slot do fields[#fields + 1] = kind .. ':' .. s end
+  for place, taken in ipairs(call('HMGET', buckets, unpack(fields))) do
+    missing = missing - tonumber(taken or 0)
+    if missing <= 0 then return back_at(first + place - 1) - now end
   end
   return window
 end

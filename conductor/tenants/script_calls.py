@@ -18,7 +18,7 @@ from redis.exceptions import NoScriptError, RedisError
 from baton.errors import RegistryUnavailable
 from baton.rpc.redis_calls import RedisCalls
 
-BATCH = 256  # calls in a round trip
+BATCH = 64  # calls in a round trip: Redis does nothing else meanwhile
 FLUSH_S = 1.0  # to send what is left at the end
 
 Reply = list[Any]

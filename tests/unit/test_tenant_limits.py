@@ -306,17 +306,18 @@ def options(server: RedisServer) -> RedisOptions:
 
 @needs_redis
 async def test_two_conductors_share_one_limit(options: RedisOptions) -> None:
-    who = tenant(requests_per_minute=200, concurrent_requests=1000)
+    who = tenant(requests_per_minute=50, concurrent_requests=1000)
     async with (
         running(RedisLimits(options, None)) as one,
         running(RedisLimits(options, None)) as two,
     ):
         results = await asyncio.gather(
-            *(limits.reserve(who, claim(f"{n}")) for n in range(200) for limits in (one, two)),
+            *(limits.reserve(who, claim(f"{n}")) for n in range(50) for limits in (one, two)),
             return_exceptions=True,
         )
-    assert sum(isinstance(result, Grant) for result in results) == 200
-    assert sum(isinstance(result, LimitReached) for result in results) == 200
+    others = {type(result) for result in results} - {Grant, LimitReached}
+    assert not others
+    assert sum(isinstance(result, Grant) for result in results) == 50
 
 
 @needs_redis
@@ -359,7 +360,7 @@ async def test_keys_in_redis_end_by_themselves(options: RedisOptions) -> None:
 async def test_what_is_settled_last_is_sent_before_the_end(options: RedisOptions) -> None:
     who = tenant(requests_per_minute=5000)
     async with running(RedisLimits(options, None)) as limits:
-        grants = await asyncio.gather(*(limits.reserve(who, claim(f"{n}")) for n in range(600)))
+        grants = await asyncio.gather(*(limits.reserve(who, claim(f"{n}")) for n in range(150)))
         for grant in grants:
             limits.settle(grant, Amounts())
     assert used(limits, who) == (0, 0, 0)
