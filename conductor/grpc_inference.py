@@ -1,13 +1,15 @@
 """The gRPC API, `baton.v1.Inference`: the same requests and errors as over HTTP.
 
 A failed call carries the error's stable code in the trailing metadata `baton-error-code`, and the
-field at fault, where there is one, in `baton-error-param`.
+field at fault, where there is one, in `baton-error-param`; RESOURCE_EXHAUSTED has `retry-after-ms`.
+How a tenant stands with its limits is there too, in the names that HTTP's headers have.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -15,7 +17,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from baton.errors import InternalError, InvalidRequest
+from baton.errors import InternalError, InvalidRequest, Overloaded
 from baton.rpc.errors import status_of, trailing_metadata
 from baton.telemetry import traced
 from baton.tokenizer import Tokenizer
@@ -30,11 +32,14 @@ from conductor.request import Arrival, Ask, Options, Prompt, Request
 from conductor.resume import Bookmark
 from conductor.service import Conductor
 from conductor.tenants.tenancy import check_allowed
-from conductor.tenants.tenant import Tenant
+from conductor.tenants.tenant import ANYBODY, Tenant
 from conductor.validate import DEFAULT_COMPLETION_TOKENS, check_model, make_chat
 
 SERVICE_NAME = "baton.v1.Inference"
 PARAM_KEY = "baton-error-param"
+RETRY_KEY = "retry-after-ms"
+
+Metadata = tuple[tuple[str, str], ...]
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +62,7 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
         generator's clean-up then cancels the work."""
         conductor = self._conductor
         arrival = _arrival_of(context)
+        tenant = ANYBODY
         try:
             tenant = self._check(request, context)
             arrival = replace(arrival, tenant=tenant)
@@ -65,8 +71,9 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
             prepared = await conductor.prepare(_to_ask(request), "gen", timeout_s, token, arrival)
             with traced(prepared.tracing.context):
                 await self._answer(prepared, context)
+            context.set_trailing_metadata(self._standing(tenant))
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, self._standing(tenant))
 
     async def _answer(self, request: Request, context: grpc.aio.ServicerContext) -> None:
         conductor = self._conductor
@@ -104,6 +111,10 @@ class _InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[
         except Exception as error:
             await _abort(context, error)
 
+    def _standing(self, tenant: Tenant) -> Metadata:
+        """How the tenant stands with its limits."""
+        return tuple(self._conductor.tenancy.headers(tenant).items())
+
     def _check(self, request: Any, context: grpc.aio.ServicerContext) -> Tenant:
         """Whose the call is. Raises Unauthenticated without a valid key, InvalidRequest for an
         oversized request."""
@@ -125,8 +136,10 @@ def _arrival_of(context: grpc.aio.ServicerContext) -> Arrival:
     return Arrival(asyncio.get_running_loop().time(), caller)
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
-    """End the call with the status of `error`."""
+async def _abort(
+    context: grpc.aio.ServicerContext, error: Exception, more: Metadata = ()
+) -> NoReturn:
+    """End the call with the status of `error`. `more` is told in its trailing metadata."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
     status = status_of(error)
@@ -134,10 +147,12 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoRetur
     if status is grpc.StatusCode.INTERNAL:
         log.error("a gRPC call failed", exc_info=error)
         message = message if isinstance(error, InternalError) else "an internal error occurred"
-    metadata = trailing_metadata(error)
+    metadata = (*trailing_metadata(error), *more)
     param = getattr(error, "param", None)
     if param:
         metadata = (*metadata, (PARAM_KEY, param))
+    if isinstance(error, Overloaded):
+        metadata = (*metadata, (RETRY_KEY, str(math.ceil(error.retry_after_s * 1e3))))
     await context.abort(status, message, metadata)
     raise error
 
