@@ -8,7 +8,7 @@ from typing import Any
 
 from baton.errors import RegistryUnavailable
 from baton.types.figures import TierFigures
-from baton.types.fleet import Role, WorkerLoad
+from baton.types.fleet import Role, WorkerLoad, WorkerState
 from conductor.elastic import Elastic
 from conductor.fit import Refusal
 from conductor.service import Conductor
@@ -29,13 +29,20 @@ class ConductorIdentity:
     scheme: str = "http"  # or https
 
 
-def describe_cluster(conductor: Conductor, identity: ConductorIdentity) -> dict[str, Any]:
+def describe_cluster(
+    conductor: Conductor, identity: ConductorIdentity, most: int | None = None
+) -> dict[str, Any]:
+    """With at most so many workers, and stores; those that are not live come before others."""
     now = asyncio.get_running_loop().time()
-    workers = sorted(conductor.fleet.view().workers, key=lambda worker: worker.info.name)
+    views = sorted(conductor.fleet.view().workers, key=lambda worker: worker.info.name)
+    if most is not None:
+        views.sort(key=lambda worker: worker.state is WorkerState.LIVE)
+    workers = [view for view in views if view.info.role is not Role.STORE][:most]
+    stores = [view for view in views if view.info.role is Role.STORE][:most]
     return {
         "conductors": [_conductor_body(conductor, identity)],
-        "workers": [_member_body(view) for view in workers if view.info.role is not Role.STORE],
-        "stores": [_member_body(view) for view in workers if view.info.role is Role.STORE],
+        "workers": [_member_body(view) for view in workers],
+        "stores": [_member_body(view) for view in stores],
         "refused": [_refusal_body(refusal) for refusal in conductor.fleet.refusals.recent(now)],
     }
 

@@ -23,6 +23,14 @@ PERIODS_S = (60, 300)
 FLOW_S = 10.0  # over which the rate of a flow is taken
 MAX_FLOWS = 64  # that are shown, the largest
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+_HISTORY = (
+    "ttft_s",
+    "tpot_s",
+    "goodput_per_s",
+    "hit_rate",
+    "requests_per_s",
+    "tokens_per_s",
+)
 _AFTER_PROMPT = {"handoff", "decode"}  # spans that begin when the prompt has been computed
 
 
@@ -35,6 +43,7 @@ class Live:
         now = _now()
         self._window = Window(now)
         self._seen = (now, tokens())  # when the tokens were last looked at
+        self._past: dict[int, dict[str, float]] = {}  # the history, by slot
         self._closed = asyncio.Event()
 
     # -- hearing -------------------------------------------------------------------------------
@@ -158,23 +167,27 @@ class Live:
         return self.slos.ttft_s is not None or self.slos.tpot_s is not None
 
     def _history(self, slots: Sequence[Slot | None]) -> dict[str, Any]:
-        """One value for each slot; None where there is none."""
+        """One value for each slot; None where there is none. What a slot comes to is kept: it
+        does not change any more."""
+        before, self._past = self._past, {}
+        for slot in slots:
+            if slot is not None:
+                self._past[slot.number] = before.get(slot.number) or self._point(slot)
+        points = [self._past[slot.number] if slot is not None else {} for slot in slots]
+        values = {name: [point.get(name) for point in points] for name in _HISTORY}
+        return {"slot_s": SLOT_S, **values}
 
-        def of(value: Callable[[Slot], float | None]) -> list[float | None]:
-            values = [None if slot is None else value(slot) for slot in slots]
-            return [None if each is None else round(each, 5) for each in values]
-
-        return {
-            "slot_s": SLOT_S,
-            "ttft_s": of(lambda slot: next(iter(slot.ttft.quantiles([0.5])), None)),
-            "tpot_s": of(lambda slot: next(iter(slot.tpot.quantiles([0.5])), None)),
-            "goodput_per_s": of(lambda slot: slot.good / SLOT_S if self._has_slos else None),
-            "hit_rate": of(
-                lambda slot: slot.hits.total() / slot.prompt_tokens if slot.prompt_tokens else None
-            ),
-            "requests_per_s": of(lambda slot: slot.requests / SLOT_S),
-            "tokens_per_s": of(lambda slot: slot.tokens / SLOT_S),
+    def _point(self, slot: Slot) -> dict[str, float]:
+        """The values that there are."""
+        found = {
+            "ttft_s": next(iter(slot.ttft.quantiles([0.5])), None),
+            "tpot_s": next(iter(slot.tpot.quantiles([0.5])), None),
+            "goodput_per_s": slot.good / SLOT_S if self._has_slos else None,
+            "hit_rate": slot.hits.total() / slot.prompt_tokens if slot.prompt_tokens else None,
+            "requests_per_s": slot.requests / SLOT_S,
+            "tokens_per_s": slot.tokens / SLOT_S,
         }
+        return {name: round(value, 5) for name, value in found.items() if value is not None}
 
 
 def fetched_tokens(part: FetchPart, finish: Finish, block_size: int) -> int:

@@ -44,16 +44,13 @@ class LiveView:
         conductor = self._conductor
         views = conductor.fleet.view().workers
         self._note_offers(views)
-        cluster = describe_cluster(conductor, self._identity)
         return {
             "time_s": round(time.time(), 3),
             "tick_s": TICK_S,
             "model": conductor.model.name,
             "context": conductor.limits.context,
             "ready": conductor.ready,
-            **cluster,
-            "workers": _shown(cluster["workers"]),
-            "stores": _shown(cluster["stores"]),
+            **describe_cluster(conductor, self._identity, most=MAX_MEMBERS),
             "pools": {role.value: _pool(views, role) for role in Role},
             **conductor.live.figures(),
             "flows": conductor.live.flows(),
@@ -73,13 +70,6 @@ class LiveView:
             if life == info.incarnation and offers.read > read:
                 num_bytes = (offers.read - read) * info.layout.block_bytes
                 self._conductor.live.note_offers(info.name, stores[info.node], num_bytes)
-
-
-def _shown(members: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As many as a page can show: those that are not well before all others."""
-    if len(members) <= MAX_MEMBERS:
-        return members
-    return sorted(members, key=lambda member: member["state"] == "live")[:MAX_MEMBERS]
 
 
 def _pool(views: tuple[WorkerView, ...], role: Role) -> dict[str, Any]:

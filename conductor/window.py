@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 SLOT_S = 5.0
 SLOTS = 60  # whole ones; the one that is being filled comes on top
@@ -18,6 +18,8 @@ MAX_FLOWS = 256  # pairs of a slot; more are not told apart
 _GROWTH = 1.05
 _LOG_GROWTH = math.log(_GROWTH)
 _LEAST, _MOST = 1e-6, 1e6  # what is outside counts as these
+
+Key = TypeVar("Key")
 
 
 class Sketch:
@@ -53,9 +55,17 @@ class Sketch:
     @classmethod
     def merged(cls, sketches: Iterable[Sketch]) -> Sketch:
         whole = cls()
-        for sketch in sketches:
-            whole._counts.update(sketch._counts)
+        whole._counts = _sum_of(sketch._counts for sketch in sketches)
         return whole
+
+
+def _sum_of(counters: Iterable[Counter[Key]]) -> Counter[Key]:
+    """`sum` would copy what there is for each of them."""
+    whole: dict[Key, int] = {}
+    for counter in counters:
+        for key, count in counter.items():
+            whole[key] = whole.get(key, 0) + count
+    return Counter(whole)
 
 
 def _value_of(bucket: int) -> float:
@@ -106,10 +116,10 @@ class Period:
         return self.total(name) / self.seconds
 
     def hits(self) -> Counter[str]:
-        return sum((slot.hits for slot in self.slots), Counter())
+        return _sum_of(slot.hits for slot in self.slots)
 
     def flows(self) -> Counter[Flow]:
-        return sum((slot.flows for slot in self.slots), Counter())
+        return _sum_of(slot.flows for slot in self.slots)
 
     def ttft(self) -> Sketch:
         return Sketch.merged(slot.ttft for slot in self.slots)
@@ -128,8 +138,10 @@ class Window:
     def current(self, now: float) -> Slot:
         """The slot of this moment, to be written to."""
         number = int(now // SLOT_S)
-        last = self._slots[-1].number
-        for missing in range(max(last + 1, number - SLOTS), number + 1):
+        last = self._slots[-1]
+        if number <= last.number:
+            return last
+        for missing in range(max(last.number + 1, number - SLOTS), number + 1):
             self._slots.append(Slot(missing))
         return self._slots[-1]
 
@@ -137,11 +149,15 @@ class Window:
         """`tokens` were generated evenly between two moments."""
         if tokens <= 0:
             return
-        length = max(now - since, 1e-9)
-        self.current(now)
-        for slot in self._slots:
+        current = self.current(now)
+        if since >= current.number * SLOT_S:
+            current.tokens += tokens
+            return
+        for slot in reversed(self._slots):
             begin, end = slot.number * SLOT_S, (slot.number + 1) * SLOT_S
-            slot.tokens += tokens * max(min(end, now) - max(begin, since), 0.0) / length
+            if end <= since:
+                break
+            slot.tokens += tokens * (min(end, now) - max(begin, since)) / (now - since)
 
     def last(self, now: float, seconds: float) -> Period:
         """About the last `seconds`: whole slots, and the one that is being filled."""
