@@ -30,8 +30,8 @@ WORKER = ("--name", "decode-2", "--threads", "1", "--kv-memory-mib", "64", "--dt
 TALKERS = 3
 WARM_UP_S = 90.0
 WAIT_MS = 60_000.0
-WIDE = {"width": 1440, "height": 1250}
-TALLEST = 1900  # pixels of a whole page that are shown
+WIDE = {"width": 1400, "height": 1250}
+TALLEST = 1860  # pixels of a whole page that are shown
 PHONE = {"width": 390, "height": 844}
 LIBRARY = "def {name}(path, mode='r', encoding=None):\n    " + (
     'handle = open(path, mode, encoding=encoding)\n    """Read {name} and check it."""\n    ' * 12

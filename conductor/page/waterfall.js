@@ -3,13 +3,14 @@
 import { h } from "./dom.js";
 import * as format from "./format.js";
 
+const LEAST_S = 5e-6; // what takes less has not taken place: a queue without anybody in it
 const COLOURS = 5; // classes `c0` … of sources
 // Of stages: what the conductor does, what waits, what loads, what computes, the way back.
 const STAGES = { queue: 3, adopt: 3, prefix_load: 4, prefill: 1, return: 2, deliver: 2, retries: 5 };
 
 /** Of the answer of `GET /trace/ID`. */
 export function waterfall(trace) {
-  const spans = trace.spans ?? [];
+  const spans = trace.spans.filter((span) => span.end_s - span.start_s > LEAST_S);
   const begin = Math.min(trace.received_s, ...spans.map((span) => span.start_s));
   const end = Math.max(...spans.map((span) => span.end_s), begin + 1e-6);
   const sources = [...new Set(spans.map((span) => span.source))];
