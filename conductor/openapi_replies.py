@@ -60,6 +60,8 @@ def _maybe(schema: Json) -> Json:
     return {"anyOf": [schema, {"type": "null"}]}
 
 
+_STAGES = _list(_open(name=_TEXT, start_s=_NUMBER, end_s=_NUMBER, seconds=_NUMBER))
+
 _MODEL = _object(
     id=_TEXT,
     object={"const": "model"},
@@ -121,8 +123,14 @@ REPLIES: dict[str, Json] = {
     "Text": _object(prompt=_TEXT),
     "Tokens": _object(tokens=_IDS, count=_WHOLE, max_model_len=_WHOLE),
     "Trace": _open(
+        request_id=_TEXT,
+        trace_id=_TEXT,
         outcome=_MAYBE_TEXT,
         received_s=_NUMBER,
+        ttft_s=_maybe(_NUMBER),
+        ttft_attributed=_maybe(_NUMBER),
+        ttft_stages=_STAGES,
+        second_token_stages=_STAGES,
         attempts=_list({"type": "object"}),
         spans=_list(_open(source=_TEXT, name=_TEXT, start_s=_NUMBER, end_s=_NUMBER)),
     ),
