@@ -131,3 +131,6 @@ class _PasswordFile(CredentialProvider):
             why = error.strerror if isinstance(error, OSError) else "it is no text"
             raise AuthenticationError(f"cannot read {self._path}: {why}") from None
         return (self._username, password) if self._username else (password,)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return self.get_credentials()  # a small file, once per connection

@@ -42,11 +42,13 @@ class TlsConfig:
 
 @dataclass(frozen=True, slots=True)
 class Pems:
-    """What is shown (`cert`, `key`) and trusted (`ca`)."""
+    """What is shown (`cert`, `key`) and trusted (`ca`). `ends_at` is in Unix seconds; 0: clients
+    refuse it already."""
 
     cert: bytes
     key: bytes = field(repr=False)
     ca: bytes
+    ends_at: float
 
 
 class Certificates:
@@ -87,9 +89,8 @@ class FrontCertificate:
 def _load(config: TlsConfig) -> Pems:
     """Raises ConfigError when they are missing, do not belong together, or no peer would accept
     them."""
-    pems = Pems(*map(_read, config.files))
-    _check(config)
-    return pems
+    cert, key, ca = map(_read, config.files)
+    return Pems(cert, key, ca, _check(config))
 
 
 def trusting_only(cert: str) -> ssl.SSLContext:
@@ -103,12 +104,13 @@ def trusting_only(cert: str) -> ssl.SSLContext:
 
 
 def _load_front(cert: str, key: str) -> tuple[Pems, ssl.SSLContext]:
-    context = _front_context(cert, key)
+    context, ends_at = _front_context(cert, key), 0.0
     try:
-        _warn_soon(cert, _shake_hands(context, trusting_only(cert), None))
+        ends_at = _shake_hands(context, trusting_only(cert), None)
+        _warn_soon(cert, ends_at)
     except ssl.SSLError as error:
         log.warning("clients will refuse %s: %s", cert, _why(error))
-    return Pems(_read(Path(cert)), _read(Path(key)), b""), context
+    return Pems(_read(Path(cert)), _read(Path(key)), b"", ends_at), context
 
 
 def _front_context(cert: str, key: str) -> ssl.SSLContext:
@@ -125,9 +127,9 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _check(config: TlsConfig) -> None:
+def _check(config: TlsConfig) -> float:
     """Shake hands with ourselves, as what calls and as what is called: whatever would make a peer
-    refuse us shows here."""
+    refuse us shows here. Returns when the certificate ends."""
     server, client = (
         _mutual(config, side) for side in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT)
     )
@@ -141,6 +143,7 @@ def _check(config: TlsConfig) -> None:
     except ssl.SSLError as error:
         raise ConfigError(f"{config.cert} cannot be used: {_why(error)}") from None
     _warn_soon(config.cert, ends_at)
+    return ends_at
 
 
 def _warn_soon(cert: str, ends_at: float) -> None:

@@ -93,7 +93,9 @@ async def test_what_is_given_besides_the_url_counts_more(plain: RedisServer) -> 
     await try_it(RedisOptions(f"redis://baton:no@{plain.address}", password="own-secret"))
 
 
-async def test_a_password_in_a_file_may_change(plain: RedisServer, tmp_path: Path) -> None:
+async def test_a_password_in_a_file_may_change(
+    plain: RedisServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "password"
     file.write_text("wrong\n")
     options = RedisOptions(f"redis://baton@{plain.address}", password_file=str(file))
@@ -106,6 +108,7 @@ async def test_a_password_in_a_file_may_change(plain: RedisServer, tmp_path: Pat
     with pytest.raises(RegistryUnavailable, match=f"cannot read {file}"):
         await calls.call(calls.client.ping)
     await calls.aclose()
+    assert {record.name for record in caplog.records} <= {"baton.rpc.redis"}
 
 
 async def test_a_user_who_may_only_use_the_prefix(plain: RedisServer) -> None:

@@ -161,7 +161,7 @@ async def test_strangers_reach_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         pair = world.ours.issue("printer")
         # Such a process could not be configured: it calls its peers by a name that it has not.
         unchecked = world.peer()
-        pems = Pems(pair.cert.read_bytes(), pair.key.read_bytes(), world.ours.ca.read_bytes())
+        pems = Pems(pair.cert.read_bytes(), pair.key.read_bytes(), world.ours.ca.read_bytes(), 0.0)
         monkeypatch.setattr(unchecked, "current", lambda: pems)
         printer = await try_all(world, unchecked)
         assert len(printer) == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ CHECKS: Mapping[str, Check] = {
     "open files": memory.open_files,
     "disk": services.disk,
     "Redis": services.redis,
+    "certificates": services.certificates,
     "ports": network.ports,
     "clock": services.clock,
     "demo model": services.demo_model,
@@ -76,7 +78,8 @@ def doctor(
     """Check this machine, and say what to do: computing, KV transfers, memory, disk, Redis, clock.
 
     The exit code is 1 when baton cannot serve here, or cannot use what the options ask for."""
-    wanted = Wanted(store_dir, bool(redis), (port, grpc_port))
+    certificates = bool({"BATON_TLS_CERT", "BATON_SSL_CERTFILE"} & os.environ.keys())
+    wanted = Wanted(store_dir, bool(redis), (port, grpc_port), certificates)
     with Console(stderr=True).status("checking") as status:
         lines = list(examine(this_machine(redis), wanted, lambda n: status.update(f"checking {n}")))
     if as_json:

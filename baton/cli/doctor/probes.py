@@ -95,6 +95,13 @@ def redis() -> Json:
     return asyncio.run(ask(os.environ))
 
 
+def certificates() -> Json:
+    """Seconds until those of the environment end, by path."""
+    from baton.cli.doctor.certificates import seconds_left
+
+    return {"left_s": seconds_left(os.environ)}
+
+
 def clock() -> Json:
     """Whether the kernel's clock is kept in step (adjtimex(2)), and by how much it may be wrong."""
     from baton.cli.doctor.kernel_clock import kernel_clock
@@ -109,6 +116,7 @@ _PROBES: dict[str, Callable[..., Json]] = {
     "transfer": transfer,
     "disk": disk,
     "redis": redis,
+    "certificates": certificates,
     "clock": clock,
 }
 

@@ -11,6 +11,8 @@ _GB = 1e9
 _DISK_WANTED = 1e9  # bytes/s read: less is hardly sooner than computing a prefix again
 _PING_WANTED_S = 0.02
 _OFFSET_WANTED_S = 0.1
+_DAY_S = 24 * 3600.0
+_CERTIFICATE_WANTED_S = 7 * _DAY_S
 _CLOCK_MEANS = (
     "start chrony or systemd-timesyncd: spans and logs of several machines are compared by it, and "
     "certificates checked"
@@ -63,6 +65,22 @@ def _redis_remedy(error: str) -> str:
     if "permission" in said or "noperm" in said:
         return "let its user reach keys that begin with the prefix (docs: Redis)"
     return "is it running, and reachable from here? A port with TLS needs rediss://"
+
+
+def certificates(machine: Machine, wanted: Wanted) -> Finding | None:
+    """None: there are none."""
+    if not wanted.certificates:
+        return None
+    found = machine.probe("certificates")
+    if isinstance(found, str):
+        return fail(found, "docs: Security, TLS")
+    path, left_s = min(found["left_s"].items(), key=lambda item: float(item[1]))
+    if left_s <= 0:
+        return fail(f"{path} has ended", "renew it: processes take a new one up by themselves")
+    text = f"good for {left_s / _DAY_S:.0f} days"
+    if left_s < _CERTIFICATE_WANTED_S:
+        return warn(f"{path} is {text}", "renew it: processes take a new one up by themselves")
+    return ok(text)
 
 
 def clock(machine: Machine, wanted: Wanted) -> Finding:

@@ -10,3 +10,4 @@ class Wanted:
     store_dir: str = ""  # of a store's NVMe tier; empty: none
     redis: bool = False
     ports: tuple[int, ...] = (8000, 50051)
+    certificates: bool = False  # the variables of the processes name some
