@@ -18,11 +18,18 @@ from typing import Any
 
 import httpx
 
+from baton.rpc.tls import PEER_NAME
+from tests.certificates import Authority
 from tests.cluster.conftest import SETTLED, pids_with, wait_until_gone
 from tests.redis_server import RedisServer, redis_server
 
-PATIENCE_S = 100.0
+PATIENCE_S = 200.0
 STOP_S = 60.0
+# As docs/redis.md has it.
+ACL = (
+    "baton on >{} ~baton:* resetchannels -@all "
+    "+@read +@write +@connection +@transaction +@scripting"
+)
 WORKER_FLAGS = ("--kv-memory-mib", "64", "--dtype", "float32", "--threads", "1")
 
 
@@ -30,7 +37,7 @@ WORKER_FLAGS = ("--kv-memory-mib", "64", "--dtype", "float32", "--threads", "1")
 class Conductor:
     process: subprocess.Popen[str]
     http: str
-    grpc: str
+    for_workers: str
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"http://{self.http}{path}", timeout=30.0, trust_env=False)
@@ -59,6 +66,7 @@ class Conductor:
 class ByHand:
     redis: RedisServer
     directory: Path
+    secrets: dict[str, str]  # by which all reach Redis, and each other, as variables
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
@@ -66,7 +74,7 @@ class ByHand:
         process = self._spawn(name, "conductor", "--port", "0", "--grpc-port", "0", *flags)
         assert process.stdout is not None
         said = json.loads(process.stdout.readline())
-        return Conductor(process, said["http"], said["grpc"])
+        return Conductor(process, said["http"], said["for_workers"])
 
     def worker(self, role: str, name: str, *flags: str) -> subprocess.Popen[str]:
         return self._spawn(name, f"{role}_worker", *WORKER_FLAGS, *flags)
@@ -86,7 +94,7 @@ class ByHand:
                 env={
                     **os.environ,
                     "BATON_CLUSTER_TOKEN": self.token,
-                    "BATON_REDIS": self.redis.url,  # not a flag: it has the password
+                    **self.secrets,
                     "BATON_CLUSTER_NAME": "test",
                 },
             )
@@ -111,10 +119,16 @@ class ByHand:
 
 
 @contextmanager
-def by_hand(directory: Path) -> Iterator[ByHand]:
-    """Afterwards no process of it is left."""
-    with redis_server(secrets.token_hex(8)) as redis:
-        cluster = ByHand(redis, directory)
+def by_hand(directory: Path, secured: bool = False) -> Iterator[ByHand]:
+    """Afterwards no process of it is left. `secured`: Redis by TLS, as a user that may use only
+    the cluster's keys, and mutual TLS between the processes."""
+    password = secrets.token_hex(8)
+    authority = Authority(directory) if secured else None
+    with redis_server(password, authority, ACL.format(password)) as redis:
+        variables = {"BATON_REDIS": redis.url}
+        if authority is not None:
+            variables = _secured(directory, authority, redis, password)
+        cluster = ByHand(redis, directory, variables)
         try:
             yield cluster
         finally:
@@ -127,6 +141,24 @@ def by_hand(directory: Path) -> Iterator[ByHand]:
             assert not wait_until_gone(
                 lambda: pids_with(f"BATON_CLUSTER_TOKEN={cluster.token}"), STOP_S
             )
+
+
+def _secured(
+    directory: Path, authority: Authority, redis: RedisServer, password: str
+) -> dict[str, str]:
+    pair = authority.issue(PEER_NAME)
+    password_file = directory / "redis-password"
+    password_file.write_text(password + "\n")
+    return {
+        "BATON_REDIS": f"rediss://baton@{redis.address}",
+        "BATON_REDIS_PASSWORD_FILE": str(password_file),
+        "BATON_REDIS_CA_FILE": str(authority.ca),
+        "BATON_REDIS_CERT_FILE": str(pair.cert),
+        "BATON_REDIS_KEY_FILE": str(pair.key),
+        "BATON_TLS_CERT": str(pair.cert),
+        "BATON_TLS_KEY": str(pair.key),
+        "BATON_TLS_CA": str(authority.ca),
+    }
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from baton.rpc.redis_options import RedisOptions
+from baton.config import parse_config
 from baton.rpc.registry import open_registry
+from baton.worker.cluster_options import ClusterOptions
 from tests.cluster.by_hand import ByHand, Conductor, by_hand, until
 from tests.redis_server import BINARY, WHY_NOT
 
@@ -26,9 +27,9 @@ PROMPT = list(range(5, 90))
 LONG = 1800  # tokens: many seconds of decoding
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[ByHand]:
-    with by_hand(tmp_path) as running:
+@pytest.fixture(params=["plain", "secured"])
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ByHand]:
+    with by_hand(tmp_path, secured=request.param == "secured") as running:
         yield running
 
 
@@ -51,7 +52,9 @@ def announced(cluster: ByHand) -> set[str]:
     """The names of the conductors in Redis."""
 
     async def look() -> set[str]:
-        registry = open_registry(RedisOptions(cluster.redis.url, "test"))
+        options = parse_config(ClusterOptions, ["--cluster-name=test"], cluster.secrets, "test")
+        assert options.redis_options is not None
+        registry = open_registry(options.redis_options)
         names = {info.name for info in await registry.conductors()}
         await registry.aclose()
         return names
@@ -97,7 +100,9 @@ def test_conductors_and_redis_may_come_and_go(cluster: ByHand) -> None:
     assert ask(again) == answer
     for worker in WORKERS:
         until(
-            lambda worker=worker: f"the conductor at {one.grpc} is gone" in cluster.log_of(worker)
+            lambda worker=worker: (
+                f"the conductor at {one.for_workers} is gone" in cluster.log_of(worker)
+            )
         )
     assert all(conductor.is_idle() for conductor in (two, third, again))
     assert set(cluster.stop_all().values()) == {0}
