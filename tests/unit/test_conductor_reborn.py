@@ -15,7 +15,7 @@ from tests.virtual_time import virtual_time
 LIVES = 12
 # What timelines and the page's last minutes hold, which are rings.
 RINGS = {
-    "Timeline", "Tracing", "AttemptRecord", "Decision", "Candidate",
+    "Timeline", "Asked", "Tracing", "AttemptRecord", "Decision", "Candidate",
     "WorkerView", "WorkerCost", "PrefillCost", "DecodeCost",
     "Slot", "Sketch",
 }  # fmt: skip
