@@ -19,7 +19,14 @@ from rich.table import Table
 
 from baton import __version__
 from baton.cli.bench import JsonFile, write_json
-from conductor import bench_decisions, bench_keys, bench_map, bench_policies, bench_relay
+from conductor import (
+    bench_decisions,
+    bench_keys,
+    bench_map,
+    bench_policies,
+    bench_relay,
+    bench_tenants,
+)
 from conductor.bench_figures import Figure, Plan
 
 PARTS: Mapping[str, Callable[[Plan], Iterator[Figure]]] = {
@@ -29,6 +36,7 @@ PARTS: Mapping[str, Callable[[Plan], Iterator[Figure]]] = {
     "decisions": bench_decisions.measure_decisions,
     "policies": bench_policies.measure_policies,
     "relay": bench_relay.measure_relay,
+    "tenants": bench_tenants.measure_tenants,
 }
 
 
@@ -41,7 +49,7 @@ def bench_router(
     parts: Annotated[str, typer.Option(help=f"Some of {','.join(PARTS)}.")] = ",".join(PARTS),
     json: JsonFile = None,
 ) -> None:
-    """Measure the prefix map, the ring and block keys on one core."""
+    """Measure the prefix map, the ring, block keys, and keys and limits of tenants on one core."""
     plan = Plan(workers, blocks, prompt_tokens, block_size, seed)
     figures: list[Figure] = []
     with Console(stderr=True).status("measuring") as status:

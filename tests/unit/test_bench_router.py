@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -12,7 +13,14 @@ import typer
 from typer.testing import CliRunner
 
 from baton.errors import InternalError
-from conductor import bench_decisions, bench_keys, bench_map, bench_policies, bench_relay
+from conductor import (
+    bench_decisions,
+    bench_keys,
+    bench_map,
+    bench_policies,
+    bench_relay,
+    bench_tenants,
+)
 from conductor.bench_puppet import TOKEN_TEXT, Pace
 from conductor.bench_relay import Rig
 from conductor.bench_router import PARTS, bench_router
@@ -36,6 +44,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_keys, "GROUPS", 200)
     monkeypatch.setattr(bench_keys, "ROUNDS", 3)
     monkeypatch.setattr(bench_policies, "PAIRS", (1,))
+    monkeypatch.setattr(bench_tenants, "TICK_S", 1.0)
+    for name, value in (("KEYS", 12), ("TENANTS", 6), ("CALLS", 20), ("REDIS_CALLS", 20)):
+        monkeypatch.setattr(bench_tenants, name, value)
 
 
 def test_every_part_has_figures(tmp_path: Path) -> None:
@@ -50,6 +61,17 @@ def test_every_part_has_figures(tmp_path: Path) -> None:
     assert all(value >= 0 for value in figures.values())
     assert figures["holders in its answer"] == 20
     assert figures["blocks that found no room"] == 0
+
+
+def test_limits_are_exact() -> None:
+    result = CliRunner().invoke(app, [*SMALL, "--parts", "tenants", "--json", "-"])
+    assert result.exit_code == 0, result.output
+    figures = {figure["name"]: figure["value"] for figure in orjson.loads(result.stdout)["results"]}
+    beyond = [value for name, value in figures.items() if name.endswith("beyond the limit")]
+    below = [value for name, value in figures.items() if name.endswith("below it")]
+    assert len(beyond) == len(below) == (6 if shutil.which("redis-server") else 3)
+    assert set(beyond) == {0.0}
+    assert max(below) <= 1.0
 
 
 def test_one_part_alone_to_standard_output() -> None:
