@@ -38,15 +38,16 @@ class Sketch:
         self._counts[math.ceil(math.log(min(max(value, _LEAST), _MOST)) / _LOG_GROWTH)] += 1
 
     def quantiles(self, shares: Iterable[float]) -> list[float]:
-        """Of each of the shares, ascending; nothing when there are no values."""
+        """Of each of the shares, ascending, by nearest rank: of few values, p99 is the largest.
+        Nothing when there are none."""
         buckets = sorted(self._counts.items())
         if not buckets:
             return []
-        last = sum(self._counts.values()) - 1
+        total = len(self)
         found: list[float] = []
         seen, at = buckets[0][1], 0
         for share in shares:
-            while seen <= share * last:
+            while seen < math.ceil(share * total):
                 at += 1
                 seen += buckets[at][1]
             found.append(_value_of(buckets[at][0]))

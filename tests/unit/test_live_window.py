@@ -19,7 +19,7 @@ def test_quantiles_are_right_to_a_fortieth(values: list[float], share: float) ->
     sketch = Sketch()
     for value in values:
         sketch.add(value)
-    exact = sorted(values)[math.floor(share * (len(values) - 1))]
+    exact = sorted(values)[max(math.ceil(share * len(values)), 1) - 1]
     (found,) = sketch.quantiles([share])
     assert found == pytest.approx(exact, rel=0.025)
 
@@ -30,6 +30,13 @@ def test_several_quantiles_come_in_one_pass() -> None:
         sketch.add(value)
     assert sketch.quantiles([0.0, 0.5, 0.9, 1.0]) == pytest.approx([1, 500, 900, 1000], rel=0.03)
     assert Sketch().quantiles([0.5]) == []
+
+
+def test_the_slowest_of_few_is_their_p99() -> None:
+    sketch = Sketch()
+    for value in (0.01, 0.02, 0.5):
+        sketch.add(value)
+    assert sketch.quantiles([0.5, 0.9, 0.99]) == pytest.approx([0.02, 0.5, 0.5], rel=0.03)
 
 
 def test_a_sketch_is_bounded_whatever_it_is_given() -> None:
