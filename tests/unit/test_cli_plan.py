@@ -204,3 +204,18 @@ def test_a_foreign_address_is_blamed_on_host() -> None:
     result = runner.invoke(main.app, arguments)
     assert isinstance(result.exception, ConfigError)
     assert result.exception.message.endswith("with --host")
+
+
+def test_with_certificates_workers_are_told_the_port_that_is_for_them() -> None:
+    options = ServeOptions(tls_cert="c", tls_key="k", tls_ca="a", store_memory_mib=8)
+    plan = make_plan(options, Path("m"), {"BATON_SSL_CERTFILE": "of another cluster"})
+    listening = replace(ADDRESSES, for_workers="127.0.0.1:50200")
+    assert flags_of(plan.conductor(None).argv)["--internal-port"] == "0"
+    assert flags_of(plan.conductor(listening).argv)["--internal-port"] == "50200"
+    files = {"BATON_TLS_CERT": "c", "BATON_TLS_KEY": "k", "BATON_TLS_CA": "a"}
+    for spec in (plan.conductor(None), *plan.workers(listening)):
+        assert spec.environ == files
+    for spec in plan.workers(listening):
+        assert flags_of(spec.argv)["--conductor"] == "127.0.0.1:50200"
+    assert plan.ssl_certfile == ""
+    assert "--internal-port" not in make_plan(ServeOptions(), Path("m"), {}).conductor(None).argv
