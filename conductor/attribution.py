@@ -110,9 +110,8 @@ def _of_worker(known: FirstToken) -> Iterator[Stage]:
     yield Stage(DISPATCH, known.sent_s, own[0].start_s)
     for span, following in zip(own, [*own[1:], None], strict=True):
         end_s = span.end_s if following is None else min(span.end_s, following.start_s)
-        computing_s = dict(span.counts).get("compute_us", 0) / 1e6
-        if computing_s and span.name == "prefill":
-            begun_s = max(span.start_s, end_s - computing_s)
+        if span.compute_s and span.name == "prefill":
+            begun_s = max(span.start_s, end_s - span.compute_s)
             yield Stage(BATCH_WAIT, span.start_s, begun_s)
             yield Stage(PREFILL, begun_s, end_s)
         else:

@@ -244,13 +244,13 @@ class WorkerSamples:
             self._cost = WorkerCost(prefill.prefill_cost(), decode.decode_cost())
         return self._cost
 
-    def add_prefill(self, tokens: int, context: int, span: Span, steps_s: float = 0.0) -> None:
+    def add_prefill(self, tokens: int, context: int, span: Span) -> None:
         """`tokens` were computed after `context` cached ones within `span`.
 
         Prompts overlap in a worker, and short ones share steps: those that ended with one step are
         one sample, made when prompts of a later step end. The time of a prompt that is told of
         after later ones is in theirs already. One that began before others and ended after them was
-        overtaken: what it took is `steps_s`, the time of the steps in which it was, if told.
+        overtaken: what it took is the time of the steps in which it was, if told.
         """
         late_s = span.end_s - self._latest.end_s
         overtaken = late_s > _SAME_STEP_S and span.start_s < self._began_s - _SAME_STEP_S
@@ -260,9 +260,9 @@ class WorkerSamples:
             self._latest = _Prefills(after_s=self._latest.end_s, end_s=span.end_s)
         if late_s >= -_SAME_STEP_S and tokens > 0 and not overtaken:
             self._latest.add(tokens, context, span.start_s)
-        if overtaken and tokens > 0 and steps_s > 0:
+        if overtaken and tokens > 0 and span.compute_s:
             alone = _Prefills(end_s=span.end_s)
-            alone.add(tokens, context, span.end_s - steps_s)
+            alone.add(tokens, context, span.end_s - span.compute_s)
             self._add(alone)
 
     def _learn(self) -> None:

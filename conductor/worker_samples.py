@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.types.fleet import WorkerInfo
 from baton.types.link import FetchPart, StepReport
@@ -74,9 +74,9 @@ class WorkerMeter:
         fetch, prefill = spans.get("fetch"), spans.get("prefill")
         if prefill is not None:
             if fetch is not None and fetch.end_s <= prefill.end_s:
-                prefill = Span("prefill", max(prefill.start_s, fetch.end_s), prefill.end_s)
+                prefill = replace(prefill, start_s=max(prefill.start_s, fetch.end_s))
             computed = asked.prompt_tokens - finish.cached_tokens
-            self._samples.add_prefill(computed, finish.cached_tokens, prefill, finish.prefill_s)
+            self._samples.add_prefill(computed, finish.cached_tokens, prefill)
         if now < self._pause_until:
             return
         self._pause_until = now + SAMPLE_PAUSE_S

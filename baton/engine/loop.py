@@ -333,9 +333,7 @@ class Engine:
         self._stop_deadline(attempt)
         spans = sequence.spans(_now(), self._unix_epoch())
         self._figures.preemptions.value += sequence.preemptions
-        return Finish(
-            ending.reason, ending.error, sequence.cached_tokens, spans, sequence.prefill_s
-        )
+        return Finish(ending.reason, ending.error, sequence.cached_tokens, spans)
 
     # -- telling the listener ---------------------------------------------------------------
 

@@ -166,7 +166,6 @@ def _finish_to_pb(value: Finish) -> pb.Finish:
         error=None if value.error is None else error_to_pb(value.error),
         cached_tokens=value.cached_tokens,
         spans=[_span_to_pb(span) for span in value.spans],
-        prefill_s=value.prefill_s,
     )
 
 
@@ -188,5 +187,4 @@ def _finish_from_pb(message: pb.Finish) -> Finish:
         error_from_pb(message.error) if message.HasField("error") else None,
         message.cached_tokens,
         tuple(_span_from_pb(span) for span in message.spans),
-        message.prefill_s,
     )

@@ -100,6 +100,11 @@ class Span:
     end_s: float
     counts: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def compute_s(self) -> float:
+        """Of a prefill: the time of the steps that computed the prompt; 0 = not told."""
+        return dict(self.counts).get("compute_us", 0) / 1e6
+
 
 @dataclass(frozen=True, slots=True)
 class WireError:
@@ -119,7 +124,6 @@ class Finish:
     error: WireError | None = None  # set exactly when reason is ERROR
     cached_tokens: int = 0  # prompt tokens whose KV was not computed for this attempt
     spans: tuple[Span, ...] = ()
-    prefill_s: float = 0.0  # of the steps that computed its prompt here; 0 = none, or not told
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,18 +121,16 @@ class Span(_message.Message):
     def __init__(self, name: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., counts: _Optional[_Iterable[_Union[SpanCount, _Mapping]]] = ...) -> None: ...
 
 class Finish(_message.Message):
-    __slots__ = ("reason", "error", "cached_tokens", "spans", "prefill_s")
+    __slots__ = ("reason", "error", "cached_tokens", "spans")
     REASON_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     reason: FinishReason
     error: _common_pb2.WireError
     cached_tokens: int
     spans: _containers.RepeatedCompositeFieldContainer[Span]
-    prefill_s: float
-    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.WireError, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., prefill_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.WireError, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ...) -> None: ...
 
 class AttemptOutput(_message.Message):
     __slots__ = ("attempt", "tokens", "finish")

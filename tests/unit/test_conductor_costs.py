@@ -159,7 +159,8 @@ def test_a_prompt_that_was_overtaken_took_the_time_of_its_steps() -> None:
     for batch in range(2 * MIN_SAMPLES):
         at = 100.0 * batch
         samples.add_prefill(0, 1000, Span("prefill", at + 2.0, at + 3.0))  # tells nothing itself
-        samples.add_prefill(9000, 0, Span("prefill", at, at + 90.0), 9.0)
+        took = (("compute_us", 9_000_000),)
+        samples.add_prefill(9000, 0, Span("prefill", at, at + 90.0, took))
     assert samples.cost().prefill.samples == 2 * MIN_SAMPLES
     assert samples.cost().prefill.seconds(9000) == pytest.approx(9.0, rel=0.05)
 
