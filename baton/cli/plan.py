@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from baton.cli.serve_options import ServeOptions
 from baton.cli.supervisor import Addresses, ClusterPlan
 from baton.cpus import available_cpus, format_cpus, parse_cpus, share_cpus
 from baton.errors import ConfigError
+from baton.gpus import VISIBLE, share_gpus, visible_gpus
 
 _CONDUCTOR_FLAGS = (
     "policy",
@@ -74,7 +75,8 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
         )
 
     def workers(addresses: Addresses) -> Sequence[ChildSpec]:
-        flags = tuple(_worker_flags(options, len(placed)))
+        flags = tuple(_worker_flags(options))
+        on = place_on_devices(options, environ, len(placed))
         if store_at:
             flags = (*flags, "--store", store_at)
         return [store(addresses)] * bool(store_at) + [
@@ -84,9 +86,10 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
                     *_module(options, role),
                     *("--name", name, "--conductor", addresses.all_for_workers),
                     *("--listen", "127.0.0.1:0", "--cpus", cpus, *common, *flags),
+                    *("--memory-share", f"{on[number][1]:.4f}"),
                     *("--metrics-port", str(_nth_port(options.metrics_port, number))),
                 ),
-                environ,
+                environ | on[number][0],
             )
             for number, (role, name, cpus) in enumerate(placed)
         ]
@@ -135,9 +138,20 @@ def place_conductor(placed: Sequence[tuple[str, str, str]]) -> str:
     return format_cpus(sorted(used["prefill"] - used["decode"]))
 
 
-def _worker_flags(options: ServeOptions, workers: int) -> Iterator[str]:
+def place_on_devices(
+    options: ServeOptions, environ: Mapping[str, str], workers: int
+) -> list[tuple[dict[str, str], float]]:
+    """For each worker: what its environment says of GPUs, and its share of its device's memory.
+    Several GPUs are dealt to the workers in turn."""
+    gpus = visible_gpus(environ) if options.device in ("auto", "cuda") else []
+    if len(gpus) < 2:
+        return [({}, 1 / workers)] * workers
+    return [({VISIBLE: gpu}, share) for gpu, share in share_gpus(gpus, workers)]
+
+
+def _worker_flags(options: ServeOptions) -> Iterator[str]:
     yield from ("--device", options.device, "--dtype", options.dtype)
-    yield from ("--transport", options.transport, "--memory-share", f"{1 / workers:.4f}")
+    yield from ("--transport", options.transport)
     for name in ("block_size", "num_blocks", "kv_memory_mib", "max_num_seqs", "max_batch_tokens"):
         yield from _flag(options, name)
     for name in ("max_model_len", "kernels", "threads", "verify"):
