@@ -15,8 +15,8 @@ import orjson
 from baton.config import parse_config
 from baton.cpus import choose_placement
 from baton.errors import BatonError
+from baton.logs import setup_logging
 from baton.model.spec import load_spec, resolve_model
-from baton.telemetry import setup_logging
 from baton.tokenizer import load_tokenizer
 from baton.worker.lifecycle import watch_parent
 from conductor.cluster import ConductorIdentity

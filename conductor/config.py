@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from baton.config import option
 from baton.errors import ConfigError
-from baton.telemetry import LEVELS
+from baton.logs import LEVELS
 from baton.worker.cluster_options import ClusterOptions
 from conductor.admission import Slos, TpotBy
 from conductor.estimate import Fetch

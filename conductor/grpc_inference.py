@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import grpc
 
 from baton.errors import InternalError, InvalidRequest, Overloaded
+from baton.logs import traced
 from baton.rpc.errors import status_of, trailing_metadata
-from baton.telemetry import traced
 from baton.tokenizer import Tokenizer
 from baton.types.request import SampledToken
 from baton.types.trace import TRACEPARENT, TRACESTATE, parse_trace_context

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from baton.errors import BatonError, InternalError
-from baton.telemetry import traced
+from baton.logs import traced
 from conductor.answer_run import Delta
 from conductor.dispatch import Usage
 from conductor.event_stream import EventStream

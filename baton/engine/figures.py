@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from baton.counts import Counts
 from baton.engine.batch import Batch
 from baton.engine.sequence import Sequence
-from baton.telemetry import Metrics
 from baton.types.kv_events import Tier
 
 _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
@@ -40,7 +40,7 @@ class Source(StrEnum):
 class EngineFigures:
     """Of one engine after the other in the same process."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Counts) -> None:
         self.queue = metrics.distribution(
             "baton_engine_queue_seconds",
             "Time that a prompt waited for its turn in an engine.",

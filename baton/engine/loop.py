@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 
+from baton.counts import Counts
 from baton.engine.batch import Runner
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
@@ -33,7 +34,6 @@ from baton.errors import (
     Overloaded,
     StaleAttempt,
 )
-from baton.telemetry import Metrics
 from baton.types.fleet import WorkerLoad
 from baton.types.request import (
     AttemptId,
@@ -75,7 +75,7 @@ class Engine:
         self._config = config
         self._listener = listener
         self._wall_clock = wall_clock
-        self._figures = figures or EngineFigures(Metrics())
+        self._figures = figures or EngineFigures(Counts())
         self.loans = Loans(pool, self._state_changed)
         self._scheduler = Scheduler(pool, config, self.loans)
         self._steps = Stepper(

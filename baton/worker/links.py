@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from baton.counts import Buckets
 from baton.errors import (
     BatonError,
     PeerGone,
@@ -25,9 +26,9 @@ from baton.errors import (
     UnknownAttempt,
     WorkerLost,
 )
+from baton.logs import traced
 from baton.rpc.errors import to_wire
 from baton.rpc.services import Duplex
-from baton.telemetry import Buckets, traced
 from baton.types.fleet import Role, WorkerLoad
 from baton.types.link import (
     Adopt,

@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 
+from baton.counts import Buckets
 from baton.errors import ConfigError
-from baton.telemetry import Distribution, Metrics
+from baton.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,7 @@ Render = Callable[[str], tuple[bytes, str]]
 
 
 @asynccontextmanager
-async def monitored(
-    listen: str, port: int, render: Render, lag: Distribution
-) -> AsyncIterator[None]:
+async def monitored(listen: str, port: int, render: Render, lag: Buckets) -> AsyncIterator[None]:
     """Serve `render` at `port`, on the host of `listen`; 0: do not. Raises ConfigError when that
     is not possible."""
     if not port:
@@ -47,7 +46,7 @@ async def monitored(
         await exporter.aclose()
 
 
-def loop_lag(metrics: Metrics) -> Distribution:
+def loop_lag(metrics: Metrics) -> Buckets:
     """For `watch_loop`."""
     return metrics.distribution(
         "baton_event_loop_lag_seconds",
@@ -57,7 +56,7 @@ def loop_lag(metrics: Metrics) -> Distribution:
     )
 
 
-async def watch_loop(lag: Distribution) -> None:
+async def watch_loop(lag: Buckets) -> None:
     """Until cancelled."""
     now = asyncio.get_running_loop().time
     while True:

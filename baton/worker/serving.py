@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from baton.errors import BatonError, ConfigError, WorkerLost, WorkerMoved
+from baton.logs import setup_logging
 from baton.rpc.grpc_client import GrpcFleetClient
 from baton.rpc.grpc_server import RpcServer
 from baton.rpc.redis_options import RedisOptions
 from baton.rpc.registry import Registry, open_registry
 from baton.rpc.tls import Certificates
-from baton.telemetry import setup_logging
 from baton.types.fleet import Role, WorkerInfo, WorkerLoad
 from baton.worker.address import reachable_address
 from baton.worker.conductors import ConductorSet

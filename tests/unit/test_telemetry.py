@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from baton.telemetry import Metrics, setup_logging, traced
+from baton.logs import setup_logging, traced
+from baton.telemetry import Metrics
 from baton.types.trace import TraceContext
 
 

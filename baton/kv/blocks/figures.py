@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from baton.telemetry import Metrics
+from baton.counts import Counts
 
 
 class LoanEnd(StrEnum):
@@ -22,7 +22,7 @@ class LoanEnd(StrEnum):
 
 
 class LoanFigures:
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Counts) -> None:
         self.ended = metrics.tallies(
             "baton_loans_ended",
             "Loans of KV blocks to other processes, by how they ended.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from baton.counts import Counts
 from baton.errors import BatonError, InvalidRequest, PeerGone
 from baton.kv.blocks.figures import LoanFigures
 from baton.kv.blocks.lender import Lender, Source
@@ -15,7 +16,6 @@ from baton.kv.identity import Identity
 from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.shared import SharedTransport
 from baton.rpc.errors import to_wire
-from baton.telemetry import Metrics
 from baton.types.blocks import (
     Ask,
     BlocksMessage,
@@ -49,7 +49,7 @@ class BlocksServer:
         self._source = source
         self._sink = sink
         self._options = options
-        self._figures = figures or LoanFigures(Metrics())
+        self._figures = figures or LoanFigures(Counts())
         self._streams: set[BlocksStream] = set()
 
     async def pair(self, stream: BlocksStream) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from enum import StrEnum
 
+from baton.counts import Counts
 from baton.errors import DeadlineExceeded, LeaseExpired
 from baton.kv.handoff.leases import Ending
-from baton.telemetry import Metrics
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -26,7 +26,7 @@ class Outcome(StrEnum):
 class HandoffFigures:
     """Of one process, which may be either side, or one after the other."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Counts) -> None:
         self.taken = metrics.tallies(
             "baton_handoffs",
             "Attempts at taking KV over from a prefill worker, by outcome.",

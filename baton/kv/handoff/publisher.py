@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from baton.counts import Counts
 from baton.errors import (
     BatonError,
     InternalError,
@@ -31,9 +32,9 @@ from baton.kv.handoff.line import DigestLine
 from baton.kv.handoff.options import HandoffOptions, check_hello
 from baton.kv.identity import Identity, life
 from baton.kv.transport.base import PoolMemory, Transport
+from baton.logs import traced
 from baton.rpc.errors import to_wire
 from baton.rpc.services import Duplex
-from baton.telemetry import Metrics, traced
 from baton.types.handoff import (
     Abort,
     Attach,
@@ -87,7 +88,7 @@ class HandoffPublisher:
         self._release = release
         self._on_end = on_end
         self._options = options
-        self._figures = figures or HandoffFigures(Metrics())
+        self._figures = figures or HandoffFigures(Counts())
         self._leases: dict[AttemptId, Lease[_Pair]] = {}
         self._pairs: dict[str, _Pair] = {}
         self._deadlines = Deadlines()

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from baton.counts import Counts
 from baton.errors import (
     BatonError,
     DeadlineExceeded,
@@ -35,7 +36,6 @@ from baton.kv.settle import settle, verdict
 from baton.kv.transport.base import PoolMemory, Transfer, Transport
 from baton.rpc.errors import from_wire
 from baton.rpc.services import HandoffDialer
-from baton.telemetry import Metrics
 from baton.types.fleet import Peer
 from baton.types.handoff import (
     Abort,
@@ -157,7 +157,7 @@ class HandoffReader:
         self._quarantine = quarantine
         self._end_quarantine = end_quarantine
         self._options = options
-        self._figures = figures or HandoffFigures(Metrics())
+        self._figures = figures or HandoffFigures(Counts())
         self._pairs: dict[str, Pair] = {}  # by life: the transport knows each once, too
         self._tasks: asyncio.TaskGroup | None = None
 
