@@ -104,6 +104,6 @@ def test_conductors_and_redis_may_come_and_go(cluster: ByHand) -> None:
                 f"the conductor at {one.for_workers} is gone" in cluster.log_of(worker)
             )
         )
-    assert all(conductor.is_idle() for conductor in (two, third, again))
+    until(lambda: all(conductor.is_idle() for conductor in (two, third, again)))
     assert set(cluster.stop_all().values()) == {0}
     assert not announced(cluster)

@@ -60,19 +60,20 @@ CAPACITY = Experiment(
         Row("chunked prefill", VLLM_CHUNKED, _published(9.4, 28.8, 55.2)),
     ),
     Replay(first=300),
-    Replay(),
-    "At this load prompts seldom meet, so that it matters little whether decodes stop for them "
-    "or go on in the same step, which takes as long. What vLLM 0.5 adds to a step "
+    Replay(first=3000),
+    "At this load prompts seldom meet, so that it matters little whether decodes stop for them or "
+    "go on in the same step, which takes as long. What vLLM 0.5 adds to a step "
     "(`sim/costs/overheads.py`; nearly all of it is that steps with contexts above 8,192 tokens "
-    "are no CUDA graphs, at the most that was found published) explains a part of the "
-    "difference. How requests were routed is not published, nor is a load other than the "
-    "recorded one; but the paper's times by routing policy are longer than those that 1.33 "
-    "times the recorded speed gives here (see there), and with that speed vLLM's row is nearer, "
-    "too. Not explained: with chunked prefill most published gaps are of 200 to 500 ms, though "
-    "chunks of 512 tokens take 86 ms by the paper's own figure 8; and prefix caching makes vLLM "
-    "worse there. That version's was slow itself (vLLM issue 6923), which is not modelled. A "
-    "prompt that is handed over waits for the end of a unit of 4 decode steps, which shows in "
-    "answers of a few tokens.",
+    "are no CUDA graphs, at the most that was found published) explains a part of the difference. "
+    "How requests were routed is not published, nor is a load other than the recorded one; but the"
+    " paper's times by routing policy are longer than those that 1.33 times the recorded speed "
+    "gives here (see there). With that speed vLLM's row is near the published one, and baton's "
+    "over it is +361, +167 and +74 %; at the recorded speed it is +159, +52 and +20 %. Not "
+    "explained: with chunked prefill most published gaps are of 200 to 500 ms, though chunks of "
+    "512 tokens take 86 ms by the paper's own figure 8; and prefix caching makes vLLM worse there."
+    " That version's was slow itself (vLLM issue 6923), which is not modelled. A prompt that is "
+    "handed over waits for the end of a unit of 4 decode steps, which shows in answers of a few "
+    "tokens.",
 )
 
 HIGHEST = Search(
