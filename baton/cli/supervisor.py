@@ -11,13 +11,14 @@ import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from baton.child import Child, ChildSpec
 from baton.cli.report import Reporter
 from baton.client.http import Client
 from baton.errors import BatonError
 from baton.rpc.tls import trusting_only
+from baton.stopping import Interrupted, Result, unless
 
 _POLL_S = 0.1
 _STABLE_S = 60.0  # a process that lived this long starts again at once and with a clean record
@@ -27,17 +28,11 @@ _MAX_BACKOFF_S = 10.0
 _WORKER_GRACE_S = 10.0
 _CLOSE_GRACE_S = 5.0  # what the conductor may take beyond the drain that it does itself
 
-Result = TypeVar("Result")
-
 
 class StartFailed(BatonError):
     """A process of the cluster did not start, or ended and could not be kept alive."""
 
     code = "start_failed"
-
-
-class Interrupted(Exception):
-    """The user asked to stop while something was under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,20 +263,7 @@ class Supervisor:
         self.reporter.event("stopped", text, killed=killed)
 
     async def _unless_interrupted(self, work: Awaitable[Result]) -> Result:
-        """Await `work`; on a signal or a failure cancel it and raise Interrupted or the failure."""
-        task = asyncio.ensure_future(work)
-        interrupted = asyncio.ensure_future(self._interrupted.wait())
-        try:
-            await asyncio.wait({task, interrupted}, return_when=asyncio.FIRST_COMPLETED)
-            if self._failure is not None:
-                raise self._failure
-            if not task.done():
-                raise Interrupted
-            return task.result()
-        finally:
-            task.cancel()
-            interrupted.cancel()
-            await asyncio.gather(task, interrupted, return_exceptions=True)
+        return await unless(self._interrupted, work, lambda: self._failure)
 
     def _fail(self, error: BatonError) -> None:
         self._failure = self._failure or error

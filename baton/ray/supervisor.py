@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from baton.errors import BatonError
 from baton.ray.commands import Listening
@@ -18,6 +18,7 @@ from baton.ray.crew import Crew
 from baton.ray.keeper import Keeper, State
 from baton.ray.place import Events, Place, StartFailed, sleep_unless
 from baton.ray.scale import Scaler, planner_says, wanted_of
+from baton.stopping import Interrupted, Result, unless
 
 _POLL_S = 0.5
 _SAY_FIRST_S = 3.0
@@ -25,8 +26,6 @@ _SAY_S = 30.0  # between two lines about what is waited for
 _CLOSE_GRACE_S = 5.0  # what a process may take beyond the drain that it does itself
 _WORKER_GRACE_S = 20.0
 _ELSEWHERE = "other jobs of this Ray cluster may hold what is missing"
-
-Result = TypeVar("Result")
 
 
 class Asks(Protocol):
@@ -36,10 +35,6 @@ class Asks(Protocol):
         """`GET /cluster`; empty when it does not answer."""
 
     async def ready(self, conductor: Listening) -> bool: ...
-
-
-class Interrupted(Exception):
-    """The cluster should stop while something was under way."""
 
 
 class Supervisor:
@@ -214,20 +209,7 @@ class Supervisor:
         self._stopping.set()
 
     async def _unless_stopping(self, work: Awaitable[Result]) -> Result:
-        """Await `work`; when the cluster is to stop, cancel it and raise Interrupted."""
-        task = asyncio.ensure_future(work)
-        stopping = asyncio.ensure_future(self._stopping.wait())
-        try:
-            await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if self._failure is not None:
-                raise self._failure
-            if not task.done():
-                raise Interrupted
-            return task.result()
-        finally:
-            task.cancel()
-            stopping.cancel()
-            await asyncio.gather(task, stopping, return_exceptions=True)
+        return await unless(self._stopping, work, lambda: self._failure)
 
 
 def _say(keeper: Keeper) -> str:
