@@ -15,6 +15,8 @@ try:  # tests/gpu also runs where nobody installed anything
 except ImportError:
     pass
 else:
-    # How long an example takes says how busy the machine is.
-    settings.register_profile("baton", deadline=None)
+    # How long an example takes says how busy the machine is. The suite tries the same examples
+    # on every run; `pytest --hypothesis-profile=search` looks for new ones.
+    settings.register_profile("baton", deadline=None, derandomize=True)
+    settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
     settings.load_profile("baton")

@@ -146,9 +146,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
-)
+TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_the_deepest_block_of_a_chain_is_evicted_first() -> None:

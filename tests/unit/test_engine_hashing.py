@@ -11,7 +11,7 @@ ROOT = root_key("model", "float32", 4)
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 
 
-@settings(derandomize=True, deadline=None)
+@settings(deadline=None)
 @given(tokens, st.integers(1, 9))
 def test_one_key_per_full_block(context: list[int], block_size: int) -> None:
     keys = block_keys(ROOT, context, block_size)
@@ -20,7 +20,7 @@ def test_one_key_per_full_block(context: list[int], block_size: int) -> None:
     assert len(set(keys)) == len(keys)
 
 
-@settings(derandomize=True, deadline=None)
+@settings(deadline=None)
 @given(tokens, st.integers(0, 10))
 def test_a_chain_can_be_continued_anywhere(context: list[int], blocks: int) -> None:
     whole = block_keys(ROOT, context, 4)
@@ -30,7 +30,7 @@ def test_a_chain_can_be_continued_anywhere(context: list[int], blocks: int) -> N
     assert begun + block_keys(parent, context[4 * blocks :], 4) == whole
 
 
-@settings(derandomize=True, deadline=None)
+@settings(deadline=None)
 @given(tokens, tokens)
 def test_keys_agree_exactly_on_the_shared_prefix(one: list[int], two: list[int]) -> None:
     pairs = zip(block_keys(ROOT, one, 4), block_keys(ROOT, two, 4), strict=False)

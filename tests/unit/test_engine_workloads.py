@@ -201,7 +201,7 @@ class Flight:
     result: BatchResult | None = None  # None: the device has not taken it up
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None)
 @given(st.integers(0, 2**32))
 def test_steps_in_flight_change_no_answer(seed: int) -> None:
     """The tokens of one step at a time, whatever happens while others are in flight."""
@@ -225,7 +225,7 @@ def test_steps_in_flight_change_no_answer(seed: int) -> None:
     assert counts[BlockState.FREE] + counts[BlockState.CACHED] == rig.pool.num_blocks
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32))
 def test_random_workloads_give_the_answers_of_an_idle_machine(seed: int) -> None:
     """Whatever is preempted, shared, cancelled or published: right tokens, one ending each."""

@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conductor.window import MAX_FLOWS, SLOT_S, SLOTS, Flow, Sketch, Slot, Window
@@ -64,14 +64,15 @@ def test_slots_follow_one_another_and_are_bounded(times: list[float]) -> None:
     assert sum(slot.requests for slot in window._slots) == len(recent)
 
 
+@example([0.0, 5e-324], 1)
 @given(TIMES, st.integers(1, 10_000))
 def test_tokens_are_spread_and_none_is_lost(times: list[float], tokens: int) -> None:
     begin, end = times[0], times[-1]
     window = Window(begin)
     window.spread_tokens(tokens, begin, end)
     kept = window.last(end, SLOTS * SLOT_S + SLOT_S).total("tokens")
-    share = min(1.0, (end - window._slots[0].number * SLOT_S) / max(end - begin, 1e-9))
     if end > begin:
+        share = min(1.0, (end - window._slots[0].number * SLOT_S) / (end - begin))
         assert kept == pytest.approx(tokens * share, rel=1e-6)
     window.spread_tokens(0, begin, end)
     assert window.last(end, SLOTS * SLOT_S + SLOT_S).total("tokens") == kept

@@ -146,13 +146,13 @@ def play(
     check(real, naive)
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=100)
 @given(steps())
 def test_it_knows_what_plain_sets_know(script: list[tuple[str, str, Tier, bytes, bytes]]) -> None:
     play(PrefixMap(PLENTY), Naive(), script, look=False)
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=100)
 @given(steps(), st.integers(1, 20))
 def test_blocks_beyond_the_bound_are_ignored_and_counted(
     script: list[tuple[str, str, Tier, bytes, bytes]], bound: int
@@ -160,7 +160,7 @@ def test_blocks_beyond_the_bound_are_ignored_and_counted(
     play(PrefixMap(bound), Naive(bound), script, look=True)
 
 
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(
         st.tuples(

@@ -50,7 +50,7 @@ def test_a_worker_that_comes_back_gets_its_groups_back() -> None:
     assert away.without("prefill-3") is away
 
 
-@settings(derandomize=True, deadline=None)
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=6), max_size=8), names, st.binary(max_size=8))
 def test_it_does_not_matter_how_a_ring_came_about(
     begin: list[str], leavers: set[str], group: bytes
@@ -66,7 +66,7 @@ def test_it_does_not_matter_how_a_ring_came_about(
     assert ring.owners(group, 100) == other.owners(group, 100)
 
 
-@settings(derandomize=True, deadline=None)
+@settings(deadline=None)
 @given(names, st.binary(max_size=8), st.integers(0, 10))
 def test_owners_are_distinct_and_in_one_order(members: set[str], group: bytes, count: int) -> None:
     ring = Ring.of(members, virtual_nodes=20)
@@ -76,7 +76,7 @@ def test_owners_are_distinct_and_in_one_order(members: set[str], group: bytes, c
     assert ring.owners(group, count) == everybody[:count]
 
 
-@settings(derandomize=True, deadline=None)
+@settings(deadline=None)
 @given(
     names.filter(bool),
     st.lists(st.binary(max_size=2), max_size=60),
