@@ -53,6 +53,12 @@ def parse_config(cls: type[T], argv: Sequence[str], environ: Mapping[str, str], 
         raise ConfigError(f"{prog}: a required option is missing: {error}") from error
 
 
+def require(holds: bool, key: str, what: str) -> None:
+    """For `__post_init__`. Raises ConfigError: the option must be `what`."""
+    if not holds:
+        raise ConfigError(f"{flag_of(key)} must be {what}")
+
+
 def flag_of(key: str) -> str:
     return "--" + key.replace("_", "-")
 

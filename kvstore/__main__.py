@@ -3,55 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 
-from baton.config import parse_config
-from baton.errors import ConfigError
 from baton.types.fleet import Role
-from baton.worker.lifecycle import StopSignals, watch_parent
+from baton.worker.lifecycle import StopSignals
 from baton.worker.member_metrics import MemberMetrics
-from baton.worker.monitor import monitored
-from baton.worker.serving import (
-    CLOSE_TIMEOUT_S,
-    Place,
-    cluster_token,
-    find_registry,
-    run_process,
-    serve,
-)
+from baton.worker.serving import CLOSE_TIMEOUT_S, Place, begun, run_process, serve
+from baton.worker.start import configured
 from kvstore.build import StoreParts, build, store_name
 from kvstore.config import StoreConfig
 
 
 def main() -> None:
-    try:
-        config = parse_config(StoreConfig, sys.argv[1:], os.environ, "python -m kvstore")
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error.message}\n")
-        sys.exit(2)
-    if config.exit_with_parent:
-        watch_parent()
+    config = configured(StoreConfig, "python -m kvstore")
     run_process(store_name(config), config.log_level, _run(config))
 
 
 async def _run(config: StoreConfig) -> None:
-    place = Place(
-        config.conductor,
-        find_registry(config.conductor, config.redis_options),
-        config.listen,
-        config.advertise,
-        config.drain_timeout,
-        config.open_certificates(),
-        config.health_listen,
-    )
-    cluster_token()
-    signals = StopSignals()
-    signals.install()
     metrics = MemberMetrics("store")
-    async with monitored(
-        config.listen, config.metrics_port, metrics.own.render_for, metrics.loop_lag
-    ):
+    async with begun(config, metrics) as (place, signals):
         await _serve(place, await build(config), metrics, signals)
 
 

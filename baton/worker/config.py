@@ -4,39 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.config import option
+from baton.config import option, require
 from baton.cpus import parse_cpus
-from baton.errors import ConfigError
-from baton.logs import LEVELS
 from baton.worker.address import is_address
-from baton.worker.cluster_options import ClusterOptions
 from baton.worker.links import ORPHAN_S
+from baton.worker.member_options import MemberOptions
 
 KERNELS = ("auto", "native", "reference", "triton", "flash")
 """See `baton.engine.make_runner`."""
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerConfig(ClusterOptions):
+class WorkerConfig(MemberOptions):
     """See `--help`. Raises ConfigError for values that cannot work."""
 
     name: str = option("", "name in the fleet and in logs; empty: role, host and process id")
     node: str = option("", "host that this process is on, for its store; empty: the host's name")
     store: str = option("", "host:port of this node's store; empty: none")
-    conductor: tuple[str, ...] = option((), "host:port of the gRPC servers of conductors")
-    model: str = option("", "model directory or hub id; empty: the built-in demo model")
-    model_name: str = option("", "served name; empty: the model's last part")
     dtype: str = option("auto", "of weights and KV", choices=("auto", "float32", "bfloat16"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     kernels: str = option("auto", "what computes; auto: the fastest here", choices=KERNELS)
-    listen: str = option("127.0.0.1:0", "host:port of this worker's gRPC server; port 0: any")
-    advertise: str = option("", "host or host:port that others reach it by; empty: what it bound")
-    metrics_port: int = option(
-        0, "port of /metrics and /health over HTTP, on the host of --listen; 0: none"
-    )
-    health_port: int = option(
-        0, "port of gRPC's health service alone, without TLS, on the host of --listen; 0: none"
-    )
     block_size: int = option(32, "tokens of a KV block: 16, 32, 64, 128 or 256")
     num_blocks: int = option(0, "KV blocks; 0: as many as --kv-memory-mib holds")
     kv_memory_mib: int = option(
@@ -70,36 +57,20 @@ class WorkerConfig(ClusterOptions):
     cpus: str = option("", "CPUs of this process, as 0-3,8; empty: all that it may run on")
     threads: int = option(0, "CPU threads of the model; 0: one on each of its CPUs")
     prefix_caching: bool = option(True, "reuse the KV of common prefixes")
-    log_level: str = option("info", "least level that is logged", choices=LEVELS)
-    drain_timeout: float = option(30.0, "seconds that running requests get at SIGTERM")
     orphan_timeout: float = option(
         ORPHAN_S,
         "with --redis: seconds that an answer goes on for others when its conductor has gone",
     )
-    exit_with_parent: bool = option(False, "end when standard input is closed")
 
     def __post_init__(self) -> None:
+        MemberOptions.__post_init__(self)  # not super(): a class with slots is made anew
         for name in ("max_num_seqs", "max_batch_tokens", "max_waiting", "layer_groups"):
-            _require(getattr(self, name) >= 1, name, "at least 1")
+            require(getattr(self, name) >= 1, name, "at least 1")
         bounds = ("num_blocks", "kv_memory_mib", "max_prefill_tokens", "max_model_len")
-        for name in (*bounds, "by_layers_kib", "threads", "drain_timeout", "orphan_timeout"):
-            _require(getattr(self, name) >= 0, name, "at least 0")
-        _require(0 < self.memory_share <= 1, "memory_share", "more than 0 and at most 1")
-        _require(0 <= self.metrics_port <= 65535, "metrics_port", "from 0 to 65535")
-        _require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
-        _require(is_address(self.listen), "listen", "host:port")
-        _require(0 <= self.health_port <= 65535, "health_port", "from 0 to 65535")
+        for name in (*bounds, "by_layers_kib", "threads", "orphan_timeout"):
+            require(getattr(self, name) >= 0, name, "at least 0")
+        require(0 < self.memory_share <= 1, "memory_share", "more than 0 and at most 1")
+        require(self.lease_ttl > 0, "lease_ttl", "more than 0 seconds")
         if self.cpus:
             parse_cpus(self.cpus)
-        _require(all(map(is_address, self.conductor)), "conductor", "host:port")
-        _require(not self.store or is_address(self.store), "store", "host:port")
-
-    @property
-    def health_listen(self) -> str:
-        """Where probes without a certificate ask. Empty: nowhere."""
-        return f"{self.listen.rpartition(':')[0]}:{self.health_port}" if self.health_port else ""
-
-
-def _require(holds: bool, name: str, what: str) -> None:
-    if not holds:
-        raise ConfigError(f"--{name.replace('_', '-')} must be {what}")
+        require(not self.store or is_address(self.store), "store", "host:port")

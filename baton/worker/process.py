@@ -19,14 +19,12 @@ from baton.worker.config import WorkerConfig
 from baton.worker.lifecycle import StopSignals, exit_now
 from baton.worker.lives import Make, live_on
 from baton.worker.metrics import WorkerMetrics
-from baton.worker.monitor import monitored
 from baton.worker.parts import WorkerParts
 from baton.worker.serving import (
     CLOSE_TIMEOUT_S,
     Place,
     Service,
-    cluster_token,
-    find_registry,
+    begun,
     run_process,
     serve,
 )
@@ -41,22 +39,8 @@ def main(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> None:
 
 
 async def _run(config: WorkerConfig, role: Role, makes: Mapping[Role, Make]) -> None:
-    place = Place(
-        config.conductor,
-        find_registry(config.conductor, config.redis_options),
-        config.listen,
-        config.advertise,
-        config.drain_timeout,
-        config.open_certificates(),
-        config.health_listen,
-    )
-    cluster_token()
-    signals = StopSignals()
-    signals.install()
     metrics = WorkerMetrics()
-    async with monitored(
-        config.listen, config.metrics_port, metrics.own.render_for, metrics.loop_lag
-    ):
+    async with begun(config, metrics) as (place, signals):
         built = await _unless_stopped(build(config, role), signals)
         parts = replace(built, metrics=metrics, tls=place.tls)
         await _serve(place, role, makes, parts, signals)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +20,6 @@ from baton.errors import BatonError, ConfigError, WorkerLost, WorkerMoved
 from baton.logs import setup_logging
 from baton.rpc.grpc_client import GrpcFleetClient
 from baton.rpc.grpc_server import RpcServer
-from baton.rpc.redis_options import RedisOptions
 from baton.rpc.registry import Registry, open_registry
 from baton.rpc.tls import Certificates
 from baton.types.fleet import Role, WorkerInfo, WorkerLoad
@@ -27,6 +27,9 @@ from baton.worker.address import reachable_address
 from baton.worker.conductors import ConductorSet
 from baton.worker.lifecycle import StopSignals, exit_now
 from baton.worker.links import LinkServer
+from baton.worker.member_metrics import MemberMetrics
+from baton.worker.member_options import MemberOptions
+from baton.worker.monitor import monitored
 
 log = logging.getLogger(__name__)
 
@@ -87,18 +90,42 @@ class Place:
     tls: Certificates | None = None
     health_listen: str = ""  # where probes get in that have no certificate; empty: nowhere
 
+    @classmethod
+    def of(cls, options: MemberOptions) -> Place:
+        """Raises ConfigError when there is no way to find a conductor."""
+        redis = options.redis_options
+        if not options.conductor and redis is None:
+            raise ConfigError("--conductor host:port is missing (or --redis, to find conductors)")
+        return cls(
+            options.conductor,
+            open_registry(redis) if redis else None,
+            options.listen,
+            options.advertise,
+            options.drain_timeout,
+            options.open_certificates(),
+            options.health_listen,
+        )
+
     async def aclose(self) -> None:
         """When no life of the process follows."""
         if self.registry is not None:
             await self.registry.aclose()
 
 
-def find_registry(conductors: tuple[str, ...], redis: RedisOptions | None) -> Registry | None:
-    """Where conductors are found besides those that were told. Raises ConfigError when there are
-    neither."""
-    if not conductors and redis is None:
-        raise ConfigError("--conductor host:port is missing (or --redis, to find conductors)")
-    return open_registry(redis) if redis else None
+@asynccontextmanager
+async def begun(
+    options: MemberOptions, metrics: MemberMetrics
+) -> AsyncIterator[tuple[Place, StopSignals]]:
+    """What comes before anything that takes long: what is missing is said at once, signals are
+    heeded, and `metrics` can be scraped. Raises ConfigError."""
+    place = Place.of(options)
+    cluster_token()
+    signals = StopSignals()
+    signals.install()
+    async with monitored(
+        options.listen, options.metrics_port, metrics.own.render_for, metrics.loop_lag
+    ):
+        yield place, signals
 
 
 def run_process(name: str, log_level: str, work: Coroutine[Any, Any, None]) -> None:
