@@ -5,19 +5,16 @@ A part is a function from the plan to figures; add one to PARTS.
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from baton import __version__
+from baton.bench.origin import origin
 from baton.cli.bench import JsonFile, write_json
 from conductor import (
     bench_decisions,
@@ -73,11 +70,7 @@ def _chosen(parts: str) -> list[str]:
 def _as_json(plan: Plan, figures: list[Figure]) -> dict[str, Any]:
     """The figures with what is needed to repeat them."""
     return {
-        "benchmark": "router",
-        "command": sys.argv[1:],
-        "baton": __version__,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpus": os.cpu_count(), "arch": platform.machine(), "os": platform.system()},
+        **origin("router", "python", "-m", "conductor.bench_router", *sys.argv[1:]),
         "plan": asdict(plan),
         "results": [asdict(figure) for figure in figures],
     }

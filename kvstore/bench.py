@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
 import sys
 import tempfile
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from baton import __version__
+from baton.bench.origin import origin
 from kvstore.bench_tiers import (
     DiskBench,
     IndexResult,
@@ -79,11 +76,7 @@ def as_json(
 ) -> bytes:
     """The report with what is needed to repeat it."""
     report: dict[str, Any] = {
-        "benchmark": "store",
-        "command": sys.argv[1:],
-        "baton": __version__,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpus": os.cpu_count(), "arch": platform.machine(), "os": platform.system()},
+        **origin("store", "python", "-m", "kvstore.bench", *sys.argv[1:]),
         "total_mib": total_mib,
         "rounds": rounds,
         "disk": {"threads": place.threads, "direct": place.direct},

@@ -13,23 +13,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import platform
 import secrets
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from baton import __version__
 from baton.bench.exposed import Exposure
 from baton.bench.handoff_source import LAYERS, bench_layout, fill, source_peer
+from baton.bench.origin import origin
 from baton.bench.stats import percentile
 from baton.errors import ConfigError, PeerGone
 from baton.kv.handoff.options import HandoffOptions
@@ -116,11 +114,7 @@ def as_json(
 ) -> dict[str, Any]:
     """The report with what is needed to repeat it."""
     return {
-        "benchmark": "handoff",
-        "command": list(argv),
-        "baton": __version__,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpus": os.cpu_count(), "arch": platform.machine(), "os": platform.system()},
+        **origin("handoff", "baton", *argv),
         "total_mib": report.total_mib,
         "rounds": report.rounds,
         "results": [asdict(result) for result in report.results],

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from baton import __version__
 from baton.bench.ideal import InfiniteCache
 from baton.bench.load import Load, poisson_arrivals
+from baton.bench.origin import origin
 from baton.bench.sessions import Session, Shape, TraceScale, make_sessions, trace_sessions
 from baton.bench.stats import Distribution, LoadSummary, Slo, summarize
 from baton.bench.timelines import Timelines, read_timelines
@@ -101,16 +97,7 @@ async def _block_size(client: Client) -> int:
 def as_json(plan: LoadPlan, runs: Mapping[str, Run], argv: Sequence[str]) -> dict[str, Any]:
     """The whole result with what is needed to repeat it."""
     return {
-        "benchmark": "serve",
-        "command": shlex.join(["baton", *argv]),
-        "baton": __version__,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "os": platform.system(),
-            "arch": platform.machine(),
-            "cpus": len(os.sched_getaffinity(0)),
-            "load_1min": os.getloadavg()[0],
-        },
+        **origin("serve", "baton", *argv),
         "plan": asdict(plan),
         "runs": {name: asdict(run.load) | _timelines_json(run) for name, run in runs.items()},
     }

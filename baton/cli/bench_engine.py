@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from baton import __version__
 from baton.bench.engine_options import PARTS, Options
+from baton.bench.origin import origin
 from baton.cli.bench import JsonFile, write_json
 from baton.errors import ConfigError
 
@@ -67,7 +63,9 @@ def bench_engine(options: BenchEngineOptions) -> None:
     for warning in report.warnings:
         console.print(f"warning: {warning}", style="yellow")
     if options.json is not None:
-        write_json(_origin() | engine_text.as_json(report), options.json)
+        write_json(
+            origin("engine", "baton", *sys.argv[1:]) | engine_text.as_json(report), options.json
+        )
     if options.json != "-":
         for table in engine_text.tables(report):
             _print(table.title, table.header, table.rows)
@@ -101,21 +99,6 @@ def _points(flag: str, text: str, sizes: int) -> Iterator[tuple[int, ...]]:
         if len(parts) != sizes or not all(part.isdecimal() and int(part) for part in parts):
             raise ConfigError(f"{flag} takes {'x'.join('N' * sizes)} by commas, not {point!r}")
         yield tuple(map(int, parts))
-
-
-def _origin() -> dict[str, object]:
-    """What is needed to repeat the run."""
-    return {
-        "command": shlex.join(["baton", *sys.argv[1:]]),
-        "baton": __version__,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "os": platform.system(),
-            "arch": platform.machine(),
-            "cpus": len(os.sched_getaffinity(0)),
-            "load_1min": os.getloadavg()[0],
-        },
-    }
 
 
 def _print(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
