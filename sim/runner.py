@@ -25,6 +25,7 @@ from baton.engine.batch import (
     LayerCallback,
     LayerGate,
     SampleRequest,
+    last_tokens,
     resolve,
 )
 from baton.errors import InternalError
@@ -92,8 +93,7 @@ class ModelledRunner:
 
     def end(self, items: Sequence[BatchItem]) -> BatchResult:
         tokens = tuple(self._sample(item) for item in items)
-        pairs = zip(items, tokens, strict=True)
-        self._last = {item.sequence: token.token_id for item, token in pairs if token is not None}
+        self._last = last_tokens(items, tokens)
         return BatchResult(tokens)
 
     def _chain_before(self, item: BatchItem) -> int:

@@ -9,7 +9,7 @@ items *follow* that token, and the runner, which has it first, fills it in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -138,6 +138,17 @@ def resolve(batch: Batch, last: Mapping[int, int]) -> Batch:
     if not any(item.follows for item in batch.items):
         return batch
     return Batch(batch.step, tuple(_resolved(item, last) for item in batch.items))
+
+
+def last_tokens(
+    items: Sequence[BatchItem], tokens: Sequence[SampledToken | None]
+) -> dict[int, int]:
+    """What `resolve` needs for the next step, by sequence: the tokens that this one sampled."""
+    return {
+        item.sequence: token.token_id
+        for item, token in zip(items, tokens, strict=True)
+        if token is not None
+    }
 
 
 def _resolved(item: BatchItem, last: Mapping[int, int]) -> BatchItem:

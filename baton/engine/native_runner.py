@@ -16,6 +16,7 @@ from baton.engine.batch import (
     LayerCallback,
     LayerGate,
     SampleRequest,
+    last_tokens,
     resolve,
 )
 from baton.engine.runner import check_layout, group_ends, pool_tensor, warm_up_batches
@@ -76,11 +77,7 @@ class NativeRunner:
         requests = [item.sample for item in batch.items if item.sample is not None]
         sampled = iter(_choose(logits, requests))
         tokens = tuple(next(sampled) if item.sample else None for item in batch.items)
-        self._last = {
-            item.sequence: token.token_id
-            for item, token in zip(batch.items, tokens, strict=True)
-            if token is not None
-        }
+        self._last = last_tokens(batch.items, tokens)
         return Computed(BatchResult(tokens))
 
     def profile(self) -> Profile:

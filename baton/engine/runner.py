@@ -16,6 +16,7 @@ from baton.engine.batch import (
     LayerCallback,
     LayerGate,
     SampleRequest,
+    last_tokens,
     resolve,
 )
 from baton.engine.flat import flatten
@@ -94,11 +95,7 @@ class TorchRunner:
             requests = [item.sample for item in batch.items if item.sample is not None]
             sampled = iter(sample(logits, requests))
         tokens = tuple(next(sampled) if item.sample else None for item in batch.items)
-        self._last = {
-            item.sequence: token.token_id
-            for item, token in zip(batch.items, tokens, strict=True)
-            if token is not None
-        }
+        self._last = last_tokens(batch.items, tokens)
         return Computed(BatchResult(tokens))
 
     def warm_up(self) -> None:
