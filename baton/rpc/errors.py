@@ -6,6 +6,7 @@ gets the class that the callee raised, with its `retryable`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import grpc
@@ -44,6 +45,12 @@ from baton.types.request import WireError
 CODE_KEY = "baton-error-code"
 RETRYABLE_KEY = "baton-error-retryable"
 CLIENT_FAULT_KEY = "baton-error-client-fault"
+
+# How gRPC says that no connection came about, before it comes to the reason.
+_NO_CONNECTION = re.compile(
+    r"failed to connect to all addresses; last error: \w+: \S+: "
+    r"(?:Failed to connect to remote host: )?"
+)
 
 _CLASSES: tuple[type[BatonError], ...] = (
     Cancelled,
@@ -144,7 +151,10 @@ def from_status(error: grpc.aio.AioRpcError, peer: str) -> BatonError:
         return from_wire(wire)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return PeerGone(f"{peer} did not answer in time")
-    return PeerGone(f"{peer} is gone: {error.code().name.lower()}: {details}")
+    reason, known = _NO_CONNECTION.subn("", details)
+    if not known:
+        reason = f"{error.code().name.lower()}: {details}"
+    return PeerGone(f"{peer} is gone: {reason}")
 
 
 def _text_pairs(metadata: grpc.aio.Metadata | None) -> Iterator[tuple[str, str]]:

@@ -62,5 +62,6 @@ def test_a_status_without_our_metadata_is_peer_gone() -> None:
     empty = grpc.aio.Metadata()
     refused = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, empty, empty, "refused")
     assert isinstance(from_status(refused, "w"), PeerGone)
+    assert from_status(refused, "w").message == "w is gone: unavailable: refused"
     late = grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, empty, empty, "late")
     assert "w did not answer in time" in from_status(late, "w").message

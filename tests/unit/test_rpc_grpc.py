@@ -234,8 +234,9 @@ async def test_a_failing_service_reaches_the_caller_with_its_message() -> None:
 async def test_dialing_nobody_is_peer_gone() -> None:
     async with serving(echo) as address:
         pass
-    with pytest.raises(PeerGone):
+    with pytest.raises(PeerGone) as gone:
         await GrpcWorkerDialer(TOKEN, TLS).link(address, 2)
+    assert gone.value.message == f"the worker at {address} is gone: Connection refused"
 
 
 async def test_dialing_a_silent_port_ends_at_the_deadline() -> None:
