@@ -2,6 +2,7 @@
 
 import { eventsOf } from "./events.js";
 import { authorization } from "./key.js";
+import { pauseAfter } from "./pause.js";
 
 const SILENCE_MS = 6000; // a tick is a second: whoever is silent for so long is gone
 const FIRST_PAUSE_MS = 500;
@@ -36,7 +37,7 @@ export class Connection {
       }
       this.failures += 1;
       this.on.state("reconnecting", why);
-      await this.#pause(pauseAfter(this.failures));
+      await this.#pause(pauseAfter(this.failures, FIRST_PAUSE_MS, LAST_PAUSE_MS));
     }
   }
 
@@ -91,10 +92,4 @@ export class Connection {
       };
     });
   }
-}
-
-/** Longer with every failure, and jittered: many pages come back to one conductor. */
-function pauseAfter(failures) {
-  const longest = Math.min(FIRST_PAUSE_MS * 2 ** (failures - 1), LAST_PAUSE_MS);
-  return longest * (0.5 + Math.random() / 2);
 }

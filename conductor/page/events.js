@@ -1,6 +1,6 @@
 // Server-sent events out of a response's bytes. EventSource cannot send a key, nor a request.
 
-/** The data of each event as it comes, and its type: `{ type, data }`. */
+/** Each event as it comes: `{ type, id, data }`. */
 export async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -31,10 +31,11 @@ export async function messageOf(response) {
 }
 
 function parse(text) {
-  const event = { type: "message", data: "" };
+  const event = { type: "message", id: "", data: "" };
   for (const line of text.split("\n")) {
     if (line.startsWith("data:")) event.data += line.slice(5).trimStart();
     else if (line.startsWith("event:")) event.type = line.slice(6).trim();
+    else if (line.startsWith("id:")) event.id = line.slice(3).trim();
   }
   return event;
 }

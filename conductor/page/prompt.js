@@ -1,9 +1,12 @@
 // The box to send a prompt from, and its answer as it comes.
 
+import { chunksOf, Refused } from "./answer.js";
 import { byId, h } from "./dom.js";
-import { eventsOf, messageOf } from "./events.js";
+import { messageOf } from "./events.js";
 import * as format from "./format.js";
 import { authorization } from "./key.js";
+
+const LOCKED = 401;
 
 export class PromptBox {
   /** `onTimeline(id)` shows a request's timeline; `onLocked()` asks for a key. */
@@ -32,7 +35,7 @@ export class PromptBox {
     const abort = new AbortController();
     this.abort = abort;
     this.#setBusy(true);
-    const run = { id: "", sent: performance.now(), first: null, last: null, usage: null };
+    const run = { id: "", sent: performance.now(), first: null, last: null, usage: null, broken: false };
     this.answer.replaceChildren();
     const text = this.answer.appendChild(document.createTextNode(""));
     try {
@@ -40,6 +43,7 @@ export class PromptBox {
       await this.#stream(run, text, abort.signal);
       this.#tell(run, "");
     } catch (error) {
+      if (error.status === LOCKED) this.onLocked();
       this.#tell(run, abort.signal.aborted ? "stopped" : error.message);
     } finally {
       this.abort = null;
@@ -50,25 +54,18 @@ export class PromptBox {
   async #stream(run, text, signal) {
     const kind = byId("prompt-kind").value;
     const path = kind === "chat" ? "v1/chat/completions" : "v1/completions";
-    const headers = { "Content-Type": "application/json", ...authorization() };
     const body = JSON.stringify(this.#body(kind));
-    const response = await fetch(path, { method: "POST", headers, body, signal });
-    if (response.status === 401) this.onLocked();
-    if (!response.ok) throw new Error(await messageOf(response));
-    for await (const { data } of eventsOf(response)) {
-      if (data === "[DONE]") return;
-      const chunk = JSON.parse(data);
-      if (chunk.error) throw new Error(chunk.error.message);
-      this.#take(run, chunk, text);
-    }
-    throw new Error("the connection broke before the answer was complete");
+    const onBreak = (why) => {
+      run.broken = true;
+      this.#say(`▲ reconnecting: ${why}`, "reconnecting");
+    };
+    for await (const chunk of chunksOf(path, body, signal, onBreak)) this.#take(run, chunk, text);
   }
 
   /** For who may not watch the cluster: a look at it tells the model otherwise. */
   async #findModel(signal) {
     const response = await fetch("v1/models", { headers: authorization(), signal });
-    if (response.status === 401) this.onLocked();
-    if (!response.ok) throw new Error(await messageOf(response));
+    if (!response.ok) throw new Refused(await messageOf(response), response.status);
     this.model = (await response.json()).data[0].id;
   }
 
@@ -88,6 +85,10 @@ export class PromptBox {
   #take(run, chunk, text) {
     run.id = chunk.id ?? run.id;
     run.usage = chunk.usage ?? run.usage;
+    if (run.broken) {
+      run.broken = false;
+      this.#tell(run, "");
+    }
     const choice = chunk.choices?.[0];
     const piece = choice?.delta?.content ?? choice?.text ?? "";
     if (piece === "") return;
@@ -107,9 +108,14 @@ export class PromptBox {
     if (run.first !== null) parts.push(`TTFT ${format.duration((run.first - run.sent) / 1e3)}`);
     if (run.usage !== null) parts.push(...ofUsage(run));
     if (ending !== "") parts.push(ending);
-    this.figures.replaceChildren(parts.join(" · "));
+    this.#say(parts.join(" · "), "");
     // Who may not watch the cluster has no table in which it could be shown.
     if (run.id !== "" && document.body.dataset.connection !== "forbidden") this.figures.append(parts.length ? " · " : "", this.#link(run.id));
+  }
+
+  #say(text, state) {
+    this.figures.textContent = text;
+    this.figures.dataset.state = state;
   }
 
   #link(id) {
@@ -125,7 +131,7 @@ export class PromptBox {
     this.answer.classList.toggle("busy", busy);
     byId("prompt-send").disabled = busy;
     byId("prompt-stop").disabled = !busy;
-    if (busy) this.figures.textContent = "sent, waiting for the first token";
+    if (busy) this.#say("sent, waiting for the first token", "");
   }
 }
 

@@ -282,14 +282,135 @@ def test_a_killed_worker_shows_as_dead(browser: Any, cluster: Cluster) -> None:
 
 def test_it_comes_back_with_the_conductor(browser: Any, cluster: Cluster) -> None:
     (conductor,) = cluster.status()["conductors"]
+    body = {"model": "demo", "prompt": "def add(a, b):", "max_tokens": 600, "temperature": 0.0}
+    whole = cluster.post("/v1/completions", body).json()["choices"][0]["text"]
     with page_of(browser, cluster.url, clean=False) as page:
+        page.fill("#prompt-temperature", "0")
+        send(page, "def add(a, b):", 600)
+        until(page, "document.getElementById('answer').textContent.length > 40")
         os.kill(conductor["pid"], signal.SIGKILL)
+        until(page, f"{FIGURES}.includes('▲ reconnecting')")
         page.wait_for_selector('body[data-connection="reconnecting"]')
         assert "reconnecting" in text_of(page, "#connection")
         page.wait_for_selector(LIVE)
         until(page, "document.getElementById('cluster-state').textContent === '● ready'")
         for name in ("prefill-0", "decode-0"):
             page.wait_for_selector(f'[data-member="{name}"][data-state="live"]')
+        until(page, NOT_BUSY)
+        assert answer_of(page) == whole
+
+
+class Scripted:
+    """Answers the page's prompts in the cluster's place: each connection gets the next step, and
+    every one after the last step gets that again."""
+
+    def __init__(self, page: Any, *steps: Callable[[Any], None]) -> None:
+        self.requests: list[Any] = []
+        self._steps = steps
+        page.route("**/v1/completions", self._answer)
+
+    def _answer(self, route: Any) -> None:
+        self.requests.append(route.request)
+        self._steps[min(len(self.requests), len(self._steps)) - 1](route)
+
+    @property
+    def last_ids(self) -> list[str | None]:
+        return [request.headers.get("last-event-id") for request in self.requests]
+
+
+def answer_of(page: Any) -> str:
+    return str(page.evaluate("document.getElementById('answer').textContent"))
+
+
+def hurry_until(page: Any, condition: str) -> None:
+    """With the page's clock going ten times as fast."""
+    deadline = time.monotonic() + PATIENCE_MS / 1e3
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        page.clock.run_for(500)
+        page.wait_for_timeout(50)
+
+
+def events(*texts: str, done: bool = False) -> Callable[[Any], None]:
+    """A connection that brings so much and ends."""
+    chunks = [
+        f'id: after-{text}\ndata: {{"id": "r", "choices": [{{"index": 0, "text": "{text} "}}]}}\n\n'
+        for text in texts
+    ]
+    body = "".join(chunks) + ("data: [DONE]\n\n" if done else "")
+    return lambda route: route.fulfill(body=body, content_type="text/event-stream")
+
+
+def failure(status: int, kind: str = "") -> Callable[[Any], None]:
+    """0: nobody listens; 200: an event in the stream."""
+    error = f'{{"error": {{"message": "not now", "type": "{kind}"}}}}'
+    if status == 0:
+        return lambda route: route.abort("connectionrefused")
+    if status == 200:
+        return lambda route: route.fulfill(
+            body=f"data: {error}\n\n", content_type="text/event-stream"
+        )
+    return lambda route: route.fulfill(status=status, body=error)
+
+
+FIGURES = "document.getElementById('answer-figures').textContent"
+NOT_BUSY = "document.getElementById('answer').getAttribute('aria-busy') === 'false'"
+
+
+def test_a_broken_stream_goes_on_behind_its_last_event(browser: Any, cluster: Cluster) -> None:
+    with page_of(browser, cluster.url, clean=False) as page:
+        script = Scripted(
+            page,
+            events("one", "two"),
+            failure(0),
+            failure(503),
+            events("three"),
+            failure(200, "service_unavailable_error"),
+            events("four", done=True),
+        )
+        send(page, "count", 8)
+        until(page, f"{FIGURES}.includes('▲ reconnecting')")
+        assert page.evaluate(NOT_BUSY) is False
+        assert page.is_enabled("#prompt-stop")
+        until(page, NOT_BUSY)
+        assert answer_of(page) == "one two three four "
+        assert "TTFT" in text_of(page, "#answer-figures")
+        assert "reconnecting" not in text_of(page, "#answer-figures")
+        assert script.last_ids == [None, *3 * ["after-two"], *2 * ["after-three"]]
+        assert len({request.post_data for request in script.requests}) == 1
+
+
+def test_a_stream_is_given_up_when_stopped_refused_or_tried_often(
+    browser: Any, cluster: Cluster
+) -> None:
+    with page_of(browser, cluster.url, clean=False) as page:
+        page.clock.install()
+        script = Scripted(page, failure(0))
+        send(page, "count", 8)
+        until(page, f"{FIGURES}.includes('cannot be reached')")
+        assert script.last_ids == [None]  # nobody knows of it: nothing to go on with
+        page.unroute("**/v1/completions")
+
+        script = Scripted(page, events("one"), failure(400))
+        send(page, "count", 8)
+        hurry_until(page, f"{FIGURES}.includes('not now')")
+        assert script.last_ids == [None, "after-one"]
+        page.unroute("**/v1/completions")
+
+        script = Scripted(page, events("one"), failure(0))
+        send(page, "count", 8)
+        until(page, f"{FIGURES}.includes('reconnecting')")
+        page.click("#prompt-stop")
+        until(page, f"{FIGURES}.includes('stopped')")
+        assert script.last_ids == [None]
+        page.unroute("**/v1/completions")
+
+        script = Scripted(page, events("one"), failure(0))
+        send(page, "count", 8)
+        hurry_until(page, NOT_BUSY)
+        assert len(script.requests) == 11
+        assert answer_of(page) == "one "
+        assert "cannot be reached" in text_of(page, "#answer-figures")
 
 
 def test_a_key_is_asked_for_and_kept(browser: Any, tmp_path: Path) -> None:
