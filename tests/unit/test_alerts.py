@@ -102,7 +102,10 @@ def test_every_metric_of_ours_has_a_panel() -> None:
     families = {name: family for each in exported().values() for name, family in each.items()}
     ours = {name for name in families if name.startswith("baton_")}
     unseen = {name for name in ours if not shown & set(families[name].series)}
-    assert not unseen, "give them a panel in tools/dashboard/rows.py"
+    assert not unseen, (
+        f"give {sorted(unseen)} a panel in tools/dashboard/rows.py, then run "
+        "`python -m tools.dashboard`"
+    )
 
 
 @EACH_ALERT
@@ -162,8 +165,8 @@ def promtool(*argv: str) -> None:
 
 
 def test_the_dashboard_is_up_to_date() -> None:
-    """`python -m tools.dashboard` writes it."""
-    assert (ROOT / "deploy/grafana/baton.json").read_text() == render()
+    shown = (ROOT / "deploy/grafana/baton.json").read_text()
+    assert shown == render(), "`python -m tools.dashboard` writes it anew from its rows.py"
 
 
 def test_panels_have_places_and_numbers_of_their_own() -> None:

@@ -21,14 +21,20 @@ from tests.unit.metrics_kit import (
 
 
 def test_every_metric_is_documented_and_the_other_way_round() -> None:
-    """`python -m tests.unit.metrics_kit` renews the table."""
-    assert documented() == table(exported())
+    assert documented() == table(exported()), (
+        "the table of docs/metrics.md is stale: `python -m tests.unit.metrics_kit` renews it (read "
+        "its diff); a new metric belongs into the section Metrics of ARCHITECTURE.md, too"
+    )
 
 
 def test_the_architecture_names_all_of_them() -> None:
     section = (ROOT / "ARCHITECTURE.md").read_text().partition("\n## Metrics\n")[2]
     named = set(re.findall(r"`(baton_\w+)`", section.partition("\n## ")[0]))
-    assert named == {name for each in exported().values() for name in each if name.startswith(OWN)}
+    ours = {name for each in exported().values() for name in each if name.startswith(OWN)}
+    assert named == ours, (
+        "edit the list in the section Metrics of ARCHITECTURE.md: it lacks "
+        f"{sorted(ours - named)} and names what nobody exports: {sorted(named - ours)}"
+    )
 
 
 def test_all_names_have_a_prefix_and_a_unit() -> None:
