@@ -6,6 +6,8 @@ in metrics. `retryable` means: the same request may succeed on another worker or
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class BatonError(Exception):
     """Base of every error that baton raises on purpose."""
@@ -199,3 +201,12 @@ class InternalError(BatonError):
     """A bug: an invariant did not hold."""
 
     code = "internal_error"
+
+
+def _by_code() -> dict[str, type[BatonError]]:
+    kinds = [kind for kind in globals().values() if isinstance(kind, type)]
+    return {kind.code: kind for kind in kinds if issubclass(kind, BatonError)}
+
+
+BY_CODE: Mapping[str, type[BatonError]] = _by_code()
+"""What the other side of a connection raised is raised here, too."""

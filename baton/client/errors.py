@@ -7,14 +7,16 @@ from typing import Any
 
 import orjson
 
-from baton import errors
-from baton.errors import BatonError, InvalidRequest, NoWorker, Overloaded, Unauthenticated
+from baton.errors import (
+    BY_CODE,
+    BatonError,
+    InternalError,
+    InvalidRequest,
+    NoWorker,
+    Overloaded,
+    Unauthenticated,
+)
 
-_BY_CODE: dict[str, type[BatonError]] = {
-    kind.code: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, BatonError) and kind is not BatonError
-}
 _BY_STATUS: dict[int, type[BatonError]] = {
     401: Unauthenticated,
     403: Unauthenticated,
@@ -44,9 +46,9 @@ def error_in(
     """The exception for an OpenAI-shaped `error` object, of a response or inside a stream."""
     message = str(detail.get("message") or "the server gave no reason")
     code = detail.get("code") or detail.get("type")
-    kind = _BY_CODE.get(str(code)) or _BY_STATUS.get(status)
+    kind = BY_CODE.get(str(code)) or _BY_STATUS.get(status)
     if kind is None:
-        kind = InvalidRequest if 400 <= status < 500 else errors.InternalError
+        kind = InvalidRequest if 400 <= status < 500 else InternalError
     if issubclass(kind, Overloaded):
         return kind(message, retry_after_s)
     if issubclass(kind, InvalidRequest):

@@ -12,29 +12,22 @@ from collections.abc import Iterator
 import grpc
 
 from baton.errors import (
+    BY_CODE,
     BatonError,
     Cancelled,
-    ConfigError,
     DeadlineExceeded,
-    DigestMismatch,
     InternalError,
-    InvalidApiKey,
     InvalidRequest,
     LayoutMismatch,
-    LeaseExpired,
-    ModelLoadError,
     ModelNotFound,
     NoWorker,
     Overloaded,
     PeerGone,
     PermissionDenied,
-    PoisonRequest,
     ProtocolMismatch,
-    RateLimited,
     RegistryUnavailable,
     StaleAttempt,
     TakenOver,
-    TransportError,
     Unauthenticated,
     UnknownAttempt,
     WorkerLost,
@@ -51,36 +44,6 @@ _NO_CONNECTION = re.compile(
     r"failed to connect to all addresses; last error: \w+: \S+: "
     r"(?:Failed to connect to remote host: )?"
 )
-
-_CLASSES: tuple[type[BatonError], ...] = (
-    Cancelled,
-    ConfigError,
-    DeadlineExceeded,
-    DigestMismatch,
-    InternalError,
-    InvalidApiKey,
-    InvalidRequest,
-    LayoutMismatch,
-    LeaseExpired,
-    ModelLoadError,
-    ModelNotFound,
-    NoWorker,
-    Overloaded,
-    PeerGone,
-    PermissionDenied,
-    PoisonRequest,
-    ProtocolMismatch,
-    RateLimited,
-    RegistryUnavailable,
-    StaleAttempt,
-    TakenOver,
-    TransportError,
-    Unauthenticated,
-    UnknownAttempt,
-    WorkerLost,
-    WorkerMoved,
-)
-_BY_CODE = {cls.code: cls for cls in _CLASSES}
 
 _STATUS: tuple[tuple[type[BatonError], grpc.StatusCode], ...] = (
     (ModelNotFound, grpc.StatusCode.NOT_FOUND),
@@ -113,7 +76,7 @@ def to_wire(error: BaseException) -> WireError:
 
 def from_wire(error: WireError) -> BatonError:
     """The exception to raise for `error`: the class of its code, with the sender's `retryable`."""
-    cls = _BY_CODE.get(error.code, InvalidRequest if error.client_fault else BatonError)
+    cls = BY_CODE.get(error.code, InvalidRequest if error.client_fault else BatonError)
     rebuilt = cls(error.message)
     rebuilt.code = error.code
     rebuilt.retryable = error.retryable
