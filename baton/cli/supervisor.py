@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -189,16 +189,19 @@ class Supervisor:
     async def _all_live(self, addresses: Addresses, names: Sequence[str]) -> None:
         """Return once every named worker is live and the conductor says that it is ready."""
         missing = set(names)
-        # By what name it is reached from here may not be in its certificate.
-        certificate = self.plan.ssl_certfile
-        tls = trusting_only(certificate) if certificate else None
-        async with Client(addresses.url, timeout_s=10.0, tls=tls) as client:
+        async with self._client(addresses.url) as client:
             while missing or not await client.ready():
                 for worker in await self._workers(client):
                     if worker.get("state") == "live" and worker.get("name") in missing:
                         missing.remove(worker["name"])
                         self._say_live(worker)
                 await asyncio.sleep(_POLL_S)
+
+    def _client(self, urls: str) -> Client:
+        # By what name it is reached from here may not be in its certificate.
+        certificate = self.plan.ssl_certfile
+        tls = trusting_only(certificate) if certificate else None
+        return Client(urls, timeout_s=10.0, tls=tls)
 
     def _say_live(self, worker: dict[str, Any]) -> None:
         """Once, however many conductors know it."""
@@ -219,7 +222,7 @@ class Supervisor:
         clock = asyncio.get_running_loop().time
         while not self._stopping:
             started = clock()
-            code = await process.child.run()
+            code = await self._run_once(name, process.child)
             if self._stopping:
                 return
             process.failures = 1 if clock() - started > _STABLE_S else process.failures + 1
@@ -235,6 +238,37 @@ class Supervisor:
             )
             await self._sleep(delay)
             process.child = Child(process.make(), self.reporter.log)
+
+    async def _run_once(self, name: str, child: Child) -> int:
+        """One life. Who was told that it died hears when it is live again."""
+        if not self._ready:
+            return await child.run()
+        saying = asyncio.create_task(self._say_live_again(name, child), name=f"{name} again")
+        try:
+            return await child.run()
+        finally:
+            saying.cancel()
+            await asyncio.wait([saying])
+
+    async def _say_live_again(self, name: str, child: Child) -> None:
+        """A conductor when it listens, a worker when a conductor knows this life of it."""
+        with suppress(TimeoutError):
+            if name in self._listening:
+                await child.announcement(self.plan.start_timeout_s)
+            else:
+                async with asyncio.timeout(self.plan.start_timeout_s):
+                    await self._known(name, child)
+            self.reporter.event("process_live", f"{name} is live again", name=name, pid=child.pid)
+
+    async def _known(self, name: str, child: Child) -> None:
+        urls = ",".join(each.url for each in self._listening.values())
+        async with self._client(urls) as client:
+            while True:
+                workers = await self._workers(client)
+                lives = [(each.get("name"), each.get("pid"), each.get("state")) for each in workers]
+                if (name, child.pid, "live") in lives:
+                    return
+                await asyncio.sleep(_POLL_S)
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep, but not longer than the supervisor runs."""

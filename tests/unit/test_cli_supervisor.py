@@ -133,20 +133,37 @@ async def test_a_silent_conductor_meets_a_deadline(tmp_path: Path) -> None:
 
 
 async def test_a_worker_that_dies_later_is_started_again(tmp_path: Path) -> None:
-    recorder = Recorder()
-    supervisor = Supervisor(plan(tmp_path), recorder)
-
-    async def kill_one(addresses: Addresses) -> None:
-        victim = int((tmp_path / "decode-1").read_text())
-        os.kill(victim, signal.SIGKILL)
-        while int((tmp_path / "decode-1").read_text() or victim) == victim:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-        supervisor.stop()
-
-    await run(supervisor, kill_one)
-    exits = [fields for event, fields in recorder.events if event == "process_exited"]
-    assert exits == [{"name": "decode-1", "code": -signal.SIGKILL}]
+    assert await events_of_a_kill(tmp_path, "decode-1") == [
+        ("process_exited", {"name": "decode-1", "code": -signal.SIGKILL}),
+        ("process_live", {"name": "decode-1", "pid": int((tmp_path / "decode-1").read_text())}),
+    ]
     assert_gone(tmp_path)
+
+
+async def test_a_conductor_that_dies_later_is_started_again(tmp_path: Path) -> None:
+    died, live = await events_of_a_kill(tmp_path, "conductor")
+    assert died == ("process_exited", {"name": "conductor", "code": -signal.SIGKILL})
+    assert (live[0], live[1]["name"]) == ("process_live", "conductor")
+    assert_gone(tmp_path)
+
+
+async def events_of_a_kill(directory: Path, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Between when everything is ready and when the killed process is live again."""
+    recorder = Recorder()
+    supervisor = Supervisor(plan(directory), recorder)
+    recorder.on_event = lambda event: supervisor.stop() if event == "process_live" else None
+
+    async def kill(addresses: Addresses) -> None:
+        (pid,) = [
+            fields["pid"]
+            for event, fields in recorder.events
+            if event == "done" and fields["name"] == name
+        ]
+        recorder.events.clear()
+        os.kill(pid, signal.SIGKILL)
+
+    await run(supervisor, kill)
+    return recorder.events[: recorder.names().index("process_live") + 1]
 
 
 async def test_a_signal_stops_and_a_second_one_hurries(tmp_path: Path) -> None:
