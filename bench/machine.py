@@ -6,14 +6,35 @@ import asyncio
 import fcntl
 import os
 import platform
+import shlex
 import subprocess
 import threading
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from baton.cpus import available_cpus
+
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+
+
+_FILES = ("--json", "--lock", "--logs", "--page", "--save", "--calibration")
+
+
+def origin(benchmark: str, argv: Sequence[str]) -> dict[str, Any]:
+    """The head of a result: what ran `python -m bench.BENCHMARK`, on what, and when. Where files
+    were says nothing about the result, and is left out."""
+    files = {place for n, text in enumerate(argv) if text in _FILES for place in (n, n + 1)}
+    kept = [text for n, text in enumerate(argv) if n not in files]
+    return {
+        "benchmark": benchmark,
+        "command": shlex.join(["python", "-m", f"bench.{benchmark}", *kept]),
+        "revision": revision(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe(available_cpus()),
+    }
 
 
 def describe(cpus: Sequence[int]) -> dict[str, Any]:

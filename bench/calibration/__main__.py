@@ -13,14 +13,12 @@ import json
 import os
 import random
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from bench.calibration.page import write_page
 from bench.calibration.predict import predict, spec_of
 from bench.calibration.results import Row, Seen, as_markdown, rows
 from bench.environments import CACHE
-from bench.machine import describe, exclusively, revision
+from bench.machine import exclusively, origin
 from bench.process import busy_s
 from bench.shapes import SHAPES
 from sim.costs.calibrate import calibrated
@@ -197,14 +195,10 @@ def main(argv: Sequence[str]) -> None:
             told["calibration"] = _with_serving(told["calibration"], place)
         else:
             told = {
-                "benchmark": "calibration",
-                "command": "python -m bench.calibration " + shlex.join(_without_paths(argv)),
+                **origin("calibration", argv),
                 "shape": options.shape,
                 "prompts": PROMPTS,
                 "outputs": OUTPUTS,
-                "revision": revision(),
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "machine": describe(available_cpus()),
             } | asyncio.run(_all(options, _model(options.shape), place, say))
         if options.json is not None:  # what was measured is not lost if a prediction fails
             options.json.write_text(json.dumps(told) + "\n")
@@ -217,13 +211,6 @@ def main(argv: Sequence[str]) -> None:
     print(as_markdown(table))
     if options.json is not None:
         options.json.write_text(json.dumps(told) + "\n")
-
-
-def _without_paths(argv: Sequence[str]) -> list[str]:
-    """Files say nothing about the result."""
-    paths = ("--json", "--page", "--lock", "--save", "--calibration")
-    skipped = {place for n, text in enumerate(argv) if text in paths for place in (n, n + 1)}
-    return [text for n, text in enumerate(argv) if n not in skipped]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ import orjson
 
 from baton.bench.stats import Slo
 from baton.client.http import Client
-from baton.cpus import available_cpus
-from bench.machine import describe, exclusively, revision
+from bench.machine import exclusively, origin
 from bench.overload.client import Phase, Plan, Sent
 from bench.overload.figures import (
     Look,
@@ -162,13 +160,7 @@ def _stat(pid: int) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     options = _arguments(argv)
-    told = {
-        "benchmark": "overload",
-        "command": "python -m bench.overload " + shlex.join(_without_paths(argv)),
-        "revision": revision(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe(available_cpus()),
-    } | asyncio.run(_measure(options))
+    told = origin("overload", argv) | asyncio.run(_measure(options))
     print(f"capacity {told['capacity_per_s']:.1f} requests/s")
     print(as_markdown(told["phases"]))
     print(f"goodput at {options.times:g} × / peak: {told['goodput_to_peak']:.0%}")
@@ -176,13 +168,6 @@ def main(argv: Sequence[str]) -> None:
           f"{told['rejection_cpu_ms']:.2f} ms for a rejection")  # fmt: skip
     if options.json is not None:
         options.json.write_text(json.dumps(told, indent=1) + "\n")
-
-
-def _without_paths(argv: Sequence[str]) -> list[str]:
-    """Files say nothing about the result."""
-    skipped = {place for n, text in enumerate(argv) if text in ("--json", "--lock")
-               for place in (n, n + 1)}  # fmt: skip
-    return [text for n, text in enumerate(argv) if n not in skipped]
 
 
 if __name__ == "__main__":

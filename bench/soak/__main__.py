@@ -9,17 +9,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shlex
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from baton.cpus import available_cpus
 from bench.chaos.cluster import Cluster, Shape, running
-from bench.machine import describe, revision
+from bench.machine import origin
 from bench.soak.kills import Killer
 from bench.soak.load import Load
 from bench.soak.report import as_markdown, errors_in, result
@@ -120,11 +117,7 @@ def main(argv: Sequence[str]) -> int:
         told = asyncio.run(_soak(options, logs))
         told["log_errors"] = errors_in(logs)
     told = {
-        "benchmark": "soak",
-        "command": "python -m bench.soak " + shlex.join(_without_paths(argv)),
-        "revision": revision(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe(available_cpus()),
+        **origin("soak", argv),
         **told,
     }
     print(as_markdown(told))
@@ -141,16 +134,6 @@ def main(argv: Sequence[str]) -> int:
             or told["blocks_in_use_at_the_end"]
         )
     )
-
-
-def _without_paths(argv: Sequence[str]) -> list[str]:
-    """Where the result was written says nothing about it."""
-    kept, skip = [], False
-    for text in argv:
-        if not skip and text not in ("--json", "--logs"):
-            kept.append(text)
-        skip = text in ("--json", "--logs")
-    return kept
 
 
 if __name__ == "__main__":
