@@ -23,7 +23,7 @@ class DecodeService:
 
     def __init__(self, parts: WorkerParts, dialer: HandoffDialer, blocks: BlocksDialer) -> None:
         self._engine = parts.make_engine(self)
-        self.sharing = Sharing(parts, self._engine, blocks, self._load_changed)
+        self.sharing = Sharing(parts, self._engine, blocks)
         self.links = LinkServer(
             self,
             self.load,
@@ -36,8 +36,8 @@ class DecodeService:
             parts.shared.view(),
             parts.memory,
             dialer,
-            self._quarantine,
-            self._end_quarantine,
+            self._engine.quarantine,
+            self._engine.end_quarantine,
             parts.handoff,
             parts.metrics.handoff,
         )
@@ -71,9 +71,6 @@ class DecodeService:
     def load(self) -> WorkerLoad:
         return self.sharing.counted(self._engine.load())
 
-    def _load_changed(self) -> None:
-        self.links.load_changed()
-
     def check_integrity(self) -> None:
         """Raises InternalError when blocks or attempts are not accounted for."""
         self._engine.check_integrity()
@@ -102,16 +99,6 @@ class DecodeService:
             self._engine.cancel(attempt)
             self.sharing.forget(attempt)
 
-    # -- HandoffReader's callbacks -------------------------------------------------------------
-
-    def _quarantine(self, attempt: AttemptId) -> None:
-        self._engine.quarantine(attempt)
-        self.links.load_changed()
-
-    def _end_quarantine(self, attempt: AttemptId) -> None:
-        self._engine.end_quarantine(attempt)
-        self.links.load_changed()
-
     # -- EngineListener ------------------------------------------------------------------------
 
     def on_kv_ready(self, ready: tuple[KvReady, ...]) -> None:
@@ -131,3 +118,6 @@ class DecodeService:
     def on_outputs(self, outputs: tuple[AttemptOutput, ...]) -> None:
         self.sharing.on_outputs(outputs)
         self.links.report(outputs)
+
+    def on_blocks_changed(self) -> None:
+        self.links.load_changed()

@@ -29,7 +29,7 @@ class PrefillService:
 
     def __init__(self, parts: WorkerParts, blocks: BlocksDialer) -> None:
         self._engine = parts.make_engine(self)
-        self.sharing = Sharing(parts, self._engine, blocks, self._load_changed)
+        self.sharing = Sharing(parts, self._engine, blocks)
         self.links = LinkServer(
             self, self.load, self.sharing.news, news_lag=parts.metrics.kv_event_lag
         )
@@ -71,9 +71,6 @@ class PrefillService:
 
     def load(self) -> WorkerLoad:
         return self.sharing.counted(self._engine.load())
-
-    def _load_changed(self) -> None:
-        self.links.load_changed()
 
     @property
     def lent_blocks(self) -> int:
@@ -143,3 +140,6 @@ class PrefillService:
     def on_outputs(self, outputs: tuple[AttemptOutput, ...]) -> None:
         self.sharing.on_outputs(outputs)
         self._endings.on_outputs(outputs, self._publisher)
+
+    def on_blocks_changed(self) -> None:
+        self.links.load_changed()

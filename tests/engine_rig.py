@@ -68,6 +68,9 @@ class Recorder:
     def on_kv_filled(self, filled: tuple[KvFilled, ...]) -> None:
         self.filled += filled
 
+    def on_blocks_changed(self) -> None:
+        self.changed.set()
+
     def on_outputs(self, outputs: tuple[AttemptOutput, ...]) -> None:
         for output in outputs:
             self.events.append(("output", output.attempt))

@@ -118,6 +118,9 @@ class _Listener:
     def on_kv_filled(self, filled: tuple[KvFilled, ...]) -> None:
         """Nothing is kept."""
 
+    def on_blocks_changed(self) -> None:
+        """Nobody asks for the load."""
+
     def on_prefilled(
         self, attempt: AttemptId, first: SampledToken, num_blocks: int, cached_tokens: int
     ) -> None:

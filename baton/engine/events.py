@@ -64,3 +64,8 @@ class EngineListener(Protocol):
     def on_outputs(self, outputs: tuple[AttemptOutput, ...]) -> None:
         """One call per step with everything that step produced, first tokens of handed-off
         sequences included (without a finish: the worker adds HANDED_OFF when it is released)."""
+
+    def on_blocks_changed(self) -> None:
+        """Blocks came free, or went into quarantine, at a moment without outputs: by the end of a
+        reservation, of a loan, or of a step or transfer that used them after their sequence's
+        finish was told."""

@@ -76,7 +76,7 @@ class Engine:
         self._listener = listener
         self._wall_clock = wall_clock
         self._figures = figures or EngineFigures(Counts())
-        self.loans = Loans(pool, self._state_changed)
+        self.loans = Loans(pool, self._given_back)
         self._scheduler = Scheduler(pool, config, self.loans)
         self._steps = Stepper(
             runner,
@@ -261,7 +261,7 @@ class Engine:
         if reservation is not None and reservation.blocks:
             reservation.transfer_pending = True
             self._scheduler.quarantine(reservation)
-            self._state_changed()
+            self._given_back()
 
     def end_quarantine(self, attempt: AttemptId) -> None:
         """The transport confirmed that nothing writes to the blocks. Ignored when unknown."""
@@ -273,7 +273,10 @@ class Engine:
         """What a sequence wanted (see EngineListener.on_kv_wanted) has come, as far as the first so
         many of the wanted blocks; nothing writes to any of them any more."""
         runs = self._scheduler.arrived(sequence, blocks, _now())
-        if runs is not None and runs.steps:
+        if runs is None:  # it had ended, and may have left blocks to this transfer
+            self._given_back()
+            return
+        if runs.steps:
             self._steps.settled(runs)
         self._state_changed()
 
@@ -324,7 +327,7 @@ class Engine:
     def _drop(self, reservation: Reservation) -> None:
         del self._reservations[reservation.attempt]
         self._scheduler.drop_reservation(reservation)
-        self._state_changed()
+        self._given_back()
 
     def _finish(self, sequence: Sequence, ending: Ending) -> Finish:
         """The attempt is no longer live."""
@@ -377,8 +380,11 @@ class Engine:
         filled = self._scheduler.take_filled()
         if filled:
             self._listener.on_kv_filled(filled)
+        settled = self._scheduler.take_settled()
         if outputs:
             self._tell(tuple(outputs))
+        elif settled:
+            self._listener.on_blocks_changed()
         for sequence, token in prefilled:
             attempt = sequence.task.attempt
             if attempt in self._sequences:
@@ -414,6 +420,11 @@ class Engine:
         if not self._stopped:
             self._scheduler.grant_reservations()
         self._steps.news()
+
+    def _given_back(self) -> None:
+        """The same, at a moment without outputs."""
+        self._state_changed()
+        self._listener.on_blocks_changed()
 
     def _unix_epoch(self) -> float:
         """What turns loop time into unix time, from one look at both clocks."""

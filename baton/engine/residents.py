@@ -32,6 +32,7 @@ class Residents:
         self._waiting = WaitingLine()
         self._running: Line[Sequence] = Line()
         self._leaving: dict[int, Sequence] = {}  # by number: ended, but a step in flight uses them
+        self._settled = False  # since the last `take_settled`
         self._granted: set[Reservation] = set()  # quarantined ones included
         self._handed_off: dict[AttemptId, Sequence] = {}
         self._arrivals = Arrivals(pool)  # they hold blocks, but have no part in steps yet
@@ -119,6 +120,11 @@ class Residents:
     def take_filled(self) -> tuple[KvFilled, ...]:
         """Blocks that have become full and findable since the last call."""
         return self._cache.take_filled()
+
+    def take_settled(self) -> bool:
+        """Whether, since the last call, a step gave back blocks of sequences that had ended."""
+        settled, self._settled = self._settled, False
+        return settled
 
     def drop_reservation(self, reservation: Reservation) -> None:
         """Free its blocks: nothing writes to them. It need not have been granted."""
@@ -311,6 +317,7 @@ class Residents:
         if not sequence.steps:
             del self._leaving[sequence.number]
             self._free(sequence)
+            self._settled = True
 
     def _free(self, sequence: Sequence) -> None:
         self._pool.release(sequence.blocks)

@@ -9,7 +9,7 @@ tell     conductors which blocks it holds                                 (kv_ne
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 from baton.engine.events import KvFilled, KvWanted
@@ -35,9 +35,8 @@ from baton.worker.pinning import PromptPins
 class PoolSource:
     """Implements `baton.kv.blocks.lender.Source` over an engine's pool."""
 
-    def __init__(self, loans: Loans, on_end: Callable[[], None]) -> None:
+    def __init__(self, loans: Loans) -> None:
         self._loans = loans
-        self._on_end = on_end
         self._lent: dict[LoanId, tuple[int, ...]] = {}
 
     async def lend(self, loan: LoanId, keys: bytes) -> AsyncGenerator[tuple[int, ...], None]:
@@ -47,23 +46,15 @@ class PoolSource:
 
     def end(self, loan: LoanId) -> None:
         self._loans.end(self._lent.pop(loan, ()))
-        self._on_end()
 
 
 class Sharing:
-    """Of one engine. `run` owns every task; it ends before the transport is closed. `on_change`
-    is called when blocks came free without any step."""
+    """Of one engine. `run` owns every task; it ends before the transport is closed."""
 
-    def __init__(
-        self,
-        parts: WorkerParts,
-        engine: Engine,
-        dialer: BlocksDialer,
-        on_change: Callable[[], None],
-    ) -> None:
+    def __init__(self, parts: WorkerParts, engine: Engine, dialer: BlocksDialer) -> None:
         options = BlocksOptions(lease_ttl_s=parts.handoff.lease_ttl_s, verify=parts.handoff.verify)
         common = (parts.identity, parts.shared, parts.memory)
-        source = PoolSource(engine.loans, on_change)
+        source = PoolSource(engine.loans)
         self.news = KvNews(PoolBook(engine.loans))
         self.server = BlocksServer(*common, source, None, options, parts.metrics.loans)
         self._borrower = Borrower(*common, dialer, options)

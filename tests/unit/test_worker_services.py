@@ -13,7 +13,7 @@ from baton.kv.transport.loopback import Fault
 from baton.types.link import Cancel, StartDecode, StartPrefill
 from baton.types.request import AttemptId, FinishReason, GenerationTask, SamplingParams
 from tests.fake_runner import VOCAB, expected_answer
-from tests.unit.worker_rig import OPTIONS, PREFILL, Pair, running_pair
+from tests.unit.worker_rig import OPTIONS, PREFILL, Pair, is_idle, running_pair
 
 
 def make_task(
@@ -128,6 +128,21 @@ async def test_cancel_while_kv_is_read_quarantines_until_the_read_is_over() -> N
         assert prefill.error is not None
         assert (prefill.reason, prefill.error.code) == (FinishReason.ERROR, "peer_gone")
         assert prefill.error.retryable
+
+
+async def test_conductors_hear_of_blocks_that_come_free_after_the_finish() -> None:
+    """At whatever moment of taking over the cancellation comes."""
+    async with running_pair() as pair:
+        for moment in range(60):
+            task = make_task(f"t{moment}")
+            await start(pair, task)
+            for _ in range(moment):
+                await asyncio.sleep(0)
+            for link in (pair.to_prefill, pair.to_decode):
+                await link.send(Cancel(task.attempt, "test"))
+            for link in (pair.to_prefill, pair.to_decode):
+                await link.finish(task.attempt)
+                await link.until(lambda link=link: is_idle(link.loads[-1]))
 
 
 async def test_cancel_while_decoding_frees_the_blocks() -> None:
