@@ -18,6 +18,7 @@ SOAK_FLAGS  ?=
 RESULTS_FLAGS ?=
 FUZZ        ?= tests/fuzz
 PYTEST_FLAGS ?=
+JOBS        ?= 2
 
 BIN := $(VENV)/bin
 NATIVE := setup.py $(wildcard baton/native/src/*)
@@ -63,8 +64,10 @@ lint: $(VENV)/.dev ## ruff, mypy, import layers, generated stubs and references,
 test fuzz: export OMP_NUM_THREADS ?= 1
 test fuzz: export TOKENIZERS_PARALLELISM := false
 test fuzz: export HF_HUB_OFFLINE := 1
+# JOBS files at once: much of a cluster's test is waiting for processes. The long ones begin.
 test: lint ## everything that CI runs
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  tests/cluster tests/unit tests/faults tests/fuzz tests/gpu $(PYTEST_FLAGS)
 	$(BIN)/python -m sim.faults --seeds $(SEEDS)
 
 faults: $(VENV)/.dev ## SEEDS runs of a modelled cluster under faults, each exactly repeatable

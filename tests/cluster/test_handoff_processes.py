@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from baton.kv.transport.memory import cpu_pool
 from baton.kv.transport.registry import make_transport
 from baton.kv.transport.shm import ShmEndpoint
 from baton.types.request import AttemptId
+from tests.cluster.conftest import shared_memory_of
 from tests.unit.transport_kit import Bytes
 
 pytestmark = pytest.mark.cluster
@@ -31,11 +31,6 @@ def published() -> Bytes:
     memory = cpu_pool(BLOCKS * LAYOUT.block_bytes)
     fill(memory, 1)
     return np.asarray(memory.buffer).reshape(BLOCKS, -1)
-
-
-def shared_memory() -> set[Path]:
-    """Named segments of ours; memfds have no name and UCX cleans up after itself."""
-    return {path for path in Path("/dev/shm").iterdir() if "baton" in path.name}
 
 
 @pytest.mark.parametrize("transport", ["nixl", "nixl-tcp", "shm", "nccl"])
@@ -59,9 +54,9 @@ async def test_kv_of_another_process_arrives(
 
 @pytest.mark.parametrize("name", ["nixl", "shm", "nccl"])
 async def test_a_source_that_is_killed_fails_its_readers_and_leaks_nothing(name: str) -> None:
-    before = shared_memory()
     async with connected(name, LAYOUT, KIB, BLOCKS) as bench:
         await bench.handoff("warm", (1,), (1,))
+        segments = shared_memory_of({bench.source.pid, os.getpid()})  # memfds have no name
         # Published but never complete for this number of blocks: the fetch waits for more.
         fetching = asyncio.create_task(bench.fetch(AttemptId("never"), (3, 4)))
         await asyncio.sleep(0.1)
@@ -70,7 +65,7 @@ async def test_a_source_that_is_killed_fails_its_readers_and_leaks_nothing(name:
             await asyncio.wait_for(fetching, 20)
         with pytest.raises(TransportError):  # the stream's end disconnected the peer
             await bench.read(copies_for(LAYOUT, (1,), (1,), 0, 4))
-    assert shared_memory() <= before
+    assert [path for path in segments if path.exists() and "baton" in path.name] == []
 
 
 async def test_shm_is_not_fooled_by_a_process_that_is_not_the_one_announced() -> None:
