@@ -134,12 +134,16 @@ def test_nothing_is_watched_without_a_port() -> None:
     assert "metrics-port" not in json.dumps(objects)
 
 
-def test_the_rules_are_those_of_the_file_with_the_runbook_s_address() -> None:
+def test_the_rules_are_those_of_the_file_with_the_runbook_s_address_and_the_namespace() -> None:
     (rule,) = of_kind(render(WATCHED), "PrometheusRule")
     assert rule["metadata"]["labels"]["release"] == "p"
     text = (ROOT / "deploy/prometheus/alerts.yaml").read_text()
     runbook = WATCHED["prometheusRule"]["runbookUrl"]
-    assert rule["spec"] == yaml.safe_load(text.replace("docs/operations.md#", f"{runbook}#"))
+    text = text.replace("docs/operations.md#", f"{runbook}#")
+    absent = "absent(baton_requests_running)"  # of this release, whoever else is there
+    assert text.count(absent) == 1
+    ours = f'absent(baton_requests_running{{namespace="{NAMESPACE}"}})'
+    assert rule["spec"] == yaml.safe_load(text.replace(absent, ours))
 
 
 def test_the_dashboard_is_that_of_the_file() -> None:
