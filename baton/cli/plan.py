@@ -70,6 +70,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
                 *("--memory-name", memory),
                 *("--listen", store_at, "--no-keep-memory", *common, *_store_flags(options)),
                 *("--metrics-port", str(_nth_port(options.metrics_port, len(placed)))),
+                *_flag(options, "metrics_tls"),
             ),
             environ,
         )
@@ -88,6 +89,7 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
                     *("--listen", "127.0.0.1:0", "--cpus", cpus, *common, *flags),
                     *("--memory-share", f"{on[number][1]:.4f}"),
                     *("--metrics-port", str(_nth_port(options.metrics_port, number))),
+                    *_flag(options, "metrics_tls"),
                 ),
                 environ | on[number][0],
             )

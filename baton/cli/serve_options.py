@@ -89,6 +89,13 @@ class ServeOptions:
             help="First of the ports in a row for /metrics of each worker and the store; 0 = none.",
         ),
     ] = 0
+    metrics_tls: Annotated[
+        str,
+        typer.Option(
+            envvar="BATON_METRICS_TLS",
+            help="With --tls-cert, who may read them: mutual (a certificate), server or off.",
+        ),
+    ] = "mutual"
     otlp_endpoint: Annotated[
         str | None,
         typer.Option(metavar="URL", help="OpenTelemetry collector for traces: http://host:4317."),

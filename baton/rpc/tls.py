@@ -12,14 +12,17 @@ from __future__ import annotations
 import logging
 import ssl
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from baton.errors import ConfigError
 from baton.rpc.followed_files import FollowedFiles
 
 PEER_NAME = "baton"
 SOON_S = 3 * 24 * 3600.0  # a certificate that ends within this time is worth a warning
+FOR_SCRAPERS = ("mutual", "server", "off")  # see `shown_to_scrapers`
 
 log = logging.getLogger("baton.rpc.tls")
 
@@ -64,7 +67,18 @@ class Certificates:
 
     def current(self) -> Pems:
         """The same object until there is something new."""
-        return self._files.current()
+        return self._files.current()[0]
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        """For a server of Python, at each connection anew: it lets in who shows a certificate of an
+        authority. Whether that is one of the cluster's, `is_peer` says."""
+        return self._files.current()[1]
+
+    def is_peer(self, shown: Mapping[str, Any]) -> bool:
+        """Whether a certificate, as `ssl` tells of it, has the name of the cluster's processes: an
+        authority may have issued others, for other purposes."""
+        return ("DNS", self.config.peer_name) in shown.get("subjectAltName", ())
 
 
 class FrontCertificate:
@@ -86,11 +100,24 @@ class FrontCertificate:
         handshake.context = self._files.current()[1]
 
 
-def _load(config: TlsConfig) -> Pems:
-    """Raises ConfigError when they are missing, do not belong together, or no peer would accept
-    them."""
+def shown_to_scrapers(
+    how: str, certificates: Certificates | None
+) -> Certificates | FrontCertificate | None:
+    """What a port for metrics shows: with `mutual` it is for peers of the cluster, with `server`
+    for everybody. None: no TLS. Raises ConfigError."""
+    if certificates is None or how == "off":
+        return None
+    if how == "server":
+        return FrontCertificate(certificates.config.cert, certificates.config.key)
+    return certificates
+
+
+def _load(config: TlsConfig) -> tuple[Pems, ssl.SSLContext]:
+    """Also the context of a server. Raises ConfigError when the files are missing, do not belong
+    together, or no peer would accept them."""
     cert, key, ca = map(_read, config.files)
-    return Pems(cert, key, ca, _check(config))
+    server = _mutual(config, ssl.PROTOCOL_TLS_SERVER)
+    return Pems(cert, key, ca, _check(config, server)), server
 
 
 def trusting_only(cert: str) -> ssl.SSLContext:
@@ -127,14 +154,11 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _check(config: TlsConfig) -> float:
+def _check(config: TlsConfig, server: ssl.SSLContext) -> float:
     """Shake hands with ourselves, as what calls and as what is called: whatever would make a peer
     refuse us shows here. Returns when the certificate ends."""
-    server, client = (
-        _mutual(config, side) for side in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT)
-    )
     try:
-        ends_at = _shake_hands(server, client, config.peer_name)
+        ends_at = _shake_hands(server, _mutual(config, ssl.PROTOCOL_TLS_CLIENT), config.peer_name)
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(
             f"peers would refuse {config.cert}: {_why(error)} (checked against {config.ca} and the "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from baton.config import option, require
 from baton.logs import LEVELS
+from baton.rpc.tls import FOR_SCRAPERS
 from baton.worker.address import is_address
 from baton.worker.cluster_options import ClusterOptions
 
@@ -21,6 +22,12 @@ class MemberOptions(ClusterOptions):
     advertise: str = option("", "host or host:port that others reach it by; empty: what it bound")
     metrics_port: int = option(
         0, "port of /metrics and /health over HTTP, on the host of --listen; 0: none"
+    )
+    metrics_tls: str = option(
+        "mutual",
+        "with --tls-cert, who may read --metrics-port: mutual: who shows a certificate of the "
+        "cluster; server: everybody, by HTTPS; off: everybody, by HTTP",
+        choices=FOR_SCRAPERS,
     )
     health_port: int = option(
         0, "port of gRPC's health service alone, without TLS, on the host of --listen; 0: none"

@@ -1,7 +1,8 @@
 """Watching a process over HTTP: `/metrics` and `/health`, on the event loop that they are about.
 
 For a scraper every few seconds and nobody else, so there is no framework: one request per
-connection, few connections, and a deadline for each from its first byte to its last.
+connection, few connections, and a deadline for each from its first byte to its last. With
+certificates it is HTTPS, and the handshake is bounded by the same.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
+from typing import cast
 
 from baton.counts import Buckets
 from baton.errors import ConfigError
+from baton.rpc.tls import Certificates, FrontCertificate
 from baton.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -29,13 +32,19 @@ Render = Callable[[str], tuple[bytes, str]]
 
 
 @asynccontextmanager
-async def monitored(listen: str, port: int, render: Render, lag: Buckets) -> AsyncIterator[None]:
+async def monitored(
+    listen: str,
+    port: int,
+    render: Render,
+    lag: Buckets,
+    tls: Certificates | FrontCertificate | None = None,
+) -> AsyncIterator[None]:
     """Serve `render` at `port`, on the host of `listen`; 0: do not. Raises ConfigError when that
     is not possible."""
     if not port:
         yield
         return
-    exporter = Exporter(render)
+    exporter = Exporter(render, tls)
     await exporter.start(listen.rpartition(":")[0], port)
     watching = asyncio.create_task(watch_loop(lag), name="loop lag")
     try:
@@ -66,10 +75,12 @@ async def watch_loop(lag: Buckets) -> None:
 
 
 class Exporter:
-    """The server. `aclose` ends what `start` began."""
+    """The server. `aclose` ends what `start` began. With Certificates, it answers only peers of
+    the cluster."""
 
-    def __init__(self, render: Render) -> None:
+    def __init__(self, render: Render, tls: Certificates | FrontCertificate | None = None) -> None:
         self._render = render
+        self._tls = tls
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -85,7 +96,7 @@ class Exporter:
                 "--metrics-port"
             ) from error
         bound: int = self._server.sockets[0].getsockname()[1]
-        log.info("metrics at http://%s:%d/metrics", host, bound)
+        log.info("metrics at http%s://%s:%d/metrics", "s" if self._tls else "", host, bound)
         return bound
 
     async def aclose(self) -> None:
@@ -96,6 +107,8 @@ class Exporter:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._tls is not None:
+            cast(asyncio.Transport, writer.transport).pause_reading()  # it begins with a handshake
         task = asyncio.create_task(self._serve(reader, writer), name="scrape")
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
@@ -104,22 +117,32 @@ class Exporter:
         try:
             async with asyncio.timeout(DEADLINE_S):
                 await self._answer(reader, writer)
-        except (TimeoutError, EOFError, asyncio.LimitOverrunError, ConnectionError):
+        except (TimeoutError, EOFError, asyncio.LimitOverrunError, OSError):  # of TLS, too
             pass  # whoever it was does not want to know
         finally:
             writer.transport.abort()  # all was sent, or nobody waits for it
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        full = len(self._connections) > MAX_CONNECTIONS
+        if self._tls is not None:
+            if full:
+                return  # a handshake would take more than the answer is worth
+            await writer.start_tls(self._tls.context)
         writer.transport.set_write_buffer_limits(high=0)  # `drain` waits until all was sent
-        if len(self._connections) > MAX_CONNECTIONS:
+        if full:
             reply = _reply(HTTPStatus.SERVICE_UNAVAILABLE)
         else:
-            reply = self._reply(await reader.readuntil(b"\r\n\r\n"))
+            head = await reader.readuntil(b"\r\n\r\n")
+            reply = self._reply(head) if self._admits(writer) else _reply(HTTPStatus.FORBIDDEN)
         writer.write(reply)
         await writer.drain()
-        writer.write_eof()
-        with suppress(ConnectionError):
-            await reader.read(1)  # until the other side has closed, too
+        await _end(reader, writer)
+
+    def _admits(self, writer: asyncio.StreamWriter) -> bool:
+        """Whether it is one of those whom we show a certificate for."""
+        if not isinstance(self._tls, Certificates):
+            return True
+        return self._tls.is_peer(writer.get_extra_info("peercert") or {})
 
     def _reply(self, head: bytes) -> bytes:
         line, *fields = head.decode("latin-1").split("\r\n")
@@ -133,6 +156,17 @@ class Exporter:
             return _reply(HTTPStatus.OK, b'{"status":"ok"}', "application/json")
         body, content_type = self._render(_accept(fields))
         return _reply(HTTPStatus.OK, body, content_type)
+
+
+async def _end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Say that nothing more comes, and wait until the other side has closed, too."""
+    with suppress(ConnectionError):
+        if writer.can_write_eof():
+            writer.write_eof()
+            await reader.read(1)
+        else:  # TLS ends both directions at once
+            writer.close()
+            await writer.wait_closed()
 
 
 def _accept(fields: list[str]) -> str:

@@ -21,7 +21,7 @@ from baton.logs import setup_logging
 from baton.rpc.grpc_client import GrpcFleetClient
 from baton.rpc.grpc_server import RpcServer
 from baton.rpc.registry import Registry, open_registry
-from baton.rpc.tls import Certificates
+from baton.rpc.tls import Certificates, shown_to_scrapers
 from baton.types.fleet import Role, WorkerInfo, WorkerLoad
 from baton.worker.address import reachable_address
 from baton.worker.conductors import ConductorSet
@@ -123,7 +123,11 @@ async def begun(
     signals = StopSignals()
     signals.install()
     async with monitored(
-        options.listen, options.metrics_port, metrics.own.render_for, metrics.loop_lag
+        options.listen,
+        options.metrics_port,
+        metrics.own.render_for,
+        metrics.loop_lag,
+        shown_to_scrapers(options.metrics_tls, place.tls),
     ):
         yield place, signals
 

@@ -6,6 +6,9 @@ gloo and of torch, which know nothing of certificates and must be out of reach i
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +33,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 PROMPTS = ["def fibonacci(n):", "the", "a list of names: " * 20]
 SHAPE = ("--kv-memory-mib", "64", "--store-memory-mib", "32", "--dtype", "float32")
 ANSWER_S = 4.0
+MEMBERS = 3  # prefill, decode, store
 INTERNAL = (
     "/baton.v1.Fleet/Register",
     "/baton.v1.Fleet/Renew",
@@ -47,6 +51,7 @@ class Secured:
     cluster: Cluster
     ours: Authority
     other: Authority
+    metrics: frozenset[str]  # where workers and the store have theirs
 
     def ports(self) -> list[Port]:
         found = sorted(tcp_ports(self.cluster.pids()))
@@ -67,11 +72,24 @@ def secured(
         *("--ssl-certfile", str(front.cert), "--ssl-keyfile", str(front.key)),
         *("--transport", request.param),
     )
+    first = ports_in_a_row(MEMBERS)
+    flags += ("--metrics-port", str(first))
+    metrics = frozenset(f"127.0.0.1:{first + number}" for number in range(MEMBERS))
     trusts = ssl.create_default_context(cafile=str(ours.ca))
     with serve(tmp_path_factory.mktemp("cluster"), *SHAPE, *flags, trusts=trusts) as cluster:
         for prompt in PROMPTS:  # links, handoffs and loans are there: all that ever listens does
             complete(cluster, prompt)
-        yield Secured(cluster, ours, other)
+        yield Secured(cluster, ours, other, metrics)
+
+
+def ports_in_a_row(count: int) -> int:
+    """The first of some where nobody listens now, below those that the kernel gives to others."""
+    for first in range(20_000 + os.getpid() % 1_000 * count, 30_000, count):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+    pytest.fail("no ports are free")
 
 
 def complete(cluster: Cluster, prompt: str) -> str:
@@ -132,6 +150,13 @@ def test_a_peer_of_the_cluster_gets_in_and_not_without_the_token(secured: Secure
             )
             found: set[str] = set().union(*tried)
         assert found & set(INTERNAL) == expected
+
+
+def test_a_peer_of_the_cluster_reads_metrics(secured: Secured) -> None:
+    """And what others are refused is there, at every such port."""
+    assert secured.metrics <= {port.address for port in secured.ports()}
+    for address in secured.metrics:
+        assert http_answers(secured, address, "ours") == {"https"}
 
 
 def try_everything(secured: Secured, address: str, how: str) -> set[str]:
@@ -203,6 +228,7 @@ def pair_of(secured: Secured, how: str) -> Pair | None:
 
 
 def http_answers(secured: Secured, address: str, how: str) -> set[str]:
+    """The scheme, when there are metrics."""
     scheme = "http" if how == "plain" else "https"
     context = ssl.create_default_context(cafile=str(secured.ours.ca))
     context.check_hostname = False
@@ -210,7 +236,8 @@ def http_answers(secured: Secured, address: str, how: str) -> set[str]:
         context.load_cert_chain(pair.cert, pair.key)
     with httpx.Client(verify=context, trust_env=False, timeout=ANSWER_S) as client:
         try:
-            client.get(f"{scheme}://{address}/metrics")
+            text = client.get(f"{scheme}://{address}/metrics").text
         except httpx.HTTPError:
             return set()
+        assert "baton_process_info{" in text
         return {scheme}

@@ -86,10 +86,13 @@ def test_several_conductors_have_ports_in_a_row_and_share_the_workers() -> None:
 
 def test_workers_and_the_store_have_ports_for_metrics_in_a_row() -> None:
     for first, expected in ((9100, ["9103", "9100", "9101", "9102"]), (0, ["0"] * 4)):
-        options = ServeOptions(prefill=2, metrics_port=first, store_memory_mib=8)
+        options = ServeOptions(
+            prefill=2, metrics_port=first, metrics_tls="server", store_memory_mib=8
+        )
         workers = make_plan(options, Path("m"), {}).workers(ADDRESSES)
         assert [spec.name for spec in workers] == ["store-0", "prefill-0", "prefill-1", "decode-0"]
         assert [flags_of(spec.argv)["--metrics-port"] for spec in workers] == expected
+        assert {flags_of(spec.argv)["--metrics-tls"] for spec in workers} == {"server"}
 
 
 def test_redis_is_told_by_the_environment_where_nobody_else_can_read_it() -> None:

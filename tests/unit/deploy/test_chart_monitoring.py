@@ -24,6 +24,7 @@ from tests.unit.deploy.chart_kit import (
     render,
     selects,
 )
+from tests.unit.deploy.test_chart_flags import processes
 from tests.unit.metrics_kit import exported, names_in
 
 WATCHED = VALUE_SETS["watched"]
@@ -56,6 +57,7 @@ def test_the_pod_monitor_watches_every_worker_and_store() -> None:
     assert found == MEMBERS == metrics_ports().keys()
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert (endpoint["port"], endpoint["path"]) == ("metrics", "/metrics")
+    assert "scheme" not in endpoint
 
 
 def test_processes_serve_where_they_are_watched() -> None:
@@ -63,6 +65,33 @@ def test_processes_serve_where_they_are_watched() -> None:
         if pod.component in MEMBERS:
             flags = [expand(flag, environment(pod.container)) for flag in pod.container["args"]]
             assert f"--metrics-port={metrics_ports()[pod.component]}" in flags
+
+
+@pytest.mark.parametrize("how", ["mutual", "server", "off"])
+def test_prometheus_shows_what_processes_with_certificates_ask_for(how: str) -> None:
+    values = {**VALUE_SETS["tls"], "metrics": {"tls": how}}
+    (monitor,) = of_kind(render(values), "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    secret = "members-tls"
+    server = {"ca": {"secret": {"name": secret, "key": "ca.crt"}}, "serverName": "baton"}
+    mine = {
+        "cert": {"secret": {"name": secret, "key": "tls.crt"}},
+        "keySecret": {"name": secret, "key": "tls.key"},
+    }
+    expected = {"mutual": ("https", server | mine), "server": ("https", server), "off": (None,) * 2}
+    assert (endpoint.get("scheme"), endpoint.get("tlsConfig")) == expected[how]
+    configs = [config for pod, config in processes(values) if pod.component in MEMBERS]
+    assert len(configs) == len(MEMBERS)
+    for config in configs:
+        assert (config.metrics_tls, config.tls_peer_name) == (how, "baton")
+
+
+def test_prometheus_asks_for_the_name_that_the_certificates_have() -> None:
+    values = {**VALUE_SETS["tls-by-cert-manager"], "serviceMonitor": {"enabled": True}}
+    (monitor,) = of_kind(render(values), "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["tlsConfig"]["serverName"] == "baton.internal"
+    assert endpoint["tlsConfig"]["keySecret"]["name"] == "baton-internal-tls"
 
 
 def test_prometheus_may_connect() -> None:

@@ -23,6 +23,7 @@ BAD: dict[str, tuple[Values, str]] = {
     "bare-model": ({"modelArtifacts": {"uri": "Qwen/Qwen3-8B"}}, "'Qwen/Qwen3-8B' does not match"),
     "size": ({"prefill": {"shmSize": "8 GB"}}, "at '/prefill/shmSize': '8 GB' does not match"),
     "relative": ({"kvstore": {"memory": {"hostPath": "shm"}}}, "at '/kvstore/memory/hostPath'"),
+    "off-by-yaml": ({"metrics": {"tls": False}}, "at '/metrics/tls': value must be one of"),
     "redis-url": ({"redis": {"external": {"url": "redis:6379"}}}, "at '/redis/external/url'"),
     "args-in-one": ({"decode": {"extraArgs": "--a --b"}}, "at '/decode/extraArgs': got string"),
     "two-without-redis": ({"redis": {"enabled": False}}, "more than one conductor needs Redis"),

@@ -57,6 +57,9 @@
 - --metrics-port={{ . }}
 {{- end }}
 {{- if .Values.tls.internal.enabled }}
+{{- if .Values.metrics.port }}
+- --metrics-tls={{ .Values.metrics.tls }}
+{{- end }}
 - --health-port={{ include "baton.healthPort" (dict "root" .) }}
 {{- end }}
 {{- end -}}

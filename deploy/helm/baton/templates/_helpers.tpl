@@ -117,7 +117,7 @@ imagePullPolicy: {{ $image.pullPolicy }}
 {{- if and $scaling.enabled (gt (int $scaling.minReplicas) (int $scaling.maxReplicas)) -}}
 {{- fail "conductor.autoscaling.minReplicas is more than maxReplicas" -}}
 {{- end -}}
-{{- $own := "^--(name|node|host|port|grpc-port|listen|metrics-port|advertise|conductor|cluster-name|model|model-name|log-level|dtype|block-size|transport|verify|device|store|role|elastic|elastic-settle|memory-mib|memory-name|disk-dir|disk-gib|drain-timeout|tls-cert|tls-key|tls-ca|tls-peer-name|health-port|internal-port|ssl-certfile|ssl-keyfile|tenants|keys|redis-username|redis-password-file|redis-ca-file|redis-cert-file|redis-key-file|otlp-endpoint|trace-sample)(=|$)" -}}
+{{- $own := "^--(name|node|host|port|grpc-port|listen|metrics-port|metrics-tls|advertise|conductor|cluster-name|model|model-name|log-level|dtype|block-size|transport|verify|device|store|role|elastic|elastic-settle|memory-mib|memory-name|disk-dir|disk-gib|drain-timeout|tls-cert|tls-key|tls-ca|tls-peer-name|health-port|internal-port|ssl-certfile|ssl-keyfile|tenants|keys|redis-username|redis-password-file|redis-ca-file|redis-cert-file|redis-key-file|otlp-endpoint|trace-sample)(=|$)" -}}
 {{- range $component := list "conductor" "prefill" "decode" "kvstore" -}}
 {{- range (get $.Values $component).extraArgs -}}
 {{- if regexMatch $own . -}}
