@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,11 +54,12 @@ async def measure(
     vocab_size: int,
     progress: Callable[[int, int], None],
     api_key: str = "",
+    tls: ssl.SSLContext | None = None,
 ) -> tuple[Exposure, ...]:
     """One request at a time, lengths in turn. Raises ConfigError when nothing is handed over."""
     draw = random.Random(len(lengths))
     samples: dict[int, list[_Sample]] = {length: [] for length in lengths}
-    async with Client(url, api_key=api_key) as client:
+    async with Client(url, api_key=api_key, tls=tls) as client:
         await _ask(client, draw, min(lengths), vocab_size)  # connections of the first handoff
         for number in range(requests):
             for done, length in enumerate(lengths, number * len(lengths) + 1):

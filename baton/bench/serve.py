@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -51,8 +52,15 @@ class Run:
     timelines: Timelines | None  # None when the cluster no longer knew its requests' traces
 
 
-async def measure(url: str, plan: LoadPlan, on_progress: OnProgress, api_key: str = "") -> Run:
-    """Run the load against the cluster at `url`. Raises ConfigError when every request failed."""
+async def measure(
+    url: str,
+    plan: LoadPlan,
+    on_progress: OnProgress,
+    api_key: str = "",
+    tls: ssl.SSLContext | None = None,
+) -> Run:
+    """Run the load against the cluster at `url`; of `api_key` and `tls`, see Client. Raises
+    ConfigError when every request failed."""
     sessions = plan.sessions()
     total = sum(len(session.turns) for session in sessions)
     other = replace(plan.shape, seed=plan.shape.seed + 1, groups=1)
@@ -63,7 +71,7 @@ async def measure(url: str, plan: LoadPlan, on_progress: OnProgress, api_key: st
         ended += 1
         on_progress(ended, total)
 
-    async with Client(url, timeout_s=600.0, api_key=api_key) as client:
+    async with Client(url, timeout_s=600.0, api_key=api_key, tls=tls) as client:
         await client.default_model()
         block_size = await _block_size(client)
         warmup = Load(client, InfiniteCache(block_size), lambda _: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from rich.table import Table
 from baton.bench.serve import LoadPlan, Run, as_json, measure, rows
 from baton.bench.sessions import Shape, TraceScale
 from baton.bench.stats import Slo
-from baton.cli.options import api_key
+from baton.cli.options import CaFile, api_key
 from baton.cli.plan import make_plan, new_environ
 from baton.cli.report import Reporter
 from baton.cli.serve import find_model
 from baton.cli.serve_options import ServeOptions
 from baton.cli.supervisor import Addresses, Supervisor
+from baton.client.trust import trusted
 from baton.errors import ConfigError
 
 T = TypeVar("T")
@@ -47,6 +49,7 @@ class BenchServeOptions:
         str | None,
         typer.Option("--url", metavar="URL", help="A running cluster; else one is started."),
     ] = None
+    ca_file: CaFile = ""
     workload: Annotated[
         str,
         typer.Option(
@@ -197,7 +200,8 @@ def bench_serve(options: BenchServeOptions) -> None:
 
 async def _runs(options: BenchServeOptions) -> dict[str, Run]:
     if options.url is not None:
-        return {options.url: await _measure(options.url, options.plan(), options.url)}
+        tls = trusted(options.ca_file)
+        return {options.url: await _measure(options.url, options.plan(), options.url, tls)}
     return {
         name: await with_cluster(cluster, partial(_measure, name, options.plan()))
         for name, cluster in options.clusters().items()
@@ -232,14 +236,14 @@ def progress_bar() -> Progress:
     )
 
 
-async def _measure(name: str, plan: LoadPlan, url: str) -> Run:
+async def _measure(name: str, plan: LoadPlan, url: str, tls: ssl.SSLContext | None = None) -> Run:
     with progress_bar() as progress:
         task = progress.add_task(f"{name}: warm-up", total=None)
 
         def advance(ended: int, total: int) -> None:
             progress.update(task, description=name, completed=ended, total=total)
 
-        return await measure(url, plan, advance, api_key())
+        return await measure(url, plan, advance, api_key(), tls)
 
 
 def _print_table(runs: Mapping[str, Run]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from rich.progress import Progress
 from baton.bench.exposed import Exposure, measure
 from baton.bench.exposed import table as exposure_table
 from baton.cli.bench import CLUSTER, JsonFile, progress_bar, with_cluster, write_json
-from baton.cli.options import api_key
+from baton.cli.options import CaFile, api_key
 from baton.cli.serve_options import ServeOptions
+from baton.client.trust import trusted
 from baton.errors import ConfigError
 
 _TRANSPORTS = ("nixl", "nccl", "shm")
@@ -37,6 +39,7 @@ class BenchHandoffOptions:
         str | None,
         typer.Option("--url", metavar="URL", help="That cluster; else 1P1D is started."),
     ] = None
+    ca_file: CaFile = ""
     input_tokens: Annotated[str, typer.Option(help="Its prompts, tokens, by commas.")] = (
         "256,1024,3072"
     )
@@ -53,6 +56,7 @@ def bench_handoff(options: BenchHandoffOptions) -> None:
     """Read KV from another process, next to a plain copy of the same blocks."""
     from baton.bench import handoff  # gRPC and numpy: only this command needs them
 
+    tls = trusted(options.ca_file)
     transports = _transports(options.transport)
     sizes = _numbers(options.block_kib, "--block-kib")
     lengths = _numbers(options.input_tokens, "--input-tokens")
@@ -60,7 +64,7 @@ def bench_handoff(options: BenchHandoffOptions) -> None:
         report = handoff.run(
             transports, options.total_mib, sizes, options.rounds, _on(bar, "transports")
         )
-    exposures = asyncio.run(_exposures(options, lengths)) if options.exposed else ()
+    exposures = asyncio.run(_exposures(options, lengths, tls)) if options.exposed else ()
     if options.json is not None:
         write_json(handoff.as_json(report, exposures, sys.argv[1:]), options.json)
     if options.json != "-":
@@ -70,15 +74,17 @@ def bench_handoff(options: BenchHandoffOptions) -> None:
             console.print(exposure_table(exposures))
 
 
-async def _exposures(options: BenchHandoffOptions, lengths: list[int]) -> tuple[Exposure, ...]:
-    async def of(url: str) -> tuple[Exposure, ...]:
+async def _exposures(
+    options: BenchHandoffOptions, lengths: list[int], tls: ssl.SSLContext | None
+) -> tuple[Exposure, ...]:
+    async def of(url: str, tls: ssl.SSLContext | None = None) -> tuple[Exposure, ...]:
         with progress_bar() as bar:
-            return await measure(
-                url, lengths, options.requests, options.vocab_size, _on(bar, "cluster"), api_key()
-            )
+            on_progress = _on(bar, "cluster")
+            count, vocabulary = options.requests, options.vocab_size
+            return await measure(url, lengths, count, vocabulary, on_progress, api_key(), tls)
 
     if options.url is not None:
-        return await of(options.url)
+        return await of(options.url, tls)
     cluster = ServeOptions(
         model=options.model,
         port=0,

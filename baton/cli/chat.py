@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from baton.cli.generate import print_answer
-from baton.cli.options import Url, connect
+from baton.cli.options import CaFile, Url, connect
 from baton.client.http import DEFAULT_URL, Client, Prompt
 from baton.errors import BatonError
 
@@ -46,20 +46,21 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 = always the likeliest token.")] = 0.7,
     timing: Annotated[bool, typer.Option("--timing", help="TTFT, TPOT, tokens/s.")] = False,
+    ca_file: CaFile = "",
 ) -> None:
     """Talk with the model; the conversation is kept in memory."""
     first = ({"role": "system", "content": system},) if system else ()
     # Input is read while the loop stands still, so that Ctrl-C and Ctrl-D work at the prompt.
     with asyncio.Runner() as runner:
-        client = runner.run(_open(url))
+        client = runner.run(_open(url, ca_file))
         try:
             _converse(runner, _Conversation(client, first, max_tokens, temperature, timing))
         finally:
             runner.run(client.close())
 
 
-async def _open(url: str) -> Client:
-    client = connect(url)
+async def _open(url: str, ca_file: str) -> Client:
+    client = connect(url, ca_file)
     try:
         model = await client.default_model()
     except BaseException:

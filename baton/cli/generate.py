@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from baton.cli.options import Json, Url, connect
+from baton.cli.options import CaFile, Json, Url, connect
 from baton.client.http import DEFAULT_URL, Client, Prompt
 from baton.client.timing import Stopwatch, Timing
 from baton.errors import InternalError
@@ -28,6 +28,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text.")] = None,
     timing: Annotated[bool, typer.Option("--timing", help="TTFT, TPOT, tokens/s.")] = False,
     as_json: Json = False,
+    ca_file: CaFile = "",
 ) -> None:
     """Stream one completion from a running cluster."""
     options: dict[str, Any] = {"temperature": temperature}
@@ -37,11 +38,11 @@ def generate(
         if value is not None
     }
     prompt = Prompt(text, max_tokens=max_tokens, options=options)
-    asyncio.run(_generate(url, prompt, timing, as_json))
+    asyncio.run(_generate(url, ca_file, prompt, timing, as_json))
 
 
-async def _generate(url: str, prompt: Prompt, timing: bool, as_json: bool) -> None:
-    async with connect(url) as client:
+async def _generate(url: str, ca_file: str, prompt: Prompt, timing: bool, as_json: bool) -> None:
+    async with connect(url, ca_file) as client:
         if as_json:
             answer = await collect(client, prompt, on_text=lambda text: None)
             _write(orjson.dumps(_fields(answer)).decode() + "\n")

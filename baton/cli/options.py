@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from baton.client.http import Client
-from baton.client.trust import trusted
+from baton.client.trust import CA_FLAG, CA_VARIABLE, trusted
 
 Options = TypeVar("Options")
 
@@ -20,16 +20,26 @@ Url = Annotated[
     typer.Option(
         "--url",
         envvar="BATON_URL",
-        help="Address of the cluster; A,B: of several conductors. https: see BATON_CA_FILE.",
+        help="Address of the cluster; A,B: of several conductors. https: see --ca-file.",
         metavar="URL",
+    ),
+]
+CaFile = Annotated[
+    str,
+    typer.Option(
+        CA_FLAG,
+        envvar=CA_VARIABLE,
+        metavar="FILE",
+        help="For https: authorities (PEM) to trust, instead of the system's.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
-def connect(url: str, timeout_s: float = 120.0) -> Client:
-    """A client with the key of BATON_API_KEY, the same variable that the conductor knows."""
-    return Client(url, timeout_s, api_key=api_key(), tls=trusted())
+def connect(url: str, ca_file: str, timeout_s: float = 120.0) -> Client:
+    """A client with the key of BATON_API_KEY, the same variable that the conductor knows. Raises
+    ConfigError."""
+    return Client(url, timeout_s, api_key=api_key(), tls=trusted(ca_file))
 
 
 def api_key() -> str:

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from baton.cli.options import Json, api_key
+from baton.cli.options import CaFile, Json, api_key
 from baton.cli.report import Reporter
+from baton.client.trust import trusted
 
 app = typer.Typer(help="A cluster on several machines, placed by Ray.", no_args_is_help=True)
 
@@ -20,7 +21,9 @@ ConfigFile = Annotated[
 
 
 @app.command("up")
-def up(config: ConfigFile = Path("cluster.yaml"), as_json: Json = False) -> None:
+def up(
+    config: ConfigFile = Path("cluster.yaml"), as_json: Json = False, ca_file: CaFile = ""
+) -> None:
     """Place conductors, stores and workers, and keep them running until stopped.
 
     Meant for `ray job submit --working-dir . -- baton ray up --config cluster.yaml`.
@@ -30,4 +33,4 @@ def up(config: ConfigFile = Path("cluster.yaml"), as_json: Json = False) -> None
     from baton.ray.up import up as run
 
     with Reporter(as_json, verbose=True) as reporter:
-        asyncio.run(run(load_config(config, os.environ), reporter, api_key()))
+        asyncio.run(run(load_config(config, os.environ), reporter, api_key(), trusted(ca_file)))

@@ -9,12 +9,12 @@ import socket
 from pathlib import Path
 
 from baton.cli.generate import print_answer
-from baton.cli.options import connect
+from baton.cli.options import api_key
 from baton.cli.plan import make_plan, new_environ
 from baton.cli.report import Reporter
 from baton.cli.serve_options import ServeOptions
 from baton.cli.supervisor import Addresses, Supervisor
-from baton.client.http import Prompt
+from baton.client.http import Client, Prompt
 from baton.errors import ConfigError
 from baton.model.hub import resolve_model
 from baton.model.spec import load_spec
@@ -60,8 +60,9 @@ async def _serve(options: ServeOptions) -> None:
             reporter.step("page", f"{addresses.url}/", done=True)
             reporter.settle()
             if options.try_text is not None and not options.json:
-                async with connect(addresses.url) as client:
-                    prompt = Prompt(options.try_text, max_tokens=96, options=_TRY_OPTIONS)
+                prompt = Prompt(options.try_text, max_tokens=96, options=_TRY_OPTIONS)
+                tls = plan.trusted()
+                async with Client(addresses.url, api_key=api_key(), tls=tls) as client:
                     await print_answer(client, prompt, timing=True, echo=True)
             _say_ready(options, reporter, addresses)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from baton.cli.options import Json, Url, connect
+from baton.cli.options import CaFile, Json, Url, connect
 from baton.client.http import DEFAULT_URL
 from baton.types.figures import TierState
 from baton.types.fleet import BlockState
@@ -24,9 +24,9 @@ _IDLE = (BlockState.FREE, BlockState.CACHED)
 _STATE_COLOURS = {"live": "green", "draining": "yellow", "suspect": "yellow", "dead": "red"}
 
 
-def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+def status(url: Url = DEFAULT_URL, as_json: Json = False, ca_file: CaFile = "") -> None:
     """List conductors, workers and stores with their load and blocks."""
-    cluster = asyncio.run(_fetch(url))
+    cluster = asyncio.run(_fetch(url, ca_file))
     if as_json:
         sys.stdout.write(orjson.dumps(cluster).decode() + "\n")
     else:
@@ -36,8 +36,8 @@ def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
             console.print(line, soft_wrap=True)
 
 
-async def _fetch(url: str) -> dict[str, Any]:
-    async with connect(url) as client:
+async def _fetch(url: str, ca_file: str) -> dict[str, Any]:
+    async with connect(url, ca_file) as client:
         return await client.cluster()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import ssl
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -84,6 +85,11 @@ class ClusterPlan:
     drain_timeout_s: float = 30.0
     more_conductors: Sequence[Callable[[Addresses | None], ChildSpec]] = ()
     ssl_certfile: str = ""  # what conductors show their clients; empty: no TLS
+
+    def trusted(self) -> ssl.SSLContext | None:
+        """For clients on this machine: that certificate, because the name by which a conductor is
+        reached from here may not be in it. Raises ConfigError."""
+        return trusting_only(self.ssl_certfile) if self.ssl_certfile else None
 
 
 @dataclass(slots=True)
@@ -198,10 +204,7 @@ class Supervisor:
                 await asyncio.sleep(_POLL_S)
 
     def _client(self, urls: str) -> Client:
-        # By what name it is reached from here may not be in its certificate.
-        certificate = self.plan.ssl_certfile
-        tls = trusting_only(certificate) if certificate else None
-        return Client(urls, timeout_s=10.0, tls=tls)
+        return Client(urls, timeout_s=10.0, tls=self.plan.trusted())
 
     def _say_live(self, worker: dict[str, Any]) -> None:
         """Once, however many conductors know it."""

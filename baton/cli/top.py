@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from baton.cli.options import Url, connect
+from baton.cli.options import CaFile, Url, connect
 from baton.cli.top_view import view
 from baton.client.http import DEFAULT_URL, Client
 from baton.errors import BatonError, PermissionDenied, Unauthenticated
@@ -21,14 +21,15 @@ def top(
     url: Url = DEFAULT_URL,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,
+    ca_file: CaFile = "",
 ) -> None:
     """Watch figures, fleet, KV flows and the last requests until Ctrl-C."""
-    asyncio.run(_watch(url, interval, once))
+    asyncio.run(_watch(url, ca_file, interval, once))
 
 
-async def _watch(url: str, interval_s: float, once: bool) -> None:
+async def _watch(url: str, ca_file: str, interval_s: float, once: bool) -> None:
     console = Console()
-    async with connect(url, timeout_s=10.0) as client:
+    async with connect(url, ca_file, timeout_s=10.0) as client:
         first = await look(client)  # no cluster at all is an error, not a view
         if once:
             console.print(view(client.url, first, console.width, None))

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from baton.cli.options import Json, Url, connect
+from baton.cli.options import CaFile, Json, Url, connect
 from baton.cli.waterfall import ms, span_bars, stage_bars
 from baton.client.http import DEFAULT_URL
 
@@ -21,9 +21,10 @@ def trace(
     request_id: Annotated[str, typer.Argument(help="As in the response's `id`.")],
     url: Url = DEFAULT_URL,
     as_json: Json = False,
+    ca_file: CaFile = "",
 ) -> None:
     """Where one recent request's time went: stages of its TTFT, attempts and reasons, spans."""
-    timeline = asyncio.run(_fetch(url, request_id))
+    timeline = asyncio.run(_fetch(url, ca_file, request_id))
     if as_json:
         sys.stdout.write(orjson.dumps(timeline).decode() + "\n")
     else:
@@ -31,8 +32,8 @@ def trace(
         console.print(render(timeline, console.width))
 
 
-async def _fetch(url: str, request_id: str) -> dict[str, Any]:
-    async with connect(url) as client:
+async def _fetch(url: str, ca_file: str, request_id: str) -> dict[str, Any]:
+    async with connect(url, ca_file) as client:
         return await client.trace(request_id)
 
 

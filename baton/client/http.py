@@ -17,6 +17,7 @@ import orjson
 from baton.client.errors import error_from, error_in
 from baton.client.reconnect import may_go_on, pause_before
 from baton.client.sse import Event, EventParser
+from baton.client.trust import CA_FLAG, CA_VARIABLE
 from baton.errors import (
     BatonError,
     ConfigError,
@@ -279,8 +280,8 @@ def _tls_failure(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return (
-                f"its certificate is not trusted here: {cause.verify_message}; BATON_CA_FILE "
-                "names other authorities"
+                f"its certificate is not trusted here: {cause.verify_message}; {CA_FLAG} "
+                f"({CA_VARIABLE}) names other authorities"
             )
         if isinstance(cause, ssl.SSLError):
             return f"TLS failed ({cause.reason}); if it does not want TLS, write http://"

@@ -7,12 +7,12 @@ import importlib.util
 import os
 import secrets
 import signal
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
 from baton.client.http import Client
-from baton.client.trust import trusted
 from baton.errors import BatonError, ConfigError
 from baton.ray.commands import Listening
 from baton.ray.config import ClusterConfig
@@ -23,12 +23,15 @@ _ASK_S = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-async def up(config: ClusterConfig, events: Events, api_key: str) -> None:
-    """Returns after an orderly stop. Raises ConfigError without Ray, and StartFailed."""
+async def up(
+    config: ClusterConfig, events: Events, api_key: str, tls: ssl.SSLContext | None = None
+) -> None:
+    """Returns after an orderly stop. `tls` is what is trusted of conductors, when not what the
+    system trusts. Raises ConfigError without Ray, and StartFailed."""
     disconnect = connect_ray()
     try:
         place = make_place(config, os.environ)
-        async with HttpAsks(api_key) as asks:
+        async with HttpAsks(api_key, tls) as asks:
             supervisor = Supervisor(config, place, asks, events)
             loop = asyncio.get_running_loop()
             for number in _SIGNALS:
@@ -82,8 +85,9 @@ def process_environ(config: ClusterConfig, environ: Mapping[str, str]) -> dict[s
 class HttpAsks:
     """Asks conductors as `baton status` does. Use as an async context manager."""
 
-    def __init__(self, api_key: str) -> None:
+    def __init__(self, api_key: str, tls: ssl.SSLContext | None = None) -> None:
         self._api_key = api_key
+        self._tls = tls
         self._clients: dict[str, Client] = {}
         self._stack = AsyncExitStack()
 
@@ -107,7 +111,7 @@ class HttpAsks:
 
     async def _client(self, conductor: Listening) -> Client:
         if conductor.url not in self._clients:
-            client = Client(conductor.url, timeout_s=_ASK_S, api_key=self._api_key, tls=trusted())
+            client = Client(conductor.url, timeout_s=_ASK_S, api_key=self._api_key, tls=self._tls)
             self._clients[conductor.url] = await self._stack.enter_async_context(client)
         return self._clients[conductor.url]
 

@@ -112,10 +112,12 @@ def test_client_commands_trust_the_authority_that_they_are_told(
 ) -> None:
     refused = secured.cluster.cli("generate", "def", "--max-tokens", "4")
     assert refused.returncode != 0
-    assert "BATON_CA_FILE" in refused.stderr
+    assert "--ca-file" in refused.stderr
+    assert secured.cluster.cli("status", "--ca-file", str(secured.ours.ca)).returncode == 0
     monkeypatch.setenv("BATON_CA_FILE", str(secured.ours.ca))
     assert secured.cluster.cli("generate", "def", "--max-tokens", "4").returncode == 0
-    assert secured.cluster.cli("status").returncode == 0
+    load = ("--requests", "1", "--input-tokens", "8", "--output-tokens", "2", "--warmup", "0")
+    assert secured.cluster.cli("bench", "serve", *load).returncode == 0
 
 
 def test_nothing_listens_outside_of_loopback(secured: Secured) -> None:

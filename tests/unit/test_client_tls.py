@@ -9,12 +9,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from baton.cli.main import app
 from baton.client.http import Client
 from baton.client.trust import trusted
 from baton.errors import ConfigError, PeerGone
 from baton.rpc.tls import FrontCertificate, trusting_only
 from tests.certificates import Authority
+from tests.unit.metrics_kit import ROOT
 
 REPLY = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -48,17 +51,15 @@ async def failure(url: str, tls: ssl.SSLContext | None = None) -> str:
         return refusal.value.message
 
 
-async def test_what_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_trusted(tmp_path: Path) -> None:
     ours, other = Authority(tmp_path, "ours"), Authority(tmp_path, "other")
     pair = ours.issue("127.0.0.1")
     async with answering(FrontCertificate(str(pair.cert), str(pair.key)).context) as address:
-        monkeypatch.delenv("BATON_CA_FILE", raising=False)
-        assert trusted() is None
-        assert "BATON_CA_FILE" in await failure(f"https://{address}", trusted())
-        monkeypatch.setenv("BATON_CA_FILE", str(other.ca))
-        assert "not trusted here" in await failure(f"https://{address}", trusted())
-        monkeypatch.setenv("BATON_CA_FILE", str(ours.ca))
-        for tls in (trusted(), trusting_only(str(pair.cert))):
+        assert trusted("") is None
+        assert "--ca-file (BATON_CA_FILE) names" in await failure(f"https://{address}")
+        refusal = await failure(f"https://{address}", trusted(str(other.ca)))
+        assert "not trusted here" in refusal
+        for tls in (trusted(str(ours.ca)), trusting_only(str(pair.cert))):
             async with Client(f"https://{address}", 10.0, tls=tls) as client:
                 assert await client.cluster() == {}
 
@@ -79,10 +80,31 @@ async def test_the_wrong_scheme_is_said(tmp_path: Path) -> None:
         assert "write http://" in await failure(f"https://{address}")
 
 
-def test_authorities_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+COMMANDS = {
+    "generate": ("generate", "text"),
+    "chat": ("chat",),
+    "status": ("status",),
+    "top": ("top", "--once"),
+    "trace": ("trace", "id"),
+    "bench serve": ("bench", "serve", "--url", "https://localhost"),
+    "bench handoff": ("bench", "handoff", "--url", "https://localhost"),
+    "ray up": ("ray", "up", "--config", "deploy/ray/cluster.yaml"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize("by", ["flag", "variable"])
+def test_every_client_command_takes_authorities(
+    command: tuple[str, ...], by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says at once what is wrong with them."""
+    monkeypatch.chdir(ROOT)
     junk = tmp_path / "junk"
     junk.write_text("no certificate")
-    for path in (tmp_path / "missing", junk):
-        monkeypatch.setenv("BATON_CA_FILE", str(path))
-        with pytest.raises(ConfigError, match="BATON_CA_FILE"):
-            trusted()
+    problems = {tmp_path / "missing": "cannot be read: No such", junk: "has no certificate (PEM)"}
+    for path, problem in problems.items():
+        flags = ("--ca-file", str(path)) if by == "flag" else ()
+        environ = {"BATON_CA_FILE": str(path) if by == "variable" else "/other"}
+        result = CliRunner().invoke(app, [*command, *flags], env=environ)
+        assert isinstance(result.exception, ConfigError), result.output
+        assert f"--ca-file (BATON_CA_FILE): {path} {problem}" in result.exception.message
