@@ -7,6 +7,7 @@ from prometheus_client import Counter
 from baton import telemetry
 from baton.errors import WorkerLost
 from baton.types.fleet import Role
+from baton.worker.certificate_metrics import CertificateEnds
 from baton.worker.monitor import loop_lag
 from conductor.admission import Slos
 from conductor.fleet import Fleet
@@ -116,6 +117,7 @@ class Metrics:
         for role in (Role.PREFILL, Role.DECODE):
             self._role_changes.labels(role.value)
         self.loop_lag = loop_lag(own)
+        self.certificates = CertificateEnds(own)
         self.tenants = TenantMetrics(own)
         own.add_process("conductor")
         own.registry.register(FleetCollector(fleet))

@@ -113,6 +113,8 @@ class Server:
         front = None
         if config.ssl_certfile:
             front = FrontCertificate(config.ssl_certfile, config.ssl_keyfile)
+        conductor.metrics.certificates.follow("internal", self._certificates)
+        conductor.metrics.certificates.follow("public", front)
         rpc = RpcServers(config, conductor, self._token, self._certificates, front)
         with listen(config.host, config.port) as listener:
             identity = self._identify(listener, *await rpc.start())

@@ -27,9 +27,10 @@ class Authority:
         self.ca = directory / f"{name}.crt"
         self._ca.cert_pem.write_to_path(str(self.ca))
 
-    def issue(self, *names: str, expired: bool = False) -> Pair:
-        """A new pair in files of its own."""
-        until = datetime.now(UTC) - timedelta(days=1) if expired else None
+    def issue(self, *names: str, expired: bool = False, days: float | None = None) -> Pair:
+        """A new pair in files of its own, good for `days`, or for years."""
+        days = -1 if expired else days
+        until = None if days is None else datetime.now(UTC) + timedelta(days=days)
         issued = self._ca.issue_cert(*names, not_after=until)
         number = next(self._numbers)
         pair = Pair(*(self._directory / f"{self._name}-{number}.{end}" for end in ("crt", "key")))

@@ -15,6 +15,7 @@ from baton.kv.blocks.figures import LoanFigures
 from baton.kv.identity import Identity
 from baton.telemetry import Metrics
 from baton.types.fleet import Role, WorkerLoad
+from baton.worker.certificate_metrics import CertificateEnds
 from baton.worker.load_metrics import MemberLoad, load_families
 from baton.worker.monitor import LAGS, loop_lag
 
@@ -31,6 +32,7 @@ class MemberMetrics:
         )
         self.loans = LoanFigures(self.own)
         self.loop_lag = loop_lag(self.own)
+        self.certificates = CertificateEnds(self.own)
         self.own.add_process(kind)
         self._member: Callable[[], MemberLoad] | None = None
         self.own.registry.register(_LoadCollector(self))

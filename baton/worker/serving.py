@@ -122,6 +122,7 @@ async def begun(
     cluster_token()
     signals = StopSignals()
     signals.install()
+    metrics.certificates.follow("internal", place.tls)
     async with monitored(
         options.listen,
         options.metrics_port,

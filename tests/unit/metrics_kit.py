@@ -15,6 +15,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.kv.identity import Identity
+from baton.rpc.tls import Pems
 from baton.types.figures import OfferCounts, StoreFigures, TierFigures, TierState
 from baton.types.fleet import BlockState, Role, WorkerLoad
 from baton.types.kv_events import Tier
@@ -39,6 +40,11 @@ STORE_LOAD = WorkerLoad(
 WORKER_LOAD = WorkerLoad(
     1, 2, 300, tuple((state, 1) for state in BlockState), offers=OfferCounts(read=1)
 )
+
+
+class AnyCertificate:
+    def current(self) -> Pems:
+        return Pems(b"", b"", b"", ends_at=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +91,20 @@ async def _conductor() -> str:
         metrics.tenants.note_spent("t", Amounts(1, 2, 3))
         metrics.tenants.note_refusal("t", "requests")
         metrics.tenants.note_reload("ok")
+        metrics.certificates.follow("public", AnyCertificate())
         return metrics.render().decode()
 
 
 def worker_text() -> str:
     metrics = WorkerMetrics()
+    metrics.certificates.follow("internal", AnyCertificate())
     metrics.follow(Identity("w", "life", layout()), Role.PREFILL, lambda: WORKER_LOAD)
     return metrics.own.render().decode()
 
 
 def store_text() -> str:
     metrics = MemberMetrics("store")
+    metrics.certificates.follow("internal", AnyCertificate())
     metrics.follow(Identity("s", "life", layout()), Role.STORE, lambda: STORE_LOAD)
     return metrics.own.render().decode()
 

@@ -309,6 +309,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             },
             "ops",
         ),
+        Panel(
+            "Certificates are good for",
+            {
+                "{{use}} {{instance}}": "min by (use, instance) "
+                "(baton_certificate_not_after_timestamp_seconds{@}) - time()"
+            },
+            "s",
+            "Between the processes (internal), and for clients (public).",
+        ),
     ),
     "Failures": (
         Panel(
