@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from dataclasses import dataclass
 
@@ -44,9 +45,9 @@ class Connection(asyncio.Protocol):
         self._answer: asyncio.Future[Reply] | None = None
 
     @classmethod
-    async def open(cls, address: str) -> Connection:
+    async def open(cls, address: str, tls: ssl.SSLContext | None = None) -> Connection:
         host, _, port = address.rpartition(":")
-        _, made = await asyncio.get_running_loop().create_connection(cls, host, int(port))
+        _, made = await asyncio.get_running_loop().create_connection(cls, host, int(port), ssl=tls)
         return made
 
     @property

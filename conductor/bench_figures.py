@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from baton.bench.stats import percentile
+from baton.rpc.tls import TlsConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class Plan:
     prompt_tokens: int
     block_size: int
     seed: int
+    tls: TlsConfig | None = None  # files for the part that needs some
 
     @property
     def prompt_blocks(self) -> int:

@@ -16,6 +16,7 @@ from baton.errors import PeerGone
 from baton.rpc.grpc_client import GrpcFleetClient
 from baton.rpc.grpc_server import RpcServer
 from baton.rpc.services import Duplex
+from baton.rpc.tls import Certificates
 from baton.types.fleet import KvLayout, Role, WorkerInfo, WorkerLoad
 from baton.types.link import (
     Cancel,
@@ -114,15 +115,20 @@ class Puppet:
 
 @asynccontextmanager
 async def puppets(
-    conductor: str, token: str, fingerprint: str, pairs: int, pace: Pace
+    conductor: str,
+    token: str,
+    fingerprint: str,
+    pairs: int,
+    pace: Pace,
+    tls: Certificates | None = None,
 ) -> AsyncIterator[None]:
     """`pairs` prefill and as many decode workers, registered with the conductor at that address."""
     made = [Puppet(pace) for _ in range(2 * pairs)]
     async with AsyncExitStack() as stack:
-        fleet = GrpcFleetClient(conductor, token)
+        fleet = GrpcFleetClient(conductor, token, tls=tls)
         stack.push_async_callback(fleet.aclose)
         for number, puppet in enumerate(made):
-            server = RpcServer("127.0.0.1:0", token)
+            server = RpcServer("127.0.0.1:0", token, tls=tls)
             server.add_worker(puppet)
             stack.push_async_callback(server.stop, SERVER_GRACE_S)
             role = Role.PREFILL if number < pairs else Role.DECODE

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
@@ -40,7 +41,7 @@ PACED_TOKENS = 800
 STEP_S = 0.01
 PAIRS = 2  # of workers
 
-_SECRET = "bench"
+SECRET = "bench"
 _START_S = 30.0
 _STOP_S = 5.0
 _TIMEOUT_S = 60.0
@@ -63,25 +64,35 @@ class Rig:
     pid: int
     pace: Pace
     model: str = "demo"
+    tls: ssl.SSLContext | None = None  # what is trusted, of a conductor with HTTPS
+    keeps: bool = True  # connections, for the next request
     idle: list[Connection] = field(default_factory=list)
 
     async def ask(self, tokens: int, stream: bool) -> Reply:
-        """One request, over a connection that is kept alive. Raises InternalError when a token
+        """One request, over a connection that may be kept alive. Raises InternalError when a token
         is missing."""
         connection = await self._connection()
         reply = await connection.ask(self._request(tokens, stream))
-        self.idle.append(connection)
+        if self.keeps:
+            self.idle.append(connection)
+        else:
+            connection.close()
         came = reply.body.count(TOKEN_TEXT)
         if not reply.is_ok or came != tokens:
             raise InternalError(f"{came} tokens of {tokens}: {reply.body[-500:]!r}")
         return reply
 
+    def hang_up(self) -> None:
+        """Close what is kept."""
+        while self.idle:
+            self.idle.pop().close()
+
     async def _connection(self) -> Connection:
         """One that the conductor, which closes those that were not used for seconds, has open."""
-        while self.idle:
+        while self.keeps and self.idle:
             if (connection := self.idle.pop()).is_open:
                 return connection
-        return await Connection.open(self.address)
+        return await Connection.open(self.address, self.tls)
 
     def _request(self, tokens: int, stream: bool) -> bytes:
         # Token ids: what a tokenizer takes for a text is no part of the relay.
@@ -101,18 +112,18 @@ def measure_relay(plan: Plan) -> Iterator[Figure]:
 
 
 async def _measure() -> list[Figure]:
-    own, others = _share_cpus()
+    own, others = share_cpus()
     async with asyncio.timeout(_TIMEOUT_S):
-        async with _conductor(own) as listening:
-            with _on_cpus(others):
+        async with conductor_on(own) as listening:
+            with on_cpus(others):
                 return await _figures(listening)
 
 
 async def _figures(listening: Mapping[str, Any]) -> list[Figure]:
     fingerprint, pace = load_spec(demo_model_path()).fingerprint, Pace()
-    async with puppets(listening["grpc"], _SECRET, fingerprint, PAIRS, pace):
+    async with puppets(listening["grpc"], SECRET, fingerprint, PAIRS, pace):
         rig = Rig(listening["http"], listening["pid"], pace)
-        await _many(rig, WARM_UP, SHORT_STREAM, AT_ONCE)
+        await many(rig, WARM_UP, SHORT_STREAM, AT_ONCE)
         return [
             *await _latency(rig),
             *await _short(rig, "requests, one token", SHORT_REQUESTS, 1),
@@ -140,7 +151,7 @@ async def _latency(rig: Rig) -> list[Figure]:
 
 async def _short(rig: Rig, name: str, count: int, tokens: int) -> list[Figure]:
     rig.pace.step_s = STEP_S if tokens > 1 else 0.0
-    cost = await rig.cost(_many(rig, count, tokens, AT_ONCE))
+    cost = await rig.cost(many(rig, count, tokens, AT_ONCE))
     rig.pace.step_s = 0.0
     return [
         Figure("relay", f"{name}, per core", count / cost.cpu_s, "/s", ">= 300/s"),
@@ -150,7 +161,7 @@ async def _short(rig: Rig, name: str, count: int, tokens: int) -> list[Figure]:
 
 async def _streams(rig: Rig, name: str, tokens: int, step_s: float) -> list[Figure]:
     rig.pace.step_s = step_s
-    cost = await rig.cost(_many(rig, STREAMS, tokens, STREAMS))
+    cost = await rig.cost(many(rig, STREAMS, tokens, STREAMS))
     rig.pace.step_s = 0.0
     total = STREAMS * tokens
     name = f"streamed tokens, {STREAMS} streams, {name}"
@@ -160,7 +171,7 @@ async def _streams(rig: Rig, name: str, tokens: int, step_s: float) -> list[Figu
     ]
 
 
-async def _many(rig: Rig, count: int, tokens: int, at_once: int) -> None:
+async def many(rig: Rig, count: int, tokens: int, at_once: int) -> None:
     left = iter(range(count))
 
     async def ask_on() -> None:
@@ -173,12 +184,13 @@ async def _many(rig: Rig, count: int, tokens: int, at_once: int) -> None:
 
 
 @asynccontextmanager
-async def _conductor(cpus: str) -> AsyncIterator[Mapping[str, Any]]:
+async def conductor_on(cpus: str, *flags: str) -> AsyncIterator[Mapping[str, Any]]:
     """A conductor's process on these CPUs: what it announced."""
     argv = [sys.executable, "-m", "conductor", "--port", "0", "--grpc-port", "0", "--announce"]
     argv += ["--exit-with-parent", "--cpus", cpus, "--lease-ttl", "3600", "--log-level", "error"]
-    argv += ["--local-prefill-tokens", "0"]  # every request goes to two workers
-    environ = {**os.environ, "BATON_CLUSTER_TOKEN": _SECRET}
+    argv += ["--local-prefill-tokens", "0", *flags]  # every request goes to two workers
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
+    environ = {**ours, "BATON_CLUSTER_TOKEN": SECRET}
     child = Child(ChildSpec("conductor", argv, environ), _tell)
     running = asyncio.create_task(child.run(), name="conductor")
     try:
@@ -192,14 +204,14 @@ def _tell(name: str, line: str) -> None:
     sys.stderr.write(f"{name}: {line}\n")
 
 
-def _share_cpus() -> tuple[str, tuple[int, ...]]:
+def share_cpus() -> tuple[str, tuple[int, ...]]:
     """The conductor's, as its flag takes it, and ours; the same one where there is only one."""
     first, *others = available_cpus()
     return str(first), tuple(others) or (first,)
 
 
 @contextmanager
-def _on_cpus(cpus: tuple[int, ...]) -> Iterator[None]:
+def on_cpus(cpus: tuple[int, ...]) -> Iterator[None]:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     try:

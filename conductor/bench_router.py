@@ -16,6 +16,7 @@ from rich.table import Table
 
 from baton.bench.origin import origin
 from baton.cli.bench import JsonFile, write_json
+from baton.rpc.tls import TlsConfig
 from conductor import (
     bench_decisions,
     bench_keys,
@@ -23,6 +24,7 @@ from conductor import (
     bench_policies,
     bench_relay,
     bench_tenants,
+    bench_tls,
 )
 from conductor.bench_figures import Figure, Plan
 
@@ -34,7 +36,9 @@ PARTS: Mapping[str, Callable[[Plan], Iterator[Figure]]] = {
     "policies": bench_policies.measure_policies,
     "relay": bench_relay.measure_relay,
     "tenants": bench_tenants.measure_tenants,
+    "tls": bench_tls.measure_tls,
 }
+_ALONE = ",".join(part for part in PARTS if part != "tls")  # what needs no files
 
 
 def bench_router(
@@ -43,11 +47,15 @@ def bench_router(
     prompt_tokens: Annotated[int, typer.Option(min=2048, help="Of a long prompt.")] = 131_072,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens.")] = 32,
     seed: Annotated[int, typer.Option(help="Keys and prompts follow from it.")] = 0,
-    parts: Annotated[str, typer.Option(help=f"Some of {','.join(PARTS)}.")] = ",".join(PARTS),
+    parts: Annotated[str, typer.Option(help=f"Some of {','.join(PARTS)}.")] = _ALONE,
+    tls_cert: Annotated[str, typer.Option(envvar="BATON_TLS_CERT", help="For the part tls.")] = "",
+    tls_key: Annotated[str, typer.Option(envvar="BATON_TLS_KEY")] = "",
+    tls_ca: Annotated[str, typer.Option(envvar="BATON_TLS_CA")] = "",
     json: JsonFile = None,
 ) -> None:
     """Measure the prefix map, the ring, block keys, and keys and limits of tenants on one core."""
-    plan = Plan(workers, blocks, prompt_tokens, block_size, seed)
+    tls = TlsConfig(tls_cert, tls_key, tls_ca) if tls_cert and tls_key and tls_ca else None
+    plan = Plan(workers, blocks, prompt_tokens, block_size, seed, tls)
     figures: list[Figure] = []
     with Console(stderr=True).status("measuring") as status:
         for part in _chosen(parts):
