@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -33,6 +33,8 @@ from baton.ray.placement import say
 _POLL_S = 0.5
 _ACTOR_S = 120.0  # a worker process of Ray starts, and imports
 _ANSWER_S = 15.0  # of an actor that has nothing to wait for
+# While bundles of a dead node are rescheduled, the others are where they were.
+_PLACED = ("CREATED", "RESCHEDULING")
 _AS_URGENT = {"RAY_worker_niceness": "0"}  # as everything else: Ray gives its workers 15
 
 
@@ -166,7 +168,7 @@ class _GroupSlot(_Slot):
             table = await asyncio.to_thread(placement_group_table, self._group)
             if table.get("state") == "REMOVED":
                 raise PlaceLost("its placement group was removed")
-            if table.get("state") == "CREATED":
+            if table.get("state") in _PLACED:
                 node = await self._place.find(table["bundles_to_node_id"][self._index])
                 if node is not None:
                     return node
@@ -211,7 +213,7 @@ class _Running:
             code, tail = await self._result
         except RayError as error:
             self._slot.drop_actor()
-            raise PlaceLost(_first_line(error)) from error
+            raise PlaceLost(_say(error)) from error
         return Ended(code, tuple(tail))
 
     async def announcement(self, timeout_s: float) -> dict[str, Any]:
@@ -237,10 +239,12 @@ async def _answer(reference: Any, timeout_s: float) -> Any:
         if isinstance(error, RayError):  # the actor's own: Ray makes it an instance of both
             raise TimeoutError from None
         raise PlaceLost(f"no answer within {timeout_s:g} s") from None
-    except (RayActorError, GetTimeoutError) as error:
-        raise PlaceLost(_first_line(error)) from error
+    except RayError as error:  # it died, or can never begin: its node has gone
+        raise PlaceLost(_say(error)) from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _say(error: RayError) -> str:
+    """The line that says why; a sentence that does not, and indented ids, come before it."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line[0].isspace()]
+    telling = [line for line in lines if line != ActorDiedError.BASE_ERROR_MSG]
+    return (telling or lines or [type(error).__name__])[0]
