@@ -7,7 +7,8 @@ placed: it is told of the store of that very node, which is started before it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 from baton.ray.commands import (
@@ -21,7 +22,10 @@ from baton.ray.commands import (
 from baton.ray.config import ClusterConfig
 from baton.ray.keeper import Keeper, NodeGone, State, Work
 from baton.ray.place import Command, Events, Node, Place, PlaceLost, Running, Slot
-from baton.ray.placement import Bundle, take, why_not, wishes
+from baton.ray.placement import ELSEWHERE, Bundle, Wish, take, why_not, wishes
+
+_HINDERED = f"{ELSEWHERE}, or its pool's strategy forbids it"
+_HOLDS = (State.STARTING, State.RUNNING, State.PAUSING)  # its place, meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class Crew:
         self._patient = patient
         self._slots: dict[str, list[Slot]] = {}  # reserved, not taken yet
         self._stores: dict[str, _Seat] = {}  # by node id
-        self._store_lock = asyncio.Lock()
+        self._store_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by node id
         self._conductor_node: dict[int, str] = {}  # ids, where they listened last
 
     @property
@@ -104,6 +108,35 @@ class Crew:
             else:
                 take(wish, nodes, held)
         return found
+
+    @property
+    def homeless(self) -> set[str]:
+        """Names of those that wait for a place, now that all have started."""
+        return {keeper.name for keeper in self.members if keeper.state is State.PLACING}
+
+    async def why_homeless(self, names: Set[str]) -> dict[str, str]:
+        """For people: what each of these needs, and what the nodes have left of it."""
+        nodes = await self._place.nodes()
+        held: dict[str, list[Bundle]] = {}
+        unmet = []
+        for keeper, bundle in self._needs():
+            if keeper.name in names:
+                unmet.append(Wish(keeper.name, 1, bundle))
+            elif keeper.node is not None and keeper.state in _HOLDS:
+                held.setdefault(keeper.node.id, []).append(bundle)
+        return {
+            wish.name: why_not(wish, nodes, held) or f"{wish.name} would fit; {_HINDERED}"
+            for wish in unmet
+        }
+
+    def _needs(self) -> Iterator[tuple[Keeper, Bundle]]:
+        """What each process takes from its node."""
+        config = self._config
+        yield from ((keeper, config.conductors.bundle) for keeper in self.conductors.values())
+        for name, pool in self.pools.items():
+            yield from ((keeper, config.pools[name].bundle) for keeper in pool.values())
+        if config.store is not None:
+            yield from ((keeper, config.store.bundle) for keeper in self.stores)
 
     def start_conductors(self) -> None:
         for number, slot in enumerate(self._slots.pop("conductor")):
@@ -205,7 +238,7 @@ class Crew:
         store = self._config.store
         if store is None:
             return ""
-        async with self._store_lock:
+        async with self._store_locks[node.id]:
             if node.id not in self._stores:
                 slot = await self._place.on(f"store-{node.name}", node, store.bundle)
                 try:

@@ -1,7 +1,7 @@
 """Keeps one process running in its slot, until it is stopped or given up.
 
 placing -> starting -> running -> (it ends, or its node is lost) -> pausing -> placing -> ...
-                                                                 -> given up
+        -> given up                                              -> given up
 """
 
 from __future__ import annotations
@@ -112,13 +112,20 @@ class Keeper:
     async def _once(self) -> bool:
         """Start the process and see it end; whether it should be started again."""
         began = asyncio.get_running_loop().time()
+        ended: Ended | None = None
         try:
-            ended = await self._live()
+            node = await self._settle()
+            if node is not None and self._hopeless(None):
+                return self._give_up()
+            began = asyncio.get_running_loop().time()
+            if node is not None:
+                ended = await self._live(node)
         except NodeGone as error:
             self.why = error.message
+            text = f"{self.name} ends: {self.why}"
+            self._events.event("node_gone", text, name=self.name, why=self.why)
             return False
         except PlaceLost as error:
-            ended = None
             self.why, self._by_force = f"was lost: {error.message}", True
         else:
             if ended is not None:
@@ -132,14 +139,23 @@ class Keeper:
         lived_s = asyncio.get_running_loop().time() - began
         return await self._pause(lived_s, ended)
 
-    async def _live(self) -> Ended | None:
-        """One life of the process. None: it was stopped before it had begun."""
+    async def _settle(self) -> Node | None:
+        """Be placed; on another node than before with a clean record. None: it is to stop."""
         self.state = State.PLACING
-        self.node = await self._unless_stopped(self._work.slot.node())
-        if self.node is None:
+        node = await self._unless_stopped(self._work.slot.node())
+        if node is None:
             return None
+        before, self.node = self.node, node
+        if before is not None and before.id != node.id:
+            self._failures = 0
+            text = f"{self.name} moves from node {before.name} to node {node.name}"
+            self._events.event("moved", text, name=self.name, before=before.name, node=node.name)
+        return node
+
+    async def _live(self, node: Node) -> Ended | None:
+        """One life of the process. None: it was stopped before it had begun."""
         self.state = State.STARTING
-        running = await self._unless_stopped(self._start(self.node))
+        running = await self._unless_stopped(self._start(node))
         if running is None:
             return None
         self._running, self.state = running, State.RUNNING
@@ -147,7 +163,7 @@ class Keeper:
         if self._stopping.is_set() or self._renewing:  # just now: they have not seen it
             await running.kill()
         begun = self._work.begun or _nothing
-        beside = asyncio.create_task(begun(self.node, running), name=f"{self.name} begins")
+        beside = asyncio.create_task(begun(node, running), name=f"{self.name} begins")
         try:
             return await running.wait()
         finally:
@@ -163,15 +179,9 @@ class Keeper:
         """Wait before the next start; False when there should be none."""
         restart = self._restart
         self._failures = 1 if lived_s >= restart.stable_s else self._failures + 1
-        if self._hopeless(ended):
-            self.state = State.GIVEN_UP
-            self._events.event(
-                "given_up",
-                f"{self.name} {self.why}; it is not started again",
-                name=self.name,
-                failures=self._failures,
-            )
-            return False
+        # What was lost may have died with its node; that shows when it has a place again.
+        if ended is not None and self._hopeless(ended):
+            return self._give_up()
         delay = pause_s(restart, self._failures)
         self.state = State.PAUSING
         self._events.event(
@@ -179,8 +189,16 @@ class Keeper:
             f"{self.name} {self.why}; starting it again in {delay:.1f} s",
             name=self.name,
             code=ended.code if ended is not None else None,
+            why=self.why,
         )
         return not await sleep_unless(self._stopping, delay)
+
+    def _give_up(self) -> bool:
+        self.state = State.GIVEN_UP
+        text = f"{self.name} {self.why}; it is not started again"
+        failures = self._failures
+        self._events.event("given_up", text, name=self.name, failures=failures, why=self.why)
+        return False
 
     def _hopeless(self, ended: Ended | None) -> bool:
         most = self._restart.failures

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from baton.ray.config import ClusterConfig
 from baton.ray.place import Node
 
+ELSEWHERE = "other jobs of this Ray cluster may hold what is missing"
 _SLACK = 1e-6  # sums of fractions, such as three thirds of a GPU
 _MIB = 1 << 20
 

@@ -17,6 +17,7 @@ from baton.ray.config import ClusterConfig
 from baton.ray.crew import Crew
 from baton.ray.keeper import Keeper, State
 from baton.ray.place import Events, Place, StartFailed, sleep_unless
+from baton.ray.placement import ELSEWHERE
 from baton.ray.scale import Scaler, planner_says, wanted_of
 from baton.stopping import Interrupted, Result, unless
 
@@ -25,7 +26,6 @@ _SAY_FIRST_S = 3.0
 _SAY_S = 30.0  # between two lines about what is waited for
 _CLOSE_GRACE_S = 5.0  # what a process may take beyond the drain that it does itself
 _WORKER_GRACE_S = 20.0
-_ELSEWHERE = "other jobs of this Ray cluster may hold what is missing"
 
 
 class Asks(Protocol):
@@ -48,6 +48,7 @@ class Supervisor:
         self._ready = False
         self._failure: BatonError | None = None
         self._stopping = asyncio.Event()  # by `stop` or a failure
+        self._say_at: dict[str, float] = {}  # who waits for a place: when to say so next
         self._hurry = asyncio.Event()  # by a second `stop`: nothing is waited for any more
 
     def stop(self) -> None:
@@ -121,10 +122,7 @@ class Supervisor:
             async with asyncio.timeout(limit_s):
                 await work
         except TimeoutError:
-            lines = await what_lacks() or [
-                "other jobs of this Ray cluster may hold what is missing"
-            ]
-            text = "\n  ".join(lines)
+            text = "\n  ".join(await what_lacks() or [ELSEWHERE])
             raise StartFailed(f"not {what} after {limit_s:g} s:\n  {text}") from None
         finally:
             talking.cancel()
@@ -152,6 +150,17 @@ class Supervisor:
         while not await sleep_unless(self._stopping, config.scale.look_s):
             if scalers:
                 await self._unless_stopping(self._scale(crew, scalers, group))
+            await self._unless_stopping(self._say_who_waits(crew))
+
+    async def _say_who_waits(self, crew: Crew) -> None:
+        """Workers that were added, or whose node died, may have no room; say why, now and then."""
+        now = asyncio.get_running_loop().time()
+        self._say_at = {n: self._say_at.get(n, now + _SAY_FIRST_S) for n in crew.homeless}
+        late = {name for name, at in self._say_at.items() if at <= now}
+        reasons = await crew.why_homeless(late) if late else {}
+        for name, line in reasons.items():
+            self._events.event("waiting", f"waiting: {line}", name=name, what=line)
+            self._say_at[name] = now + _SAY_S
 
     async def _scale(
         self, crew: Crew, scalers: Mapping[str, Scaler], group: asyncio.TaskGroup
@@ -172,7 +181,12 @@ class Supervisor:
                 leaving = crew.last(name)
                 leaving.resign()  # so that it is counted no more
                 grace_s = self._config.timeouts.drain_s + _CLOSE_GRACE_S
-                group.create_task(leaving.stop(grace_s, self._hurry), name=f"{leaving.name} leaves")
+                group.create_task(self._leave(leaving, grace_s), name=f"{leaving.name} leaves")
+
+    async def _leave(self, keeper: Keeper, grace_s: float) -> None:
+        by_itself = await keeper.stop(grace_s, self._hurry)
+        how = "has left" if by_itself else f"was killed: it had not drained after {grace_s:g} s"
+        self._events.event("left", f"{keeper.name} {how}", name=keeper.name, killed=not by_itself)
 
     def _given_up(self, crew: Crew, keeper: Keeper) -> None:
         """The cluster goes on as long as it can answer; before it was ready, it never could."""

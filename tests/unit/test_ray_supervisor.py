@@ -178,16 +178,43 @@ async def test_workers_move_when_their_node_dies() -> None:
         assert flag(moved.command, "--store").startswith(spare.ip)
         await asyncio.sleep(60)
         assert f"store-{NODE_B.name}" not in run.place.names()
+        assert run.events.said("moved") == [
+            f"decode-0 moves from node {NODE_B.name} to node {spare.name}"
+        ]
+        store = f"store-{NODE_B.name}"
+        assert run.events.said("node_gone") == [f"{store} ends: the node has gone"]
 
 
 @virtual_time
 async def test_a_worker_waits_for_a_node_as_long_as_it_takes() -> None:
     async with up(config()) as run:
         run.place.lose(NODE_B)
+        await asyncio.sleep(20)
+        reason = f"decode-0 needs 1 x (CPU 1, decode 1); node {NODE_A.name} has no decode left"
+        assert run.events.said("waiting") == [f"waiting: {reason}"]
         await asyncio.sleep(3600)
+        assert run.events.said("waiting").count(f"waiting: {reason}") in range(90, 122)
         assert run.place.names() == ["conductor-0", "prefill-0"]
         run.place.alive.append(NODE_B)
         await run.until(lambda: "decode-0" in run.place.names(), limit_s=60)
+        said = len(run.events.said("waiting"))
+        await asyncio.sleep(300)
+        assert len(run.events.said("waiting")) == said
+
+
+@virtual_time
+async def test_a_worker_on_another_node_has_a_clean_record() -> None:
+    spare = Node("c" * 8, "10.0.0.3", {"CPU": 8, "decode": 4})
+    async with up(config(restart=RESTART), FakePlace(NODE_A, NODE_B, spare)) as run:
+        for _ in range(2):
+            run.place.find_life("decode-0").die()
+            await run.until(lambda: "decode-0" in run.place.names())
+            run.place.find_life("decode-0").die()
+            await run.until(lambda: "decode-0" in run.place.names())
+            run.place.lose(run.place.find_life("decode-0").node)
+            run.place.alive.append(Node("d" * 8, "10.0.0.4", {"CPU": 8, "decode": 4}))
+            await run.until(lambda: "decode-0" in run.place.names())
+        assert "given_up" not in run.events.names()
 
 
 @virtual_time
@@ -234,9 +261,24 @@ async def test_pools_follow_the_planner_between_their_bounds() -> None:
         await run.until(lambda: decoding(run) == ["decode-0"])
         assert ("stop", "decode-2") in run.place.log  # SIGTERM: it drains
         assert ("kill", "decode-2") not in run.place.log
+        await run.until(lambda: len(run.events.said("left")) == 2)
+        assert sorted(run.events.said("left")) == ["decode-1 has left", "decode-2 has left"]
         run.asks.wanted = {"prefill": 1, "decode": 2}
         await run.until(lambda: decoding(run) == ["decode-0", "decode-1"])  # names are used again
         assert run.events.names().count("scaling") == 3
+
+
+@virtual_time
+async def test_a_worker_that_does_not_drain_is_killed_and_that_is_said() -> None:
+    pool = {"resources": {"decode": 1}, "replicas": 2, "min_replicas": 1, "max_replicas": 2}
+    scale = {"look_s": 1, "up_after_s": 1, "down_after_s": 1}
+    wanted = config(pools={"prefill": {}, "decode": pool}, scale=scale, timeouts={"drain_s": 10})
+    async with up(wanted) as run:
+        run.place.find_life("decode-1").stubborn = True
+        run.asks.wanted = {"prefill": 1, "decode": 1}
+        await run.until(lambda: "left" in run.events.names())
+        said = "decode-1 was killed: it had not drained after 15 s"
+        assert run.events.said("left") == [said]
 
 
 @virtual_time
