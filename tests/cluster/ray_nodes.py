@@ -37,17 +37,39 @@ PATIENCE_S = 240.0
 STOP_S = 60.0
 _ATTEMPTS = 3  # a raylet gives up when its agents are not up in time, as on a busy machine
 _SMALL = ("--num-cpus", "2", "--memory", str(1 << 30), "--object-store-memory", str(80 << 20))
+_FOR_TESTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # it would kill for what others use
+    "RAY_enable_worker_prestart": "0",  # ours have an environment of their own
+    "RAY_prestart_worker_first_driver": "0",
+    # A node that does not answer is dead after three seconds; by default after fifteen. One that
+    # is only slow has as long as ever.
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A pretended one: a raylet and all that it started. `process` is `ray start --block`."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+
+    def pids(self) -> set[int]:
+        return pids_with(f"TEST_NODE={self.name}")
 
 
 @dataclass
 class RayNodes:
-    """`dashboard` is where jobs are submitted. The first node is the head."""
+    """`dashboard` is where jobs are submitted. The first node is the head. Every process on a node
+    has `TEST_NODE`, a name of that node, in its environment."""
 
     directory: Path
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
     gcs_port: int = field(default_factory=lambda: free_port())
     dashboard_port: int = field(default_factory=lambda: free_port())
-    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    nodes: list[Machine] = field(default_factory=list)
     jobs: list[str] = field(default_factory=list)
 
     @property
@@ -63,22 +85,37 @@ class RayNodes:
             "PATH": f"{RAY.parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_memory_monitor_refresh_ms": "0",  # it would kill for what others use
+            **_FOR_TESTS,
         }
 
     def pids(self) -> set[int]:
         return pids_with(f"BATON_TEST_MARK={self.mark}")
 
-    def add(self, resources: dict[str, float], gpus: int = 0) -> None:
+    def add(self, resources: dict[str, float], gpus: int = 0) -> Machine:
         """Start one more node, and wait until Ray knows it."""
         for _ in range(_ATTEMPTS):
-            process = self._start(resources, gpus)
-            if self._joins(process, len(self.nodes) + 1):
-                self.nodes.append(process)
-                return
-            end(process)
+            machine = self._start(resources, gpus)
+            if self._joins(machine.process, len(self.nodes) + 1):
+                self.nodes.append(machine)
+                return machine
+            end(machine.process)
         raise AssertionError(f"no Ray node: {self.log()[-4000:]}")
+
+    def lose(self, machine: Machine) -> None:
+        """End all that runs there at once, as the death of a machine does, and wait until Ray has
+        noticed."""
+        self.nodes.remove(machine)
+        while pids := machine.pids():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        machine.process.wait(STOP_S)
+        until(lambda: self.alive() == len(self.nodes), self.log)
+
+    def alive(self) -> int:
+        """Nodes that Ray takes to be alive."""
+        summary = self.get("/nodes?view=summary")["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
 
     def submit(self, directory: Path, *command: str, environ: dict[str, str]) -> Job:
         """`ray job submit --working-dir DIRECTORY -- COMMAND`."""
@@ -113,15 +150,16 @@ class RayNodes:
     def log(self) -> str:
         return (self.directory / "ray.log").read_text(errors="replace")
 
-    def _start(self, resources: dict[str, float], gpus: int) -> subprocess.Popen[bytes]:
+    def _start(self, resources: dict[str, float], gpus: int) -> Machine:
         head = (
             *("--head", "--port", str(self.gcs_port), "--temp-dir", str(self.directory)),
             *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(self.dashboard_port)),
             *("--ray-client-server-port", str(free_port())),
         )
         join = ("--address", f"127.0.0.1:{self.gcs_port}")
+        name = secrets.token_hex(8)
         with (self.directory / "ray.log").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [
                     *(str(RAY), "start", "--block", *(join if self.nodes else head), *_SMALL),
                     *("--num-gpus", str(gpus), "--resources", json.dumps(resources)),
@@ -129,17 +167,16 @@ class RayNodes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=self.environ,
+                env={**self.environ, "TEST_NODE": name},
                 start_new_session=True,
             )
+        return Machine(name, process)
 
     def _joins(self, process: subprocess.Popen[bytes], count: int) -> bool:
         deadline = time.monotonic() + PATIENCE_S
         while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(httpx.HTTPError, KeyError):
-                summary = self.get("/nodes?view=summary")["data"]["summary"]
-                alive = [node for node in summary if node["raylet"].get("state") == "ALIVE"]
-                if len(alive) >= count:
+                if self.alive() >= count:
                     return True
             time.sleep(0.3)
         return False
@@ -160,16 +197,16 @@ class Job:
         """What `baton ray up --json` wrote."""
         return [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
 
-    def event(self, name: str) -> dict[str, Any]:
-        """Wait for an event."""
+    def event(self, which: str, /, **fields: Any) -> dict[str, Any]:
+        """Wait for the first event of that name with these fields."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            found = [event for event in self.events() if event["event"] == name]
-            if found:
-                return found[0]
+            for event in self.events():
+                if event["event"] == which and fields.items() <= event.items():
+                    return event
             assert self.status() in ("PENDING", "RUNNING"), self.log()
             assert time.monotonic() < deadline, self.log()
-            time.sleep(0.5)
+            time.sleep(0.2)
 
 
 @contextmanager
@@ -181,7 +218,7 @@ def ray_nodes() -> Iterator[RayNodes]:
         yield ray
     finally:
         for node in reversed(ray.nodes):
-            end(node)
+            end(node.process)
         left = wait_until_gone(ray.pids, 10.0)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
@@ -209,8 +246,9 @@ def free_port() -> int:
             return port
 
 
-def until(holds: Callable[[], bool], what: str) -> None:
+def until(holds: Callable[[], bool], otherwise: Callable[[], str]) -> None:
+    """Wait; what `otherwise` says is said when it takes too long."""
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, otherwise()
         time.sleep(0.2)
