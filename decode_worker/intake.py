@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from baton.engine.loop import Engine
-from baton.errors import BatonError, Cancelled, DeadlineExceeded, InternalError
+from baton.errors import BatonError, Cancelled, DeadlineExceeded
 from baton.kv.handoff.reader import Fetched, HandoffReader, Place
 from baton.rpc.errors import to_wire
+from baton.tasks import OwnedTasks
 from baton.types.fleet import Peer
 from baton.types.request import (
     AttemptId,
@@ -51,23 +52,16 @@ class Intake:
         self._reader = reader
         self._report = report
         self._begun = begun
-        self._group: asyncio.TaskGroup | None = None
+        self._owned = OwnedTasks()
         self._tasks: dict[AttemptId, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Own the attempts' tasks until cancelled; then end them all."""
-        async with asyncio.TaskGroup() as group:
-            self._group = group
-            try:
-                await asyncio.get_running_loop().create_future()
-            finally:
-                self._group = None
+        await self._owned.run()
 
     def start(self, task: GenerationTask, peer: Peer) -> None:
         """Begin to take the attempt over; its outputs and its Finish go to `report`."""
-        if self._group is None:
-            raise InternalError("the worker is not running: no attempt can be taken over")
-        taking = self._group.create_task(self._take(task, peer), name=f"intake {task.attempt}")
+        taking = self._owned.begin(self._take(task, peer), f"intake {task.attempt}")
         self._tasks[task.attempt] = taking
         taking.add_done_callback(lambda _: self._tasks.pop(task.attempt, None))
 

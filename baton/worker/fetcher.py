@@ -17,8 +17,9 @@ from functools import partial
 from typing import Protocol
 
 from baton.engine.events import KvWanted
-from baton.errors import BatonError, InternalError
+from baton.errors import BatonError
 from baton.hashing import KEY_BYTES
+from baton.tasks import OwnedTasks
 from baton.types.fleet import Peer
 from baton.types.kv_events import Tier
 from baton.types.link import FetchPart
@@ -73,16 +74,11 @@ class Fetcher:
         self._note = note
         self._plans: dict[AttemptId, tuple[FetchPart, ...]] = {}
         self._tasks: dict[AttemptId, asyncio.Task[int]] = {}
-        self._group: asyncio.TaskGroup | None = None
+        self._owned = OwnedTasks()
 
     async def run(self) -> None:
         """Own the tasks until cancelled; then end them all."""
-        async with asyncio.TaskGroup() as group:
-            self._group = group
-            try:
-                await asyncio.get_running_loop().create_future()
-            finally:
-                self._group = None
+        await self._owned.run()
 
     def plan(self, attempt: AttemptId, parts: tuple[FetchPart, ...]) -> int:
         """Note where the attempt's KV may be had; the block behind the last of them, for
@@ -106,9 +102,7 @@ class Fetcher:
 
     def want(self, wanted: KvWanted) -> None:
         """Begin to fetch; the engine's `arrived` is called once, whatever happens."""
-        if self._group is None:
-            raise InternalError("the worker is not running: nothing can be fetched")
-        task = self._group.create_task(self._fetch(wanted), name=f"fetch {wanted.attempt}")
+        task = self._owned.begin(self._fetch(wanted), f"fetch {wanted.attempt}")
         self._tasks[wanted.attempt] = task
         # Not by the task itself: one that is cancelled before its turn never runs.
         task.add_done_callback(partial(self._end, wanted))

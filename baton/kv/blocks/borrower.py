@@ -35,6 +35,7 @@ from baton.kv.transport.base import PoolMemory
 from baton.kv.transport.shared import SharedTransport
 from baton.rpc.errors import copy_of, from_wire
 from baton.rpc.services import BlocksDialer
+from baton.tasks import OwnedTasks
 from baton.types.blocks import (
     Ask,
     BlocksRefused,
@@ -93,16 +94,11 @@ class Borrower:
         self._options = options
         self._pairs: dict[Peer, Pair] = {}
         self._backoffs: dict[Peer, _Backoff] = {}
-        self._tasks: asyncio.TaskGroup | None = None
+        self._tasks = OwnedTasks()
 
     async def run(self) -> None:
         """Own the streams. Runs until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            try:
-                await asyncio.get_running_loop().create_future()
-            finally:
-                self._tasks = None
+        await self._tasks.run()
 
     async def borrow(
         self,
@@ -158,7 +154,7 @@ class Borrower:
 
     def _pair(self, peer: Peer) -> Pair:
         """The stream to this life of `peer`, dialled if need be. Raises why it is not dialled."""
-        if self._tasks is None:
+        if not self._tasks.running:
             raise InternalError("Borrower.run is not running")
         pair = self._pairs.get(peer)
         if pair is None:
@@ -166,7 +162,7 @@ class Borrower:
             if backoff is not None and asyncio.get_running_loop().time() < backoff.until:
                 raise copy_of(backoff.error)
             pair = self._pairs[peer] = Pair(peer)
-            self._tasks.create_task(self._keep(pair), name=f"blocks stream to {peer.name}")
+            self._tasks.begin(self._keep(pair), f"blocks stream to {peer.name}")
         return pair
 
     async def _keep(self, pair: Pair) -> None:

@@ -36,6 +36,7 @@ from baton.kv.settle import settle, verdict
 from baton.kv.transport.base import PoolMemory, Transfer, Transport
 from baton.rpc.errors import from_wire
 from baton.rpc.services import HandoffDialer
+from baton.tasks import OwnedTasks
 from baton.types.fleet import Peer
 from baton.types.handoff import (
     Abort,
@@ -159,16 +160,11 @@ class HandoffReader:
         self._options = options
         self._figures = figures or HandoffFigures(Counts())
         self._pairs: dict[str, Pair] = {}  # by life: the transport knows each once, too
-        self._tasks: asyncio.TaskGroup | None = None
+        self._tasks = OwnedTasks()
 
     async def run(self) -> None:
         """Own the streams and the waiting for aborted transfers. Runs until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            try:
-                await asyncio.get_running_loop().create_future()
-            finally:
-                self._tasks = None
+        await self._tasks.run()
 
     async def fetch(
         self,
@@ -210,14 +206,14 @@ class HandoffReader:
 
     async def _pair(self, peer: Peer) -> Pair:
         """The stream to this life of `peer`, dialled if need be. Raises why there is none."""
-        if self._tasks is None:
+        if not self._tasks.running:
             raise InternalError("HandoffReader.run is not running")
         key = life(peer.name, peer.incarnation)
         pair = self._pairs.get(key)
         if pair is None:
             pair = Pair(peer, self._identity, self._transport, self._dialer, self._options)
             self._pairs[key] = pair
-            self._tasks.create_task(pair.run(self._forget), name=f"handoff stream {pair.key}")
+            self._tasks.begin(pair.run(self._forget), f"handoff stream {pair.key}")
         await pair.ready()
         return pair
 
@@ -337,8 +333,8 @@ class HandoffReader:
         fetch.pair.close(fetch.attempt)
         if fetch.blocks is not None:
             self._quarantine(fetch.attempt)
-        if self._tasks is not None:  # else closing: transport.close waits for the transfers
-            self._tasks.create_task(self._settle(fetch, reason), name=f"settle {fetch.attempt}")
+        if self._tasks.running:  # else closing: transport.close waits for the transfers
+            self._tasks.begin(self._settle(fetch, reason), f"settle {fetch.attempt}")
 
     async def _settle(self, fetch: _Fetch, reason: str) -> None:
         """Tell the peer, wait until nothing writes into the blocks, and say so."""
