@@ -73,11 +73,6 @@ class PrefillService:
         return self.sharing.counted(self._engine.load())
 
     @property
-    def lent_blocks(self) -> int:
-        """That others read now, handoffs aside."""
-        return len(self._engine.loans.leases)
-
-    @property
     def published(self) -> tuple[AttemptId, ...]:
         """Attempts that are, or may be, under a lease."""
         return self._publisher.live()

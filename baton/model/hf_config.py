@@ -129,10 +129,6 @@ class HfConfig:
             raise self.error(f"{key} must be a token id or a list of them, not {value!r}")
         return tuple(sorted({token for token in ids if token >= 0}))
 
-    def token_id(self, key: str) -> int | None:
-        ids = self.token_ids(key)
-        return ids[0] if ids else None
-
     def family(self) -> Family:
         """The architecture's flags. Raises ModelLoadError for anything not supported."""
         architectures = self.values.get("architectures") or []

@@ -33,7 +33,7 @@ __all__ = [
 DTYPES = ("float32", "bfloat16")
 
 # Fields that change neither weights nor KV, so two specs that differ in them are the same model.
-_NOT_IDENTITY = frozenset({"fingerprint", "max_model_len", "eos_token_ids", "bos_token_id"})
+_NOT_IDENTITY = frozenset({"fingerprint", "max_model_len", "eos_token_ids"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,6 @@ class ModelSpec:
     rope: RopeSpec
     dtype: Literal["float32", "bfloat16", "float16"]  # of the stored weights
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     fingerprint: str
 
 
@@ -110,7 +109,6 @@ def load_spec(path: Path) -> ModelSpec:
         rope=config.rope(),
         dtype=config.dtype(checkpoint),
         eos_token_ids=_eos_token_ids(path, config),
-        bos_token_id=config.token_id("bos_token_id"),
         fingerprint="",
     )
     return replace(spec, fingerprint=_fingerprint(spec, checkpoint.identity))

@@ -27,8 +27,3 @@ def kv_capacity_blocks(
             f"has {memory / 1e9:.0f} GB on {tensor_parallel} GPUs"
         )
     return blocks
-
-
-def dram_capacity_blocks(spec: ModelSpec, node: Node, block_tokens: int) -> int:
-    """That the node's cache in main memory holds."""
-    return int(node.dram_bytes // (block_tokens * spec.kv_bytes_per_token))

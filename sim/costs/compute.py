@@ -119,14 +119,3 @@ class Roofline:
         sent = 2 * (gpus - 1) / gpus * tokens * spec.hidden * 2
         moving = sent / gpu.nvlink_bytes_per_s / gpu.nvlink_efficiency
         return 2 * spec.num_layers * (moving + self.allreduce_s)
-
-
-def exposed_seconds(transfer_s: float, compute_s: float, num_layers: int) -> float:
-    """What a transfer adds to a computation that it overlaps layer by layer.
-
-    Loading: a layer is computed when its KV is there; storing or sending: a layer is sent when it
-    is computed. Either way one layer of the shorter of both cannot overlap, so that both together
-    end after max(compute + transfer / layers, transfer + compute / layers).
-    """
-    first = transfer_s / num_layers
-    return max(first, transfer_s - compute_s * (num_layers - 1) / num_layers)

@@ -9,9 +9,9 @@ Sources:
     B200    NVIDIA DGX B200 datasheet, per GPU: 2.25 PFLOP/s bf16 dense, 180 GB at 8 TB/s, NVLink
             1,800 GB/s
     8xA800  Mooncake (FAST'25), Table 1 and section 5.1: host to device 128 GB/s, four NICs of 200
-            Gbps, about 1 TB of DRAM for the cache (section 5.3.1)
+            Gbps
     8xH800  the same paper: eight NICs of 400 Gbps (section 5.4.1)
-    DGX     NVIDIA DGX H100, H200 and B200 datasheets: eight ports of 400 Gbps, 2 TB of DRAM, PCIe
+    DGX     NVIDIA DGX H100, H200 and B200 datasheets: eight ports of 400 Gbps, PCIe
             generation 5 (twice the host-to-device figure of the A800 node)
 
 What is achieved: of four NICs of 200 Gbps 87 of 100 GB/s, of eight of 400 Gbps 190 of 400 GB/s
@@ -66,7 +66,6 @@ class Node:
     gpus: int
     nic_bytes_per_s: float
     pcie_bytes_per_s: float  # host to device
-    dram_bytes: float  # for KV
     nvme_read_bytes_per_s: float
     nvme_write_bytes_per_s: float
     step_overhead_s: float  # of the engine on it: scheduling, launches, sampling
@@ -111,7 +110,6 @@ _A800_NODE = Node(
     gpus=8,
     nic_bytes_per_s=87 * GB,
     pcie_bytes_per_s=128 * GB * _PCIE_EFFICIENCY,
-    dram_bytes=1 * TB,
     nvme_read_bytes_per_s=4 * 6.8 * GB,
     nvme_write_bytes_per_s=4 * 4.0 * GB,
     step_overhead_s=13.2e-3,
@@ -127,7 +125,6 @@ def _dgx(gpu: Gpu) -> Node:
         name=f"8x{gpu.name}",
         gpu=gpu,
         pcie_bytes_per_s=256 * GB * _PCIE_EFFICIENCY,
-        dram_bytes=2 * TB,
         nvme_read_bytes_per_s=8 * 6.8 * GB,
         nvme_write_bytes_per_s=8 * 4.0 * GB,
     )

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigError
-from sim.costs.capacity import dram_capacity_blocks, kv_capacity_blocks
+from sim.costs.capacity import kv_capacity_blocks
 from sim.costs.compute import (
     Prefill,
     Roofline,
     attention_flops,
-    exposed_seconds,
     paper_flops,
     prefill_flops,
 )
@@ -160,29 +159,10 @@ def test_more_gpus_than_kv_heads_hold_copies() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("transfer", "compute", "exposed"),
-    [(1.0, 10.0, 0.1), (10.0, 10.0, 1.0), (20.0, 10.0, 11.0), (0.0, 5.0, 0.0)],
-)
-def test_layers_overlap_all_but_one(transfer: float, compute: float, exposed: float) -> None:
-    assert exposed_seconds(transfer, compute, 10) == pytest.approx(exposed)
-
-
-@pytest.mark.parametrize("layers", [1, 3, 80])
-def test_exposed_time_is_that_of_two_stages_in_a_row(layers: int) -> None:
-    for transfer, compute in ((1.0, 2.0), (5.0, 2.0)):
-        loaded = ended = 0.0
-        for _ in range(layers):
-            loaded += transfer / layers
-            ended = max(ended, loaded) + compute / layers
-        assert exposed_seconds(transfer, compute, layers) == pytest.approx(ended - compute)
-
-
 def test_kv_capacity_of_a_node() -> None:
     """A token of LLaMA3-70B is 320 KiB: 8×80 GB less a tenth and 141 GB of weights holds 1.3
-    million, and 1 TB of DRAM 3 million (FAST'25, section 5.3.1)."""
+    million."""
     assert kv_capacity_blocks(LLAMA3, A800, 8, 512) * 512 == pytest.approx(1.327e6, rel=0.01)
-    assert dram_capacity_blocks(LLAMA3, A800, 512) * 512 == pytest.approx(3.05e6, rel=0.01)
 
 
 def test_kv_heads_that_gpus_share_take_their_memory_twice() -> None:

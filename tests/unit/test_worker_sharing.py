@@ -160,14 +160,19 @@ async def test_conductors_hear_which_blocks_there_are_and_can_ask_again() -> Non
 
 
 class Slow:
-    """Reads that take long."""
+    """Reads that take long, and say that they have begun."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
 
     def on_read(self, reader: str, source: str, nbytes: int) -> Fault:
+        self.begun.set()
         return Fault(delay_s=0.3)
 
 
 async def test_who_is_cancelled_while_fetching_leaves_nothing_behind() -> None:
-    async with running_pair(Slow()) as pair:
+    slow = Slow()
+    async with running_pair(slow) as pair:
         task = make_task("x", prompt_len=30, max_tokens=9)
         await pair.to_prefill.send(StartPrefill(task))
         await pair.to_prefill.until(lambda: len(held(pair.to_prefill)) == 7)
@@ -176,8 +181,7 @@ async def test_who_is_cancelled_while_fetching_leaves_nothing_behind() -> None:
         source = FetchPart(pair.peer, 0, 7, Tier.GPU)
         await pair.to_decode.send(StartDecode(other, None, (source,)))
         async with asyncio.timeout(20):
-            while not pair.prefill.lent_blocks:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+            await slow.begun.wait()
         await pair.to_decode.send(Cancel(other.attempt, "enough"))
         finish = await pair.to_decode.finish(other.attempt)
         assert finish.reason is FinishReason.CANCELLED
