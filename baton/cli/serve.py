@@ -29,6 +29,27 @@ def serve(options: ServeOptions) -> None:
 
 
 async def _serve(options: ServeOptions) -> None:
+    _check(options)
+    with Reporter(options.json, options.verbose) as reporter:
+        model = await find_model(options, reporter)
+        plan = make_plan(options, model, new_environ(options.redis))
+        supervisor = Supervisor(plan, reporter)
+
+        async def when_ready(addresses: Addresses) -> None:
+            reporter.step("page", f"{addresses.url}/", done=True)
+            reporter.settle()
+            if options.try_text is not None and not options.json:
+                prompt = Prompt(options.try_text, max_tokens=96, options=_TRY_OPTIONS)
+                tls = plan.trusted()
+                async with Client(addresses.url, api_key=api_key(), tls=tls) as client:
+                    await print_answer(client, prompt, timing=True, echo=True)
+            _say_ready(options, reporter, addresses)
+
+        await supervisor.run(when_ready)
+
+
+def _check(options: ServeOptions) -> None:
+    """Raises ConfigError for what cannot work together, and for ports that are taken."""
     if options.prefill == 0 and not options.colocated:
         raise ConfigError("--prefill 0 leaves nobody to prefill: give at least 1, or --colocated")
     if options.elastic and (options.colocated or options.prefill + options.decode < 3):
@@ -46,27 +67,16 @@ async def _serve(options: ServeOptions) -> None:
             f"{options.conductors} conductors need as many ports in a row from --port "
             f"{options.port} and from --grpc-port {options.grpc_port}: move one of them"
         )
-    for port, flag in ((options.port, "--port"), (options.grpc_port, "--grpc-port")):
-        for number in range(options.conductors if port else 0):
-            _check_free(options.host, port + number, flag)
     if not options.store_memory_mib and (options.store_dir or options.store_gib):
         raise ConfigError("--store-dir is for a store: give it --store-memory-mib too")
-    with Reporter(options.json, options.verbose) as reporter:
-        model = await find_model(options, reporter)
-        plan = make_plan(options, model, new_environ(options.redis))
-        supervisor = Supervisor(plan, reporter)
-
-        async def when_ready(addresses: Addresses) -> None:
-            reporter.step("page", f"{addresses.url}/", done=True)
-            reporter.settle()
-            if options.try_text is not None and not options.json:
-                prompt = Prompt(options.try_text, max_tokens=96, options=_TRY_OPTIONS)
-                tls = plan.trusted()
-                async with Client(addresses.url, api_key=api_key(), tls=tls) as client:
-                    await print_answer(client, prompt, timing=True, echo=True)
-            _say_ready(options, reporter, addresses)
-
-        await supervisor.run(when_ready)
+    members = options.prefill_workers + options.decode + bool(options.store_memory_mib)
+    for host, first, count, flag in (
+        (options.host, options.port, options.conductors, "--port"),
+        (options.host, options.grpc_port, options.conductors, "--grpc-port"),
+        ("127.0.0.1", options.metrics_port, members, "--metrics-port"),
+    ):
+        for port in range(first, first + count) if first else ():
+            _check_free(host, port, flag)
 
 
 async def find_model(options: ServeOptions, reporter: Reporter) -> Path:
@@ -95,10 +105,8 @@ def _say_ready(options: ServeOptions, reporter: Reporter, addresses: Addresses) 
 
 
 def _check_free(host: str, port: int, flag: str) -> None:
-    """Raise ConfigError when the port is taken: sooner and clearer than the conductor could, and
-    gRPC would even share it with another cluster."""
-    if port == 0:
-        return
+    """Raise ConfigError when the port is taken: sooner and clearer than the process could that
+    listens there, and gRPC would even share it with another cluster."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -107,7 +115,8 @@ def _check_free(host: str, port: int, flag: str) -> None:
         except OSError as error:
             reason = error.strerror or str(error)
             if error.errno == errno.EADDRINUSE:
-                message = f"is in use; choose another with {flag} (0 = any free port)"
+                zero = "no metrics" if flag == "--metrics-port" else "any free port"
+                message = f"is in use; choose another with {flag} (0 = {zero})"
             elif error.errno == errno.EACCES:
                 message = f"cannot be used: {reason}; choose another with {flag} (above 1023)"
             else:

@@ -91,9 +91,9 @@ class Exporter:
                 self._on_connection, host.strip("[]"), port, limit=MAX_HEAD_BYTES
             )
         except OSError as error:
+            reason = str(error.strerror or error).rpartition(": ")[2]  # behind asyncio's own words
             raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another "
-                "--metrics-port"
+                f"cannot listen on {host}:{port}: {reason}; choose another --metrics-port"
             ) from error
         bound: int = self._server.sockets[0].getsockname()[1]
         log.info("metrics at http%s://%s:%d/metrics", "s" if self._tls else "", host, bound)

@@ -164,9 +164,9 @@ def test_a_port_in_use() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for flag in ("--port", "--grpc-port"):
-            other = "--grpc-port" if flag == "--port" else "--port"
-            done = run_cli("serve", flag, str(port), other, "0")
+        for flag in ("--port", "--grpc-port", "--metrics-port"):
+            flags = {"--port": "0", "--grpc-port": "0"} | {flag: str(port)}
+            done = run_cli("serve", *(word for pair in flags.items() for word in pair))
             assert done.returncode == 1
             assert f"{port} is in use; choose another with {flag}" in done.stderr
 
