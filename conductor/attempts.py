@@ -17,6 +17,7 @@ from conductor.answer_run import AnswerRun
 from conductor.expected import ExpectedBlocks
 from conductor.fleet import Fleet
 from conductor.link import Assignment, Listener
+from conductor.matches import NO_MATCHES
 from conductor.prompt_keys import prompt_keys
 from conductor.request import Request
 from conductor.router import Decision, RouteOptions, RouteRequest, group_of, route
@@ -48,7 +49,7 @@ class Placer:
             number=self._decisions,
             priority=request.priority,
             keys=keys,
-            matches=prefix_map.matches(keys) if keys and prefix_map.num_blocks else (),
+            matches=prefix_map.matches(keys) if keys and prefix_map.num_blocks else NO_MATCHES,
             computing=self.expected.blocks(group_of(keys), keys, request.priority),
         )
         now = asyncio.get_running_loop().time()

@@ -25,6 +25,7 @@ from conductor.views import Board, FleetView, WorkerView, boards_of
 ROUNDS = 1000
 HOLDERS = 8  # of a part of the prompt, each of another length
 ANSWER_TOKENS = 256
+CROWD_TOKENS = 2048  # of a prompt, half of which every worker has
 
 
 def measure_decisions(plan: Plan) -> Iterator[Figure]:
@@ -49,6 +50,7 @@ def measure_decisions(plan: Plan) -> Iterator[Figure]:
         samples = timed(partial(decide, number, policy) for number in range(ROUNDS))
         name = f"{policy.value}, {plan.prompt_tokens} tokens, with matches"
         yield from latencies("decisions", name, samples, "p99 < 1 ms")
+    yield from _measure_crowd(plan, fleet)
     short = RouteRequest("r", prompt[:512], ANSWER_TOKENS, keys=keys[: 16 * KEY_BYTES])
     samples = timed([partial(route, short, fleet, 0.0)] * ROUNDS)
     yield from latencies("decisions", "512 tokens that nobody has", samples, "")
@@ -59,6 +61,27 @@ def measure_decisions(plan: Plan) -> Iterator[Figure]:
     yield Figure("decisions", "decisions on one core", 1 / (alone_s + view_s), "/s")
     samples = timed([_decide_small(plan)] * ROUNDS)
     yield from latencies("decisions", "2P2D, 2048 tokens, with matches and view", samples, "")
+
+
+def _measure_crowd(plan: Plan, fleet: FleetView) -> Iterator[Figure]:
+    """A prompt that begins with what every worker holds, as a system prompt soon is."""
+    random, shared = np.random.default_rng(plan.seed), CROWD_TOKENS // plan.block_size // 2
+    keys, prompt = random.bytes(2 * shared * KEY_BYTES), tuple(range(CROWD_TOKENS))
+    known = PrefixMap(plan.blocks)
+    for worker in fleet.workers:
+        part = keys[: shared * KEY_BYTES]
+        known.apply(worker.info.name, KvSnapshot(0, Tier.GPU, part, first=True, last=True))
+
+    def decide(number: int) -> None:
+        matches = known.matches(keys)
+        asked = RouteRequest(
+            str(number), prompt, ANSWER_TOKENS, number=number, keys=keys, matches=matches
+        )
+        route(asked, fleet, 0.0, RouteOptions(local_tokens=0))
+
+    samples = timed(partial(decide, number) for number in range(ROUNDS))
+    name = f"{CROWD_TOKENS} tokens that begin with what all hold"
+    yield from latencies("decisions", name, samples, "p99 < 1 ms")
 
 
 def _decide_small(plan: Plan) -> Callable[[], object]:

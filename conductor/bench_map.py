@@ -138,7 +138,7 @@ def _match(cluster: _Cluster, plan: Plan, prompts: list[bytes]) -> Iterator[Figu
     samples = timed([partial(cluster.view.matches, prompts[0])] * len(prompts))
     yield from latencies(PART, "the same prompt again and again", samples, "")
     found = cluster.view.matches(prompts[0])
-    yield Figure(PART, "holders in its answer", len(found), "")
+    yield Figure(PART, "holders in its answer", len(list(found)), "")
 
 
 def _match_uneven(cluster: _Cluster, plan: Plan) -> Iterator[Figure]:

@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from heapq import nsmallest
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
+
+from baton.types.fleet import KvLayout
 from baton.types.kv_events import Tier
 from baton.types.link import FetchPart
 from conductor.cost_model import TransferCost, TransferCosts
-from conductor.prefix_map import Match
+from conductor.matches import Matches
+from conductor.own_blocks import Crowd, OwnBlocks
 from conductor.views import FleetView, Pool, WorkerView
 
 # Mooncake's kvcache_balancing_threshold. Theirs compares lengths of matches; ours the prefill times
@@ -103,7 +106,7 @@ class _Stretch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What the cluster holds of a prompt: `own` in workers' pools by name, `sources` to fetch from.
+    """What the cluster holds of a prompt: `own` in workers' pools, `sources` to fetch from.
 
     The last `expected` blocks of `own` are in prompts that the worker has yet to compute, before
     this one; nobody can fetch these. Counts are in blocks; the prompt's last token is never among
@@ -112,15 +115,14 @@ class Prefix:
     """
 
     prompt_tokens: int
-    own: dict[str, int]
+    own: OwnBlocks
     sources: tuple[Source, ...] = ()
     expected: Mapping[str, int] = field(default_factory=lambda: NOTHING)
     near_only: bool = False
 
     def longest(self, workers: Pool, count: int) -> Sequence[WorkerView]:
         """Those of `workers` with the longest matches, the longest first."""
-        holders = workers.among(self.own)
-        return nsmallest(count, holders, key=lambda w: (-self.own[w.info.name], w.info.name))
+        return workers.most(self.own.within(workers), count)
 
     def limited(self, fetch: Fetch) -> Prefix:
         """The same, where that is allowed."""
@@ -132,33 +134,38 @@ class Prefix:
 
 def find_prefix(
     prompt_tokens: int,
-    matches: Sequence[Match],
+    layout: KvLayout,
+    matches: Matches,
     fleet: FleetView,
     avoid: frozenset[str] = frozenset(),
     computing: Mapping[str, int] = NOTHING,
 ) -> Prefix:
-    """`matches` of live holders, longest first, as far as they can be used; nothing is fetched from
-    those to avoid. `computing`: blocks in prompts that workers have been given, by name."""
-    own: dict[str, int] = {}
+    """`matches` of live holders, as far as they can be used; nothing is fetched from those to
+    avoid. `computing`: blocks in prompts that workers have been given, by name."""
+    usable = (prompt_tokens - 1) // layout.block_size
+    if usable < 1:
+        return Prefix(prompt_tokens, OwnBlocks({}))
+    few: dict[str, int] = {}
     sources: list[Source] = []
-    holders = fleet.find_all([match.holder for match in matches])
-    for match, holder in zip(matches, holders, strict=True):
+    crowd = None
+    if matches.is_crowd:
+        crowd = Crowd(matches.roster, np.minimum(matches.lengths(), usable))
+    for match in matches:
+        holder = fleet.find(match.holder)
         if holder is None:
             continue
-        blocks = min(match.blocks, (prompt_tokens - 1) // holder.info.layout.block_size)
-        if blocks > 0:
-            own[match.holder] = max(blocks, own.get(match.holder, 0))
-            if len(sources) < MAX_SOURCES and match.holder not in avoid:
-                sources.append(Source(holder, match.tier, blocks))
-    expected: dict[str, int] = {}
+        blocks = min(match.blocks, usable)
+        few[match.holder] = max(blocks, few.get(match.holder, 0))
+        if len(sources) < MAX_SOURCES and match.holder not in avoid:
+            sources.append(Source(holder, match.tier, blocks))
+            if crowd is not None and len(sources) == MAX_SOURCES:
+                break  # the others are counted
+    own, expected = OwnBlocks(few, crowd), {}
     for name, blocks in computing.items():
-        worker = fleet.find(name)
-        if worker is None:
-            continue
-        more = min(blocks, (prompt_tokens - 1) // worker.info.layout.block_size) - own.get(name, 0)
-        if more > 0:
-            own[name] = own.get(name, 0) + more
-            expected[name] = more
+        known = own.of(name)
+        if min(blocks, usable) > known and fleet.find(name) is not None:
+            few[name] = min(blocks, usable)
+            expected[name] = few[name] - known
     return Prefix(prompt_tokens, own, tuple(sources), expected)
 
 
@@ -171,7 +178,7 @@ def estimate(
 ) -> tuple[Candidate, tuple[FetchPart, ...]]:
     """What to expect of `worker`, and what it should fetch for that."""
     size = worker.info.layout.block_size
-    own = prefix.own.get(worker.info.name, 0)
+    own = prefix.own.of(worker.info.name)
     cost = worker.cost.prefill
     prompt = prefix.prompt_tokens
     alone_s = best_s = cost.seconds(prompt - own * size, own * size)

@@ -46,13 +46,23 @@ def fastest_bits(reached: int) -> list[int]:
 
 def bits_of(members: int) -> list[int]:
     """Numbers of the bits that are set, ascending."""
-    return _few_bits(members) if members.bit_count() <= _FEW else _many_bits(members)
+    if members.bit_count() <= _FEW:
+        return _few_bits(members)
+    bits: list[int] = _many_bits(members).tolist()
+    return bits
 
 
 def pair_of(bit: int) -> tuple[int, Tier]:
     """(holder, tier) that the bit with this number stands for."""
     holder, tier = divmod(bit, _NUM_TIERS)
     return holder, TIERS[tier]
+
+
+def holders_in(members: int) -> list[int] | npt.NDArray[np.int64]:
+    """Of every bit, the holder that it stands for."""
+    if members.bit_count() <= _FEW:
+        return [bit // _NUM_TIERS for bit in _few_bits(members)]
+    return _many_bits(members) // _NUM_TIERS
 
 
 def _few_bits(members: int) -> list[int]:
@@ -63,11 +73,10 @@ def _few_bits(members: int) -> list[int]:
     return bits[::-1]
 
 
-def _many_bits(members: int) -> list[int]:
+def _many_bits(members: int) -> npt.NDArray[np.int64]:
     size = -(-members.bit_length() // 8)
     octets = np.frombuffer(members.to_bytes(size, "little"), np.uint8)
-    bits: list[int] = np.flatnonzero(np.unpackbits(octets, bitorder="little")).tolist()
-    return bits
+    return np.flatnonzero(np.unpackbits(octets, bitorder="little"))
 
 
 def _every(members: int, tiers: int) -> int:

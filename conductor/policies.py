@@ -100,9 +100,10 @@ def choose_alone(policy: RoutePolicy, workers: Pool, blocks: int, question: Ques
         return _just(_least_busy(roomy, question.key), "least-loaded", question)
     least = _least_busy(_about_as_fast(roomy), question.key)
     most = least.sequences + max(CLOSE_SEQUENCES, least.sequences // 4)
-    holders = [w.info.name for w in roomy.among(question.prefix.own) if w.sequences <= most]
+    holds = question.prefix.own.within(roomy) > 0
+    close = roomy.column(Column.SEQUENCES) <= most
     as_idle = roomy.column(Column.DECODE_LOAD) <= least.decode_load
-    return _by_ttft(roomy.where(as_idle | roomy.named(holders)), question)
+    return _by_ttft(roomy.where(as_idle | (holds & close)), question)
 
 
 def least_queued(workers: Pool, question: Question) -> WorkerView:
@@ -190,12 +191,10 @@ def _least_busy(workers: Pool, key: str) -> WorkerView:
 
 def _close_holder(least: WorkerView, workers: Pool, prefix: Prefix) -> WorkerView:
     """The holder of the longest match that is about as busy as the least busy worker."""
-    best, best_blocks = least, prefix.own.get(least.info.name, 0)
-    for worker in workers.among(prefix.own):
-        blocks = prefix.own[worker.info.name]
-        if blocks > best_blocks and worker.sequences <= least.sequences + CLOSE_SEQUENCES:
-            best, best_blocks = worker, blocks
-    return best
+    blocks = prefix.own.within(workers)
+    blocks[workers.column(Column.SEQUENCES) > least.sequences + CLOSE_SEQUENCES] = 0
+    first = int(blocks.argmax())
+    return workers[first] if blocks[first] > prefix.own.of(least.info.name) else least
 
 
 def _just(worker: WorkerView, reason: str, question: Question) -> Choice:

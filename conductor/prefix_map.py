@@ -14,20 +14,10 @@ from dataclasses import dataclass
 from baton.hashing import KEY_BYTES
 from baton.types.kv_events import KvEvents, KvSnapshot, Tier
 from conductor.block_index import BlockIndex, Change
-from conductor.holder_sets import bits_of, fastest_bits, pair_bit, pair_of
+from conductor.holder_sets import bits_of, pair_bit, pair_of
+from conductor.matches import NO_MATCHES, Matches, Roster
 
 _QUEUED_BYTES = 16384  # of keys: what a look-up may have to wait for, about 0.3 ms
-_CROWD = 64  # so many holders of one prefix: their matches are worth keeping
-_MAX_CROWDS = 64  # prefixes; the oldest goes first
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The leading blocks of a chain that a holder has, each in `tier` or in a faster one."""
-
-    holder: str  # worker or store
-    tier: Tier  # slowest tier among those blocks
-    blocks: int  # > 0
 
 
 @dataclass(slots=True)
@@ -55,12 +45,12 @@ class PrefixMap:
         self._index = BlockIndex(max_blocks)
         self._holders: dict[str, _Holder] = {}
         self._names: list[str] = []  # by index
+        self._roster: Roster | None = None  # None: somebody has come or gone
         self._free_indices: list[int] = []
         self._added: list[Change] = []
         self._removed: list[Change] = []
         self._removing: list[_Holder] = []
         self._queued_bytes = 0
-        self._crowds: dict[int, dict[int, Match]] = {}  # by blocks, then by bit
 
     @property
     def num_blocks(self) -> int:
@@ -112,17 +102,15 @@ class PrefixMap:
         if known is not None:
             self._flush()
             self._index.drop(known.index)
+            self._roster = None
             self._free_indices.append(known.index)
 
-    def matches(self, keys: bytes) -> tuple[Match, ...]:
-        """Who has how much of the beginning of this chain, longest first.
-
-        A holder that has more of it when slower tiers count, too, is there once per such tier.
-        """
+    def matches(self, keys: bytes) -> Matches:
+        """Who has how much of the beginning of this chain."""
         self._flush()
         runs, blocks = self._index.reaches(keys)
         if not blocks:
-            return ()
+            return NO_MATCHES
         ended: list[tuple[int, int]] = []
         _, active = next(runs)
         for start, reached in runs:
@@ -132,11 +120,14 @@ class PrefixMap:
                 active = kept
                 if not active:
                     break
-        ended.append((blocks, active))
-        matches: list[Match] = []
-        for length, reached in reversed(ended):
-            matches += self._matches_of(reached, length)
-        return tuple(matches)
+        if active:
+            ended.append((blocks, active))
+        return Matches(self._names_now(), tuple(reversed(ended)))
+
+    def knows(self, key: bytes) -> bool:
+        """Whether anybody has this block."""
+        self._flush()
+        return bool(self._index.members(key))
 
     def holders(self, key: bytes) -> tuple[tuple[str, Tier], ...]:
         """Everybody who has this block, and where."""
@@ -144,25 +135,11 @@ class PrefixMap:
         pairs = map(pair_of, bits_of(self._index.members(key)))
         return tuple((self._names[index], tier) for index, tier in pairs)
 
-    def _matches_of(self, reached: int, blocks: int) -> list[Match]:
-        """Those who have exactly so many blocks."""
-        bits = fastest_bits(reached)
-        if len(bits) < _CROWD:
-            return [self._match(bit, blocks) for bit in bits]
-        # A system prompt that all have: the same thousand matches for every request.
-        made = self._crowds.get(blocks)
-        if made is None:
-            if len(self._crowds) == _MAX_CROWDS:
-                del self._crowds[next(iter(self._crowds))]
-            made = self._crowds[blocks] = {}
-        for bit in bits:
-            if bit not in made:
-                made[bit] = self._match(bit, blocks)
-        return [made[bit] for bit in bits]
-
-    def _match(self, bit: int, blocks: int) -> Match:
-        index, tier = pair_of(bit)
-        return Match(self._names[index], tier, blocks)
+    def _names_now(self) -> Roster:
+        if self._roster is None:
+            index_of = {name: holder.index for name, holder in self._holders.items()}
+            self._roster = Roster(tuple(self._names), index_of)
+        return self._roster
 
     def _queue(self, holder: _Holder, tier: Tier, added: bytes, removed: bytes) -> None:
         if len(added) % KEY_BYTES or len(removed) % KEY_BYTES:
@@ -195,8 +172,8 @@ class PrefixMap:
         self._index.tidy()
 
     def _new_index(self, name: str) -> int:
+        self._roster = None
         if self._free_indices:
-            self._crowds.clear()
             index = self._free_indices.pop()
             self._names[index] = name
             return index

@@ -30,7 +30,7 @@ async def prompt_keys(
     keys: list[bytes] = []
     while len(keys) < full:
         if keys:
-            if not prefix_map.holders(parent):
+            if not prefix_map.knows(parent):
                 break
             await asyncio.sleep(0)
         end = min(len(keys) + STRETCH_BLOCKS, full)

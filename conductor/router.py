@@ -14,6 +14,7 @@ from baton.hashing import KEY_BYTES
 from baton.types.fleet import Role
 from baton.types.link import FetchPart
 from conductor.estimate import NOTHING, Arrival, Candidate, Fetch, estimate, find_prefix
+from conductor.matches import NO_MATCHES, Matches
 from conductor.policies import (
     Choice,
     Question,
@@ -22,7 +23,6 @@ from conductor.policies import (
     choose_decode,
     choose_prefill,
 )
-from conductor.prefix_map import Match
 from conductor.views import Column, FleetView, Pool, WorkerView
 
 GROUP_BLOCKS = 4  # the leading blocks that make a prefix group
@@ -75,7 +75,7 @@ class RouteRequest:
     number: int = 0
     priority: int = 0
     keys: bytes = b""
-    matches: tuple[Match, ...] = ()
+    matches: Matches = NO_MATCHES
     computing: Mapping[str, int] = field(default_factory=lambda: NOTHING)
 
     @property
@@ -153,7 +153,10 @@ def route(
     decoders = _fitting(fleet.live(Role.DECODE), total, request.avoid)
     if not decoders:
         raise NoWorker(_why_none(fleet))
-    known = find_prefix(prompt_tokens, request.matches, fleet, request.avoid, request.computing)
+    layout = decoders[0].info.layout
+    known = find_prefix(
+        prompt_tokens, layout, request.matches, fleet, request.avoid, request.computing
+    )
     prefix = known.limited(options.fetch)
     question = Question(
         request.key,
@@ -163,7 +166,7 @@ def route(
         prefix,
         fleet,
     )
-    blocks = decoders[0].info.layout.blocks_for(total)
+    blocks = layout.blocks_for(total)
     prefillers = _fitting(fleet.live(Role.PREFILL), prompt_tokens + 1, request.avoid)
     if not prefillers:
         choice = choose_alone(options.policy, decoders, blocks, question)
@@ -188,7 +191,7 @@ def _without_hop(decode: WorkerView, question: Question, options: RouteOptions) 
     if most == 0:
         return None
     prompt = question.prefix.prompt_tokens
-    own = question.prefix.own.get(decode.info.name, 0) * decode.info.layout.block_size
+    own = question.prefix.own.of(decode.info.name) * decode.info.layout.block_size
     if not question.prefix.sources and prompt - own > (most or LOCAL_TOKENS):
         return None
     transfers = question.fleet.transfers

@@ -19,13 +19,13 @@ import xxhash
 from baton.types.fleet import BlockState, Peer, Role, WorkerInfo, WorkerLoad, WorkerState
 from conductor.backlog import EMPTY, Backlog, Turn
 from conductor.cost_model import UNKNOWN_TRANSFERS, UNKNOWN_WORKER, TransferCosts, WorkerCost
+from conductor.matches import Counts, Roster
 from conductor.ring import Ring
 
 Floats = npt.NDArray[np.float64]
 Places = npt.NDArray[np.intp]
 
 _USED = frozenset({BlockState.ACTIVE, BlockState.LEASED, BlockState.QUARANTINED})
-_MANY = 64  # names, from where on it is faster to have all workers in a dictionary
 _SIXTEENTHS = 1 << 10  # more than a pool has
 
 
@@ -108,6 +108,7 @@ class Column(IntEnum):
     FREE_AT = 3
     QUEUED_TOKENS = 4
     TPOT_S = 5
+    SEQUENCES = 6
 
 
 def _column_values(worker: WorkerView) -> tuple[float, ...]:
@@ -118,6 +119,7 @@ def _column_values(worker: WorkerView) -> tuple[float, ...]:
         worker.free_at,
         worker.queued_tokens,
         worker.tpot_s,
+        worker.sequences,
     )
 
 
@@ -130,6 +132,14 @@ class _Crew:
         self.by_name: list[int] = sorted(range(len(names)), key=names.__getitem__)
         self.rank: Places = np.argsort(np.array(self.by_name, np.intp))  # of each, by name
         self._workers = workers
+        self._indices: tuple[Roster, Places] | None = None
+
+    def indices(self, roster: Roster) -> Places:
+        """Of each, its index there; -1 of those that are not in it. Kept: rosters change rarely."""
+        if self._indices is None or self._indices[0] is not roster:
+            found = [roster.index_of.get(name, -1) for name in self.place]
+            self._indices = (roster, np.array(found, np.intp))
+        return self._indices[1]
 
     @cached_property
     def nodes(self) -> Mapping[str, list[int]]:
@@ -197,11 +207,24 @@ class Pool(Sequence[WorkerView]):
         row: Floats = self._table[which]
         return row if self._places is None else row[self._places]
 
+    def indices(self, roster: Roster) -> Places:
+        """[workers]: the index of each there, or -1; not to be written to."""
+        indices = self._crew.indices(roster)
+        return indices if self._places is None else indices[self._places]
+
+    def by_name(self, values: Mapping[str, int]) -> Counts:
+        """[workers]: the value of each, 0 where there is none."""
+        column = np.zeros(len(self._views), np.int64)
+        for name, value in values.items():
+            if (place := self._crew.place.get(name)) is not None:
+                column[place] = value
+        return column if self._places is None else column[self._places]
+
     def where(self, kept: npt.NDArray[np.bool_]) -> Pool:
         """Part of it: `kept` [workers] says which."""
         if np.count_nonzero(kept) == len(kept):
             return self
-        places = np.flatnonzero(kept)
+        places = kept.nonzero()[0]
         if self._places is not None:
             places = self._places[places]
         return Pool(self._crew, self._views, self._table, places)
@@ -212,6 +235,19 @@ class Pool(Sequence[WorkerView]):
             return self
         values = self.column(which)
         return self.where(values == values.min())
+
+    def most(self, values: Counts, count: int) -> list[WorkerView]:
+        """Those with the largest of `values` [workers], the largest first, equal ones by name: so
+        many, if as many have more than 0."""
+        having = values.nonzero()[0]
+        if having.size > 1:
+            ranks = self._crew.rank if self._places is None else self._crew.rank[self._places]
+            order = ranks[having] - values[having] * len(self._views)
+            if having.size > count:
+                first = np.argpartition(order, count)[:count]
+                having, order = having[first], order[first]
+            having = having[order.argsort()]
+        return [self[place] for place in having.tolist()]
 
     def drawn(self, key: str) -> WorkerView:
         """One of them by the hash of `key`, whatever their order."""
@@ -237,18 +273,9 @@ class Pool(Sequence[WorkerView]):
         marks[[self._crew.place[name] for name in names if name in self._crew.place]] = True
         return marks if self._places is None else marks[self._places]
 
-    def among(self, names: Iterable[str]) -> list[WorkerView]:
-        """Those of these names."""
-        places = self._crew.place
-        return self._at([places[name] for name in names if name in places])
-
     def on_nodes(self, nodes: Iterable[str]) -> list[WorkerView]:
         known = self._crew.nodes
-        return self._at([place for node in nodes for place in known.get(node, ())])
-
-    def _at(self, places: list[int]) -> list[WorkerView]:
-        """Those of these places that are in this pool."""
-        places.sort()
+        places = sorted([place for node in nodes for place in known.get(node, ())])
         if self._places is not None:
             marks = np.zeros(len(self._views), np.bool_)
             marks[self._places] = True
@@ -308,15 +335,6 @@ class FleetView:
 
     def live(self, role: Role) -> Pool:
         return self.pools[role]
-
-    def find_all(self, names: Sequence[str]) -> list[WorkerView | None]:
-        """As `find`, of each."""
-        if len(names) < _MANY:
-            return [self.find(name) for name in names]
-        known: dict[str, WorkerView] = {}
-        for pool in self.pools.values():
-            known.update(zip(pool.names, pool, strict=True))
-        return list(map(known.get, names))
 
     def find(self, name: str) -> WorkerView | None:
         """The live worker or store of that name."""

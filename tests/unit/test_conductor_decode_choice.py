@@ -18,6 +18,13 @@ def test_decode_prefers_the_prefix_among_those_that_are_as_busy() -> None:
     assert ask(*workers, held={"d1": 9}).decode.info.name != "d1"
 
 
+def test_of_those_that_hold_as_much_the_least_busy_one_decodes() -> None:
+    workers = [prefill("p0"), decode("d0", own_attempts=1), decode("d1"), decode("d2")]
+    for key in map(str, range(8)):  # drawn among the least busy
+        least = ask(*workers, key=key).decode.info.name
+        assert ask(*workers, key=key, held={"d0": 9, least: 9}).decode.info.name == least
+
+
 def test_decode_does_not_wait_for_a_slow_worker_that_holds_the_prefix() -> None:
     slow = WorkerCost(PrefillCost(), DecodeCost(0.2, 1e-3, 99))
     workers = (prefill("p0"), decode("d0"), decode("d1", cost=slow))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.types.fleet import Role, WorkerLoad, WorkerState
-from baton.types.kv_events import Tier
+from baton.types.kv_events import KvSnapshot, Tier
 from conductor.backlog import Ahead, Backlog
 from conductor.cost_model import (
     DecodeCost,
@@ -21,7 +22,7 @@ from conductor.cost_model import (
 )
 from conductor.estimate import DUE_S, Fetch
 from conductor.policies import RoutePolicy
-from conductor.prefix_map import Match
+from conductor.prefix_map import PrefixMap
 from conductor.ring import Ring
 from conductor.router import Decision, RouteOptions, RouteRequest, route
 from conductor.views import FleetView, WorkerView
@@ -30,6 +31,7 @@ from tests.fake_worker import BLOCK_SIZE, layout, worker_info
 BYTES = layout().block_bytes
 MEASURED = WorkerCost(PrefillCost(0.0, 1e-3, 0.0, 99), DecodeCost(0.02, 1e-3, 99))
 BLOCK_S = 1e-3 * BLOCK_SIZE  # to compute a block
+CHAIN = Random(0).randbytes(16 * 1000)  # keys of a prompt's blocks
 ROOM = {"num_blocks": 4096, "max_model_len": 65536}
 
 
@@ -101,11 +103,10 @@ def ask(
     **request: object,
 ) -> Decision:
     """Route a prompt of `blocks` full blocks and a tail, of which `held` says who has how much."""
-    matches = [
-        Match(name, (tiers or {}).get(name, Tier.GPU), count)
-        for name, count in (held or {}).items()
-    ]
-    matches.sort(key=lambda match: -match.blocks)
+    known = PrefixMap(1000)
+    for name, count in (held or {}).items():
+        tier = (tiers or {}).get(name, Tier.GPU)
+        known.apply(name, KvSnapshot(0, tier, CHAIN[: 16 * count], first=True, last=True))
     names = [w.info.name for w in workers if w.info.role is Role.PREFILL]
     fleet = FleetView(workers, Ring.of(names) if ring and names else None, costs or transfers())
     wanted = RouteRequest(
@@ -113,7 +114,7 @@ def ask(
         prompt=tuple(range(blocks * BLOCK_SIZE + tail)),
         max_tokens=10,
         keys=group,
-        matches=tuple(matches),
+        matches=known.matches(CHAIN),
         **request,  # type: ignore[arg-type]
     )
     return route(wanted, fleet, 0.0, RouteOptions(policy, local, fetch, patience))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from baton.types.fleet import BlockState, Role, WorkerLoad, WorkerState
 from conductor.backlog import Ahead, Backlog
 from conductor.cost_model import DecodeCost, WorkerCost
+from conductor.matches import Roster
 from conductor.views import Board, Column, FleetView, Pool, WorkerView
 from tests.fake_worker import worker_info
 
@@ -22,6 +23,7 @@ PLAIN: dict[Column, Callable[[WorkerView], float]] = {
     Column.FREE_AT: lambda worker: worker.free_at,
     Column.QUEUED_TOKENS: lambda worker: worker.queued_tokens,
     Column.TPOT_S: lambda worker: worker.tpot_s,
+    Column.SEQUENCES: lambda worker: worker.sequences,
 }
 few = st.integers(0, 3)  # so that many are alike
 
@@ -108,11 +110,35 @@ def test_workers_are_found_by_name_and_by_node(
 ) -> None:
     pool, plain = part
     names |= set(named(plain[::2]))
-    assert list(pool.among(names)) == [w for w in plain if w.info.name in names]
     assert pool.named(names).tolist() == [w.info.name in names for w in plain]
     assert pool.on_nodes(nodes) == [w for w in plain if w.info.node in nodes]
     for name in names:
         assert pool.find(name) is next((w for w in plain if w.info.name == name), None)
+
+
+@given(parts(), st.dictionaries(st.integers(0, 99).map("w{}".format), few), st.integers(1, 3))
+def test_who_has_most_is_first_and_of_equal_ones_by_name(
+    part: tuple[Pool, list[WorkerView]], values: dict[str, int], count: int
+) -> None:
+    pool, plain = part
+    values |= dict.fromkeys(named(plain[::2]), 2)
+    column = pool.by_name(values)
+    assert column.tolist() == [values.get(name, 0) for name in named(plain)]
+    having = [w for w in plain if values.get(w.info.name)]
+    having.sort(key=lambda w: (-values[w.info.name], w.info.name))
+    assert pool.most(column, count) == having[:count]
+
+
+@given(parts(), st.lists(st.integers(0, 99).map("w{}".format), unique=True))
+def test_a_roster_tells_the_index_of_each(
+    part: tuple[Pool, list[WorkerView]], names: list[str]
+) -> None:
+    pool, plain = part
+    for known in (names, named(plain), names[1:]):  # rosters change while the pool stays
+        index_of = {name: index for index, name in enumerate(known)}
+        roster = Roster(tuple(known), index_of)
+        found = [index_of.get(worker.info.name, -1) for worker in plain]
+        assert pool.indices(roster).tolist() == pool.indices(roster).tolist() == found
 
 
 @given(fleets, st.data())
@@ -142,5 +168,3 @@ def test_a_fleet_has_the_live_workers_of_each_role(workers: list[WorkerView]) ->
     for worker in workers:
         found = worker if worker.state is WorkerState.LIVE else None
         assert fleet.find(worker.info.name) is found
-        assert fleet.find_all([worker.info.name, "?"] * 50) == [found, None] * 50
-        assert fleet.find_all([worker.info.name, "?"]) == [found, None]

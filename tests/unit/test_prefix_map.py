@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from baton.types.kv_events import KvEvents, KvSnapshot, Tier
 from conductor import holder_sets
-from conductor.prefix_map import Match, PrefixMap
+from conductor.matches import Match
+from conductor.prefix_map import PrefixMap
 
 PLENTY = 50_000
 HOLDERS = ("prefill-0", "prefill-1", "decode-0", "store-0")
@@ -107,10 +108,18 @@ def check(real: PrefixMap, naive: Naive, everything: bool = True) -> None:
 
 
 def check_matches(real: PrefixMap, naive: Naive, chain: bytes) -> None:
-    found = real.matches(chain)
+    matches = real.matches(chain)
+    found = list(matches)
     assert len(set(found)) == len(found)
     assert set(found) == naive.matches(chain)
     assert [match.blocks for match in found] == sorted((m.blocks for m in found), reverse=True)
+    lengths, index_of = matches.lengths().tolist(), matches.roster.index_of
+    assert lengths[-1] == 0
+    for holder in HOLDERS:
+        longest = max((match.blocks for match in found if match.holder == holder), default=0)
+        assert lengths[index_of.get(holder, -1)] == longest
+    for one in cut(chain):
+        assert real.knows(one) is bool(naive.holders(one))
 
 
 @st.composite
@@ -192,17 +201,23 @@ def test_a_run_in_a_faster_tier_is_told_besides_the_longer_one() -> None:
     view = one_holder()
     view.apply("a", KvEvents(1, Tier.GPU, keys(range(3))))
     view.apply("a", KvEvents(2, Tier.NVME, keys(range(2, 9))))
-    assert view.matches(keys(range(20))) == (Match("a", Tier.NVME, 9), Match("a", Tier.GPU, 3))
+    assert tuple(view.matches(keys(range(20)))) == (
+        Match("a", Tier.NVME, 9),
+        Match("a", Tier.GPU, 3),
+    )
     view.apply("a", KvEvents(3, Tier.CPU, keys([0]), b""))
     view.apply("a", KvEvents(4, Tier.GPU, b"", keys([0])))
-    assert view.matches(keys(range(20))) == (Match("a", Tier.NVME, 9), Match("a", Tier.CPU, 3))
+    assert tuple(view.matches(keys(range(20)))) == (
+        Match("a", Tier.NVME, 9),
+        Match("a", Tier.CPU, 3),
+    )
 
 
 def test_a_holder_without_the_first_block_has_nothing_to_offer() -> None:
     view = one_holder()
     view.apply("a", KvEvents(1, Tier.GPU, keys(range(1, 50))))
-    assert view.matches(keys(range(50))) == ()
-    assert view.matches(b"") == ()
+    assert tuple(view.matches(keys(range(50)))) == ()
+    assert tuple(view.matches(b"")) == ()
 
 
 def test_half_a_key_is_refused_at_once() -> None:
@@ -232,7 +247,7 @@ def test_dropped_holders_leave_no_block_and_no_name_behind() -> None:
     view.drop("a")
     assert view.num_blocks == view.num_entries == 0
     view.apply("b", KvSnapshot(0, Tier.CPU, keys(range(10)), first=True, last=True))
-    assert view.matches(keys(range(3000))) == (Match("b", Tier.CPU, 10),)
+    assert tuple(view.matches(keys(range(3000)))) == (Match("b", Tier.CPU, 10),)
     # Whoever comes next may use the space, in small steps or when it is needed.
     for number in range(1, 400):
         assert view.apply("b", KvEvents(number, Tier.CPU, keys([number])))
@@ -247,7 +262,7 @@ def test_a_full_map_takes_the_space_of_dropped_holders() -> None:
     view.drop("a")
     view.apply("b", KvSnapshot(0, Tier.GPU, keys(range(2000, 3000)), first=True, last=True))
     assert (view.num_blocks, view.dropped) == (1000, 500)
-    assert view.matches(keys(range(2000, 3000))) == (Match("b", Tier.GPU, 1000),)
+    assert tuple(view.matches(keys(range(2000, 3000)))) == (Match("b", Tier.GPU, 1000),)
 
 
 def test_it_grows_and_still_knows_everything() -> None:
@@ -258,10 +273,10 @@ def test_it_grows_and_still_knows_everything() -> None:
         chain = keys(range((number - 1) * count // 30, number * count // 30))
         assert view.apply("a", KvEvents(number, Tier.GPU, chain))
     assert view.num_blocks == view.num_entries == count
-    assert view.matches(keys(range(count))) == (Match("a", Tier.GPU, count),)
+    assert tuple(view.matches(keys(range(count)))) == (Match("a", Tier.GPU, count),)
     assert before < view.memory_bytes < 100 * count
     view.apply("a", KvEvents(31, Tier.GPU, b"", keys(range(1, count))))
-    assert view.matches(keys(range(count))) == (Match("a", Tier.GPU, 1),)
+    assert tuple(view.matches(keys(range(count)))) == (Match("a", Tier.GPU, 1),)
     assert view.num_blocks == 1
 
 
@@ -305,13 +320,16 @@ def test_many_holders_of_one_prefix() -> None:
             name, KvSnapshot(0, Tier.GPU, keys(range(20 + number % 3)), first=True, last=True)
         )
     matches = view.matches(keys(range(100)))
+    assert matches.is_crowd
     assert {match.holder: match.blocks for match in matches} == {
         name: 20 + number % 3 for number, name in enumerate(names)
     }
-    assert matches == view.matches(keys(range(100)))
     view.drop(names[0])
     view.apply("new", KvSnapshot(0, Tier.CPU, keys(range(20)), first=True, last=True))
     assert {match.holder for match in view.matches(keys(range(100)))} == {*names[1:], "new"}
+    assert {match.holder for match in matches} == set(names)  # as it was when it was asked
+    view.apply("newer", KvSnapshot(0, Tier.CPU, keys(range(20)), first=True, last=True))
+    assert view.matches(keys(range(100))).roster.index_of["newer"] == len(names)
     assert view.num_blocks == 22
 
 
