@@ -88,7 +88,7 @@ class BlockIndex:
         ids = self._leading_ids(keys)
         changes = np.ones(ids.size, np.bool_)
         changes[1:] = ids[1:] != ids[:-1]
-        starts = np.flatnonzero(changes)
+        starts = changes.nonzero()[0]
         sets = map(self._sets.reach.__getitem__, ids[starts].tolist())
         return zip(starts.tolist(), sets, strict=True), ids.size
 
@@ -100,7 +100,7 @@ class BlockIndex:
             end = begin + count
             ids = self._table.find(low[begin:end], high[begin:end])[1]
             unknown = self._sets.vacant[ids]
-            if unknown.any():
+            if np.count_nonzero(unknown):
                 parts.append(ids[: unknown.argmax()])
                 break
             parts.append(ids)

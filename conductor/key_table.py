@@ -147,7 +147,7 @@ class KeyTable:
     def _find_in(self, row: Positions, low: U64, high: U64) -> tuple[Positions, U32]:
         """As `find`, of keys that are looked for in one row each."""
         hits = (self._low.take(row, axis=0) == low[:, None]).view(np.uint64).reshape(-1)
-        if (hits & (hits - _ONE)).any():
+        if np.count_nonzero(hits & (hits - _ONE)):
             # Half a key was not enough. Zeros look like free slots, too.
             same = self._low[row] == low[:, None]
             same &= self._high[row] == high[:, None]
