@@ -171,7 +171,7 @@ class Cluster:
             hosted.memory.buffer[:] = 0xEE  # type: ignore[index]
         if name in self.disks and self.disks[name].crash():
             del self._areas[name]  # the machine went with it
-        self.network.services.kill(name)
+        self.network.kill(name)
 
     # -- assembling ----------------------------------------------------------------------------
 

@@ -66,6 +66,12 @@ class Network:
         """When somebody last did what keeps the lease of published KV alive; None: never."""
         return self._renewed.get((publisher, attempt))
 
+    def kill(self, name: str) -> None:
+        """The process is gone, and its leases with it: another life may get the same attempt."""
+        self.services.kill(name)
+        for key in [key for key in self._renewed if key[0] == name]:
+            del self._renewed[key]
+
     def open_registry(self) -> RegistryServer:
         """Empty, with a clock of its own. Its address is `baton.rpc.registry_memory.ADDRESS`."""
         return RegistryServer(lambda: self._loop.now)

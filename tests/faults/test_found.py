@@ -25,7 +25,7 @@ from conductor.answer_run import AnswerRun
 from conductor.link import Stage
 from conductor.retries import Tries
 from sim.checks import NEWS_S, RELEASE_S, Ending
-from sim.network import Incident
+from sim.network import Incident, Network
 from sim.plan import Plan, Shape, make_plan
 from sim.plan_conductors import make_plan_of_several
 from sim.run import IDLE_S, _Run, run_plan
@@ -125,6 +125,12 @@ def a_number_was_used_by_two_connections(patch: Patch) -> None:
     patch.setattr(AnswerRun, "follow", lambda run, older: None)
 
 
+def leases_were_those_of_a_life_before(patch: Patch) -> None:
+    """A prefill worker was killed, and its next life got an attempt of the same number: the lease
+    seemed to have been silent since the first."""
+    patch.setattr(Network, "kill", lambda network, name: network.services.kill(name))
+
+
 MakePlan = Callable[[int], Plan]
 
 
@@ -143,6 +149,7 @@ RULES: dict[Callable[[Patch], None], tuple[MakePlan, int]] = {
     a_worker_became_slow_when_the_request_had_ended: (without_disks, 5562),
     steps_were_thought_shorter: (make_plan, 11295),
     conductors_noticed_at_once_that_a_client_had_gone: (make_plan_of_several, 15620),
+    leases_were_those_of_a_life_before: (make_plan_of_several, 482),
 }
 FOUND = BUGS | RULES
 MORE_SEEDS = [
