@@ -141,7 +141,6 @@ def test_every_file_of_a_package_is_installed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(ROOT)
     distribution = Distribution({"script_name": "setup.py"})
     distribution.parse_config_files()
-    distribution.include_package_data = False  # else it writes a list of files into the checkout
     build = distribution.get_command_obj("build_py")
     build.ensure_finalized()
     modules = {file for _, _, file in build.find_all_modules()}
