@@ -1,6 +1,6 @@
 # Conductors and stores everywhere, and workers on CPUs:  docker build -f deploy/docker/cpu.Dockerfile -t baton:0.1.0-cpu .
 # TORCH_INDEX=URL of PyTorch's index of CPU builds saves gigabytes.
-FROM python:3.11.14-slim-bookworm AS build
+FROM python:3.11.15-slim-bookworm AS build
 ARG TORCH_INDEX=
 # The compiler is for the native operations; it stays behind.
 RUN apt-get update \
@@ -18,7 +18,7 @@ RUN pip uninstall --yes nixl-cu12 \
  && cd /opt/baton/lib/python3.11/site-packages \
  && rm -r torch/test nixl_ep_cu13
 
-FROM python:3.11.14-slim-bookworm
+FROM python:3.11.15-slim-bookworm
 RUN groupadd --gid 10001 baton \
  && useradd --uid 10001 --gid baton --no-create-home --home-dir /tmp baton
 COPY --from=build /opt/baton /opt/baton

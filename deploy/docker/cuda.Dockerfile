@@ -1,6 +1,6 @@
 # Workers on NVIDIA GPUs:  docker build -f deploy/docker/cuda.Dockerfile -t baton:0.1.0-cuda .
 # The wheels of torch, Triton and NIXL bring CUDA's libraries; the driver comes from the node (NVIDIA's container toolkit).
-FROM python:3.11.14-slim-bookworm AS build
+FROM python:3.11.15-slim-bookworm AS build
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
@@ -15,7 +15,7 @@ RUN pip uninstall --yes nixl-cu12 \
  && cd /opt/baton/lib/python3.11/site-packages \
  && rm -r torch/test nixl_ep_cu13
 
-FROM python:3.11.14-slim-bookworm
+FROM python:3.11.15-slim-bookworm
 # Triton compiles a launcher for each kernel; libibverbs and its drivers are what UCX reaches RDMA devices by.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev libibverbs1 ibverbs-providers librdmacm1 \
