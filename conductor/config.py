@@ -26,7 +26,7 @@ class ConductorConfig(ClusterOptions):
     grpc_host: str = option("", "address to serve gRPC on; empty = the same as --host")
     grpc_port: int = option(50051, "port of gRPC; 0 = any free one")
     internal_port: int = option(
-        0, "with --tls-cert: port of the services for workers; 0 = any free one"
+        0, "with --tls-cert or --ssl-certfile: port of the services for workers; 0 = any free one"
     )
     ssl_certfile: str = option("", "certificate (PEM) for HTTPS, and for the public gRPC")
     ssl_keyfile: str = option("", "the private key (PEM) of --ssl-certfile")

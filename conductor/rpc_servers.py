@@ -1,9 +1,11 @@
 """The conductor's gRPC servers: one for everybody, and with TLS one beside it for its workers.
 
-without TLS   grpc_port: Inference; Fleet behind the cluster's token
-with TLS      grpc_port: Inference                internal_port: Fleet, behind token and certificate
+without TLS            grpc_port: Inference; Fleet behind the cluster's token
+for clients            grpc_port: Inference, TLS    internal_port: Fleet, behind the token
+between the processes  grpc_port: Inference         internal_port: Fleet, behind token, certificate
 
-gRPC asks everybody at a port for a certificate, or nobody: clients have none.
+gRPC asks everybody at a port for a certificate, or nobody: clients have none. And workers that
+speak no TLS have no use for a certificate that is for clients.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class RpcServers:
         self._public = RpcServer(address, token, reflect=(SERVICE_NAME,), tls=front)
         self._all = [self._public]
         add_inference(self._public.grpc, conductor, config.max_body_bytes)
-        if certificates is not None:
+        if certificates is not None or front is not None:
             self._all.append(RpcServer(f"{host}:{config.internal_port}", token, tls=certificates))
         self._all[-1].add_fleet(conductor.fleet)
 

@@ -35,6 +35,7 @@ _CONDUCTOR_FLAGS = (
 def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> ClusterPlan:
     """The command lines of every process. Raises ConfigError."""
     environ = with_certificates(environ, options)
+    has_tls = bool(options.tls_cert or options.ssl_certfile)  # workers have a port of their own
     placed = place_workers(options, available_cpus())
     conductor_cpus = place_conductor(placed)
     common = ("--model", str(model), "--model-name", options.served_name, "--exit-with-parent")
@@ -42,13 +43,13 @@ def make_plan(options: ServeOptions, model: Path, environ: dict[str, str]) -> Cl
     def conductor(number: int, listening: Addresses | None) -> ChildSpec:
         http_port = _port(listening.http) if listening else _nth_port(options.port, number)
         grpc_port = _port(listening.grpc) if listening else _nth_port(options.grpc_port, number)
-        internal_port = _port(listening.for_workers) if listening and options.tls_cert else 0
+        internal_port = _port(listening.for_workers) if listening and has_tls else 0
         return ChildSpec(
             f"conductor-{number}" if options.conductors > 1 else "conductor",
             _python(
                 *("conductor", "--name", f"conductor-{number}", "--host", options.host),
                 *("--port", str(http_port), "--grpc-port", str(grpc_port), "--announce", *common),
-                *(("--internal-port", str(internal_port)) if options.tls_cert else ()),
+                *(("--internal-port", str(internal_port)) if has_tls else ()),
                 *(("--cpus", conductor_cpus) if conductor_cpus else ()),
                 *(text for name in _CONDUCTOR_FLAGS for text in _flag(options, name)),
                 *(("--no-kv-fetch",) if not options.kv_fetch else ()),

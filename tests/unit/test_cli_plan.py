@@ -222,3 +222,11 @@ def test_with_certificates_workers_are_told_the_port_that_is_for_them() -> None:
         assert flags_of(spec.argv)["--conductor"] == "127.0.0.1:50200"
     assert plan.ssl_certfile == ""
     assert "--internal-port" not in make_plan(ServeOptions(), Path("m"), {}).conductor(None).argv
+
+
+def test_workers_do_not_use_the_port_with_the_certificate_for_clients() -> None:
+    plan = make_plan(ServeOptions(ssl_certfile="c", ssl_keyfile="k"), Path("m"), {})
+    listening = replace(ADDRESSES, for_workers="127.0.0.1:50200")
+    assert flags_of(plan.conductor(listening).argv)["--internal-port"] == "50200"
+    for spec in plan.workers(listening):
+        assert flags_of(spec.argv)["--conductor"] == "127.0.0.1:50200"

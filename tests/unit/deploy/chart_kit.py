@@ -200,6 +200,10 @@ VALUE_SETS: dict[str, Values] = {
         "serviceMonitor": {"enabled": True},
     },
     "tls-alone": {**ALONE, "tls": {"internal": {"enabled": True, "existingSecret": "members-tls"}}},
+    "tls-for-clients": {
+        **ALONE,
+        "tls": {"clients": {"enabled": True, "existingSecret": "clients-tls"}},
+    },
     "tls-by-cert-manager": {
         "tls": {
             "internal": {"enabled": True, "issuerRef": ISSUER, "peerName": "baton.internal"},

@@ -14,9 +14,13 @@ so they are mounted whole; a file mounted by itself would never change. */}}
 {{- ternary "https" "http" .Values.tls.clients.enabled -}}
 {{- end -}}
 
-{{/* Where workers and stores reach conductors; with TLS between processes it is a port of its own. */}}
+{{/* Where workers and stores reach conductors; with TLS of either kind it is a port of its own. Its name: */}}
+{{- define "baton.internalPortName" -}}
+{{- ternary "internal" "grpc" (or .Values.tls.internal.enabled .Values.tls.clients.enabled) -}}
+{{- end -}}
+
 {{- define "baton.internalPort" -}}
-{{- ternary 50054 50051 .Values.tls.internal.enabled -}}
+{{- ternary 50054 50051 (eq (include "baton.internalPortName" .) "internal") -}}
 {{- end -}}
 
 {{/* Where workers and stores tell the kubelet of their health. It has no certificate. */}}
@@ -50,7 +54,7 @@ so they are mounted whole; a file mounted by itself would never change. */}}
 
 {{/* Of conductors only. */}}
 {{- define "baton.conductorAccessFlags" -}}
-{{- if .Values.tls.internal.enabled }}
+{{- if eq (include "baton.internalPortName" .) "internal" }}
 - --internal-port={{ include "baton.internalPort" . }}
 {{- end }}
 {{- if .Values.tls.clients.enabled }}
