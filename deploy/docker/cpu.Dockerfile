@@ -13,10 +13,10 @@ COPY constraints.txt /src/
 RUN pip install -c /src/constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 COPY . /src
 RUN pip install -c /src/constraints.txt "/src[nixl,redis,otel]"
-# 400 MiB that nothing here loads: test programs of PyTorch, NIXL for CUDA 12 and for expert parallelism.
+# What nothing here loads, 400 MiB: test programs (of PyTorch's CPU builds alone), NIXL for CUDA 12 and for expert parallelism.
 RUN pip uninstall --yes nixl-cu12 \
  && cd /opt/baton/lib/python3.11/site-packages \
- && rm -r torch/test nixl_ep_cu13
+ && rm -rf torch/test nixl_ep_cu13
 
 FROM python:3.11.15-slim-bookworm
 RUN groupadd --gid 10001 baton \
