@@ -200,7 +200,7 @@ def test_a_dead_nodes_worker_moves_and_requests_go_on(up: Up) -> None:
             shutil.rmtree(path)
         why = up.job.event("waiting", name=worker)["what"]
         load.wait_for_more()
-        machine = up.ray.add({"decode": 1})
+        machine = up.ray.add({"decode": 2})
         until(lambda: replaced(up.url, worker, dead[worker]["pid"]), up.job.log)
         load.wait_for_more()
     load.assert_right(up.expected)
