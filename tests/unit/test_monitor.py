@@ -118,7 +118,9 @@ async def test_closing_ends_connections() -> None:
 async def test_a_port_that_is_taken_is_a_sentence() -> None:
     metrics = Metrics()
     async with exporting() as (_, port):
-        with pytest.raises(ConfigError, match=r": address already in use; choose another --metrics-port"):
+        with pytest.raises(
+            ConfigError, match=r": address already in use; choose another --metrics-port"
+        ):
             async with monitored(f"{HOST}:0", port, metrics.render_for, loop_lag(metrics)):
                 pytest.fail("it was served")
 
