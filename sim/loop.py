@@ -162,6 +162,7 @@ class SimLoop(VirtualTimeLoop):
             self._steps_now += 1
             handle._run()
         if self._steps_now > self._steps_at_a_time:
+            self._steps_now = 0  # for the clean-up after it
             raise StandStill(f"time stands still at {self.now:.6f}: work has no end")
 
     def _jump(self) -> None:

@@ -17,6 +17,7 @@ from sim.loop import OWNER, Clock, SimLoop, SimTask
 T = TypeVar("T")
 
 BURIAL_S = 60.0  # of virtual time, for the clean-up of tasks that nobody hears of any more
+ROUNDS = 3  # of cancelling them
 
 
 class Condition(StrEnum):
@@ -103,7 +104,7 @@ class Process:
         tasks = self.tasks()
         self.halted = False
         self._release()
-        for _ in range(3):
+        for _ in range(ROUNDS):
             for task in tasks:
                 task.cancel()
             if tasks:

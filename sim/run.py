@@ -10,6 +10,7 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ from sim.loop import SimLoop, StandStill
 from sim.network import Network
 from sim.plan import DEADLINE_S, Client, Plan, make_plan
 from sim.plan_conductors import make_plan_of_several
+from sim.process import BURIAL_S, ROUNDS
 from sim.reconnect import Caller
 from sim.trouble import Trouble
 
@@ -161,8 +163,10 @@ class _Run:
         return check_story(story, incidents, self._trouble.halted_s)
 
     async def bury(self) -> None:
+        """End all tasks, so that Python has nothing to complain about."""
         for process in [*self._cluster.dead, *self._cluster.processes()]:
             await process.bury()
+        await end_others()
 
     # -- clients -------------------------------------------------------------------------------
 
@@ -316,14 +320,22 @@ def _describe(about: dict[str, Any]) -> str:
     return f"unhandled: {about.get('message')} {error!r}"
 
 
-def _bury(loop: SimLoop, run: _Run) -> None:
-    """End all tasks, so that Python has nothing to complain about."""
-    try:
-        loop.run_until_complete(run.bury())
-        rest = [task for task in asyncio.all_tasks(loop) if not task.done()]
-        for task in rest:
+async def end_others() -> None:
+    """The harness's own tasks, and those that a process got from another one's burial, after its
+    own. Their clean-up takes steps, too."""
+    for _ in range(ROUNDS):
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if not others:
+            return
+        for task in others:
             task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-    except StandStill:
-        return
+        await asyncio.wait(others, timeout=BURIAL_S)
+
+
+def _bury(loop: SimLoop, run: _Run) -> None:
+    burial = loop.create_task(run.bury())
+    for _ in range(ROUNDS):
+        with suppress(StandStill):  # of what is being buried
+            loop.run_until_complete(burial)
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import sim.run
 from sim.faults import main, run_many, summarize
-from sim.run import run_seed
+from sim.loop import SimLoop
+from sim.run import end_others, run_seed
 
 SEEDS = 60
 CHUNK = 20
@@ -29,7 +32,7 @@ def test_nothing_goes_wrong_under_faults(first: int) -> None:
 
 def test_a_seed_is_the_same_run_in_every_process() -> None:
     """Whatever strings hash to, and wherever objects lie."""
-    code = "from sim.run import run_seed; print(*(run_seed(n, True).digest for n in (2, 3, 5)))"
+    code = "from sim.run import end_others, run_seed; print(*(run_seed(n, True).digest for n in (2, 3, 5)))"
     digests = set()
     for hash_seed in ("1", "2"):
         done = subprocess.run(
@@ -61,6 +64,45 @@ def test_the_parts_of_a_long_run_add_up(tmp_path: Path, capsys: pytest.CaptureFi
     assert total.pop("virtual_s") == pytest.approx(whole.pop("virtual_s"), abs=0.2)
     assert total == whole
     assert total["seeds"] == 6
+
+
+def test_at_the_end_tasks_get_the_steps_that_their_clean_up_takes() -> None:
+    """Otherwise they complain on standard error when Python finds them behind a closed loop."""
+    loop = SimLoop()
+
+    async def clean_up_slowly() -> None:
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            for _ in range(5):
+                await asyncio.sleep(0.1)
+
+    async def main() -> None:
+        tasks = [loop.create_task(clean_up_slowly()) for _ in range(2)]
+        await asyncio.sleep(0)
+        await end_others()
+        assert all(task.cancelled() for task in tasks)
+
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize(("steps", "seed"), [(100, 0), (150, 3)])
+def test_a_run_in_which_time_stood_still_leaves_no_task(
+    steps: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops: list[SimLoop] = []
+
+    def make_loop() -> SimLoop:
+        loops.append(SimLoop(steps))
+        return loops[0]
+
+    monkeypatch.setattr(sim.run, "SimLoop", make_loop)
+    (violation,) = run_seed(seed).violations
+    assert "time stands still" in violation
+    assert not [task for task in asyncio.all_tasks(loops[0]) if not task.done()]
 
 
 def test_the_command_replays_a_seed(capsys: pytest.CaptureFixture[str]) -> None:
