@@ -20,7 +20,7 @@ from conductor.bench_figures import Figure, Plan
 from conductor.bench_puppet import Pace, puppets
 from conductor.bench_relay import PAIRS, SECRET, Rig, conductor_on, many, on_cpus, share_cpus
 
-ROUNDS = 5
+ROUNDS = 3
 REQUESTS = 300
 AT_ONCE = 16
 STREAMS = 64
