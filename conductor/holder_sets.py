@@ -7,6 +7,7 @@ wide as there are holders, and one operation of a few dozen nanoseconds for all 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -34,14 +35,14 @@ def reach(members: int) -> int:
     return members | (members & slower) << 1 | (members & gpu) << 2
 
 
-def fastest_bits(reached: int) -> list[int]:
-    """Numbers of the bits that stand for the fastest tier of each holder, of some `reach`."""
-    if not reached:
-        return []
-    first = (reached & -reached).bit_length() - 1
-    if first // _NUM_TIERS == (reached.bit_length() - 1) // _NUM_TIERS:
-        return [first]  # one holder: what is most often asked for
-    return bits_of(reached & ~((reached & _every(reached, 0b011)) << 1))
+def fastest_bits(reached: int) -> Iterator[int]:
+    """Numbers of the bits that stand for the fastest tier of each holder, of some `reach`,
+    ascending. One by one: of a crowd, the first few are wanted."""
+    left = reached & ~((reached & _every(reached, 0b011)) << 1)
+    while left:
+        lowest = left & -left
+        yield lowest.bit_length() - 1
+        left ^= lowest
 
 
 def bits_of(members: int) -> list[int]:
