@@ -119,21 +119,22 @@ class HolderSets:
         return lists + self._int_bytes + self.refs.nbytes + self.vacant.nbytes
 
     def id_of(self, members: int) -> int:
-        """Id of a set that is not empty; 0 when there are as many sets as there may be."""
+        """Id of a set that is not empty; 0 when there are as many sets as there may be. One holder
+        alone always finds room: there are few such sets, and any other may shrink to one."""
         known = self._ids.get(members)
         if known is not None:
             return known
+        if len(self) >= self._limit and members.bit_count() > 1:
+            return 0
         if self._free:
             new = self._free.pop()
-        elif len(self.members) <= self._limit:
+        else:
             new = len(self.members)
             self.members.append(0)
             self.reach.append(0)
             if new == self.refs.size:
                 self.refs = np.concatenate((self.refs, np.zeros_like(self.refs)))
                 self.vacant = np.concatenate((self.vacant, np.zeros_like(self.vacant)))
-        else:
-            return 0
         self._ids[members] = new
         self._set(new, members)
         return new

@@ -32,9 +32,9 @@ class PrefixMap:
 
     Further holders of a known block cost nothing (blocks of a prefix share their set of holders).
     Blocks beyond the bound are ignored until others go, and counted in `dropped`; so are changes
-    that would need more than max_blocks / 64 (or 4,096) different sets of holders, where a removal
-    forgets the block for all its holders. The holder does not learn of it; its next snapshot tries
-    again.
+    that would need more than max_blocks / 64 (or 4,096) different sets of several holders, where a
+    removal forgets the block for those that are left. The holder does not learn of it; its next
+    snapshot tries again.
 
     Messages are queued and applied together, at the latest when somebody looks. Additions go first,
     so that removals of the same batch make no room yet: let `max_blocks` be a tenth more than all

@@ -334,20 +334,26 @@ def test_many_holders_of_one_prefix() -> None:
 
 
 def test_too_many_different_sets_of_holders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An addition is ignored then, a removal takes the block away from everybody."""
-    monkeypatch.setattr("conductor.block_index._LEAST_SETS", 2)
+    """An addition is ignored then, and a removal takes the block away from the others, too, unless
+    there is one left."""
+    monkeypatch.setattr("conductor.block_index._LEAST_SETS", 3)
     view = one_holder(100)
     view.apply("b", KvSnapshot(0, Tier.GPU, keys(range(10)), first=True, last=True))
-    assert view.num_blocks == 10
+    assert (view.num_blocks, view.num_entries, view.dropped) == (10, 10, 0)
     view.apply("a", KvEvents(1, Tier.GPU, keys(range(5))))
     assert (view.num_blocks, view.num_entries, view.dropped) == (10, 15, 0)
-    view.apply("c", KvSnapshot(0, Tier.GPU, keys(range(20)), first=True, last=False))
-    assert (view.num_blocks, view.num_entries, view.dropped) == (10, 15, 20)
-    view.apply("b", KvEvents(1, Tier.GPU, b"", keys(range(5))))
-    assert (view.num_blocks, view.num_entries, view.dropped) == (5, 5, 25)
+    view.apply("c", KvSnapshot(0, Tier.GPU, keys(range(3)), first=True, last=True))
+    assert (view.num_blocks, view.num_entries, view.dropped) == (10, 18, 0)
+    view.apply("c", KvEvents(1, Tier.GPU, keys(range(5, 20))))  # b and c together are too many
+    assert (view.num_blocks, view.num_entries, view.dropped) == (20, 28, 5)
+    view.apply("b", KvEvents(1, Tier.GPU, b"", key(0)))  # and so are a and c
+    assert (view.num_blocks, view.num_entries, view.dropped) == (19, 25, 6)
     assert view.holders(key(0)) == ()
-    view.apply("c", KvEvents(1, Tier.GPU, keys(range(10))))
-    assert (view.num_blocks, view.num_entries, view.dropped) == (10, 15, 25)
+    view.apply("c", KvEvents(2, Tier.GPU, b"", keys(range(1, 3))))  # a and b are there
+    assert (view.num_blocks, view.num_entries, view.dropped) == (19, 23, 6)
+    view.apply("b", KvEvents(2, Tier.GPU, b"", keys(range(1, 10))))
+    assert (view.num_blocks, view.num_entries, view.dropped) == (14, 14, 6)
+    assert view.holders(key(1)) == (("a", Tier.GPU),)
 
 
 @given(st.sets(st.integers(0, 50)))
