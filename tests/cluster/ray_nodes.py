@@ -57,7 +57,8 @@ class Machine:
     process: subprocess.Popen[bytes]
 
     def pids(self) -> set[int]:
-        return pids_with(f"TEST_NODE={self.name}")
+        """What Ray started there, and what that started in sessions of its own."""
+        return in_session(self.process.pid) | pids_with(f"TEST_NODE={self.name}")
 
 
 @dataclass
@@ -89,7 +90,7 @@ class RayNodes:
         }
 
     def pids(self) -> set[int]:
-        return pids_with(f"BATON_TEST_MARK={self.mark}")
+        return pids_with(f"BATON_TEST_MARK={self.mark}").union(*(m.pids() for m in self.nodes))
 
     def add(self, resources: dict[str, float], gpus: int = 0) -> Machine:
         """Start one more node, and wait until Ray knows it."""
@@ -119,16 +120,30 @@ class RayNodes:
         name = f"job-{len(self.jobs)}"
         runtime_env = directory.with_suffix(".yaml")
         runtime_env.write_text(json.dumps({"env_vars": environ}))
-        self.cli(
+        argv = (
             *("submit", "--working-dir", str(directory), "--runtime-env", str(runtime_env)),
             *("--submission-id", name, "--no-wait", "--", *command),
         )
+
+        def submitted() -> bool:
+            done = self._job_command(*argv)
+            if "No available agent to submit job, please try again" in done.stderr:
+                return False  # Ray's agent begins after its raylet
+            assert done.returncode == 0, done.stdout + done.stderr
+            return True
+
+        until(submitted, self.log)
         self.jobs.append(name)
         return Job(self, name)
 
     def cli(self, *argv: str) -> str:
         """`ray job ...`; it must succeed."""
-        done = subprocess.run(
+        done = self._job_command(*argv)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def _job_command(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             [str(RAY), "job", argv[0], "--address", self.dashboard, *argv[1:]],
             capture_output=True,
             text=True,
@@ -136,8 +151,6 @@ class RayNodes:
             check=False,
             env=self.environ,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
     def get(self, path: str) -> Any:
         reply = httpx.get(self.dashboard + path, timeout=30.0, trust_env=False)
@@ -220,6 +233,18 @@ def ray_nodes() -> Iterator[RayNodes]:
         for node in ray.nodes:
             node.process.wait(STOP_S)
         shutil.rmtree(ray.directory, ignore_errors=True)
+
+
+def in_session(session: int) -> set[int]:
+    """Those that run. Some processes of Ray overwrite their environment with their title, and are
+    found only so."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its = path.read_text().rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                found.add(int(path.parent.name))
+    return found
 
 
 def kill(find: Callable[[], set[int]]) -> None:
