@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -28,8 +29,16 @@ class Placement:
     def apply(self) -> None:
         """Bind this process, and what it will start, to its CPUs. To be called before torch is
         imported: OpenMP looks at CPUs and environment once."""
-        os.sched_setaffinity(0, self.cpus)
+        bind(self.cpus)
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
+
+
+def bind(cpus: Sequence[int]) -> None:
+    """Keep this process, with the threads that libraries began when they were imported, and what
+    it will start, on these CPUs."""
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread.name), cpus)
 
 
 def choose_placement(cpus: str, threads: int) -> Placement:

@@ -13,7 +13,7 @@ from pathlib import Path
 import orjson
 
 from baton.config import parse_config
-from baton.cpus import choose_placement
+from baton.cpus import bind, choose_placement
 from baton.errors import BatonError
 from baton.logs import setup_logging
 from baton.model.spec import load_spec, resolve_model
@@ -32,7 +32,7 @@ def main() -> int:
         config = parse_config(ConductorConfig, sys.argv[1:], os.environ, "python -m conductor")
         setup_logging(config.log_level, config.name)
         if config.cpus:
-            os.sched_setaffinity(0, choose_placement(config.cpus, threads=0).cpus)
+            bind(choose_placement(config.cpus, threads=0).cpus)
         if config.exit_with_parent:
             watch_parent()
         model = load_model(config)

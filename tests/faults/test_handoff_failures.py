@@ -22,6 +22,7 @@ from baton.errors import (
 from baton.kv.handoff.leases import Ending
 from baton.kv.transport.loopback import Fault
 from baton.rpc.memory import MemoryDuplex, duplex_pair
+from baton.tasks import OwnedTasks
 from baton.types.fleet import KvLayout, Peer
 from baton.types.handoff import (
     Abort,
@@ -47,7 +48,7 @@ FINISHED = WireError("finished", "the first token ended the answer")
 async def test_fetch_needs_its_owner() -> None:
     async with cluster() as c:
         prefill, decode = await c.prefill(), await c.decode()
-        decode.reader._tasks = None
+        decode.reader._tasks = OwnedTasks()
         with pytest.raises(InternalError, match="not running"):
             await decode.fetch(A, prefill.peer, (1,))
 

@@ -68,6 +68,7 @@ def run(environ: dict[str, str], out: Path, *flags: str) -> tuple[int, dict[str,
     return done.returncode, json.loads((out / "gpu.json").read_text()), done.stdout
 
 
+@pytest.mark.timeout(400)
 def test_every_part_runs_on_a_bare_machine(bare: dict[str, str], tmp_path: Path) -> None:
     """On the CPU, with tiny sizes: the same code. Peers are left out; they have their own needs."""
     names = ["machine", "tests", "weights", "attention", "decode", "prefill", "kernels", "steps"]

@@ -245,7 +245,7 @@ async def test_measure_warms_up_and_reports_progress(
         prompts.append(prompt_of(request))
         return httpx.Response(200, content=sse(EVENTS))
 
-    monkeypatch.setattr(serve, "Client", lambda url, timeout_s, api_key: fake_client(answer))
+    monkeypatch.setattr(serve, "Client", lambda url, **_: fake_client(answer))
     progress: list[tuple[int, int]] = []
     plan = LoadPlan(SHAPE, requests=5, concurrency=2, rate_per_s=rate, warmup=2, slo=Slo(60.0))
     run = await serve.measure("x", plan, lambda *step: progress.append(step))
@@ -267,7 +267,7 @@ async def test_a_run_without_any_success_is_an_error(monkeypatch: pytest.MonkeyP
     async def refuse(request: httpx.Request) -> httpx.Response:
         return httpx.Response(503, json={"error": {"message": "nobody", "code": "no_worker"}})
 
-    monkeypatch.setattr(serve, "Client", lambda url, timeout_s, api_key: fake_client(refuse))
+    monkeypatch.setattr(serve, "Client", lambda url, **_: fake_client(refuse))
     with pytest.raises(ConfigError, match="nobody"):
         await serve.measure("x", LoadPlan(SHAPE, requests=2), lambda *_: None)
 
