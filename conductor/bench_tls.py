@@ -20,12 +20,12 @@ from conductor.bench_figures import Figure, Plan
 from conductor.bench_puppet import Pace, puppets
 from conductor.bench_relay import PAIRS, SECRET, Rig, conductor_on, many, on_cpus, share_cpus
 
-ROUNDS = 3
-REQUESTS = 300
+ROUNDS = 5
+REQUESTS = 200
 AT_ONCE = 16
 STREAMS = 64
-STREAM_TOKENS = 400
-ALONE = 100
+STREAM_TOKENS = 200
+ALONE = 50
 
 _TIMEOUT_S = 300.0
 
