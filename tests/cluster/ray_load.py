@@ -15,12 +15,14 @@ Answers = dict[str, str]
 
 
 class Load:
-    """Asks the same prompts again and again, in so many streams at a time."""
+    """Asks the same prompts again and again, in so many streams at a time. `pause_s`, after each
+    answer, leaves the machine to what is being started."""
 
-    def __init__(self, url: str, streams: int = len(PROMPTS)) -> None:
+    def __init__(self, url: str, streams: int = len(PROMPTS), pause_s: float = 0.0) -> None:
         self.answers: list[tuple[str, str]] = []
         self.errors: list[str] = []
         self._url = url
+        self._pause_s = pause_s
         self._enough = threading.Event()
         self._threads = [
             threading.Thread(target=self._ask_on, args=(PROMPTS[i % len(PROMPTS)],))
@@ -53,6 +55,7 @@ class Load:
                 self.answers.append((prompt, ask(self._url, prompt)))
             except (httpx.HTTPError, AssertionError) as error:
                 self.errors.append(f"{prompt!r}: {error}")
+            self._enough.wait(self._pause_s)
 
 
 def ask(url: str, prompt: str) -> str:

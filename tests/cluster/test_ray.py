@@ -175,7 +175,7 @@ def test_a_worker_ends_with_rays_process_and_comes_back_in_another(up: Up) -> No
 
 
 def test_a_pool_grows_with_the_load_and_drains_what_it_gives_back(up: Up) -> None:
-    with Load(up.url) as steady:
+    with Load(up.url, pause_s=0.5) as steady:
         with Load(up.url, streams=4 * AT_A_TIME) as surge:
             until(lambda: "decode-2" in members(up.url), up.job.log)
             surge.wait_for_more()
@@ -196,14 +196,16 @@ def test_a_dead_nodes_worker_moves_and_requests_go_on(up: Up) -> None:
     with Load(up.url) as load:
         load.wait_for_more()
         up.ray.lose(up.second)
-        for path in memory_of(dead[worker]["node"]):  # goes with a machine
-            shutil.rmtree(path)
-        why = up.job.event("waiting", name=worker)["what"]
         load.wait_for_more()
+    for path in memory_of(dead[worker]["node"]):  # goes with a machine
+        shutil.rmtree(path)
+    with Load(up.url, pause_s=0.5) as later:
+        why = up.job.event("waiting", name=worker)["what"]
         machine = up.ray.add({"decode": 2})
         until(lambda: replaced(up.url, worker, dead[worker]["pid"]), up.job.log)
-        load.wait_for_more()
+        later.wait_for_more()
     load.assert_right(up.expected)
+    later.assert_right(up.expected)
     assert re.search(rf"{worker} needs 1 x .*; node \S+ has 0 of 1 decode left$", why), why
     moved = members(up.url)[worker]
     assert moved["pid"] in machine.pids()
