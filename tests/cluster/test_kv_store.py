@@ -80,7 +80,8 @@ def kill(cluster: Cluster, kind: str, name: str) -> None:
 
 
 def stored(cluster: Cluster) -> int:
-    return int(member(cluster, "stores", "store-0")["blocks"]["cached"])
+    blocks = member(cluster, "stores", "store-0")["blocks"]  # none before its first report
+    return int(blocks.get("cached", 0))
 
 
 @pytest.fixture(scope="module")
