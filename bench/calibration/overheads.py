@@ -65,8 +65,10 @@ def fit_overheads(lone: Sequence[Lone], runner: Calibrated) -> Overheads:
     )
 
     def handoff_cpu_s(one: Lone) -> float:
+        """At most what the client waited: an answer has many steps, and a little more CPU time in
+        each is no handoff."""
         step_s = _step_s(one, runner) + decode_s + decode_seq_s
-        return one.decode_cpu_s - (one.output - 1) * step_s
+        return min(one.decode_cpu_s - (one.output - 1) * step_s, _handoff_s(one))
 
     handoff_s, handoff_block_s = least_squares(
         [[1.0, one.blocks] for one in answers], [handoff_cpu_s(one) for one in answers]
@@ -82,10 +84,7 @@ def fit_overheads(lone: Sequence[Lone], runner: Calibrated) -> Overheads:
     ]
     ask_wait_s = median(ask_waits)
     later_s = min(prefill_s, max(0.0, -ask_wait_s))
-    handoff_waits = [
-        _known(one.first_gap_s) - _known(one.gap_s) - handoff_s - handoff_block_s * one.blocks
-        for one in answers
-    ]
+    handoff_waits = [_handoff_s(one) - handoff_s - handoff_block_s * one.blocks for one in answers]
     return Overheads(
         ask_s=ask_s,
         ask_token_s=ask_token_s,
@@ -110,6 +109,11 @@ def _prefill_s(one: Lone, runner: Calibrated) -> float:
 def _step_s(one: Lone, runner: Calibrated) -> float:
     """Of a bare runner, halfway through the answers."""
     return runner.seconds([], [one.prompt + one.output // 2] * one.together)
+
+
+def _handoff_s(one: Lone) -> float:
+    """As a client sees it: how much later than others the second token comes."""
+    return _known(one.first_gap_s) - _known(one.gap_s)
 
 
 def _known(seconds: float | None) -> float:

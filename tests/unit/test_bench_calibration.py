@@ -57,6 +57,18 @@ def test_what_the_client_does_not_wait_for_is_lending() -> None:
     assert found.prefill_s == pytest.approx(0.0015, rel=1e-3)
 
 
+def test_cpu_time_that_no_client_waited_for_is_no_handoff() -> None:
+    """Half a millisecond more in each step of an answer, beside what its tokens wait for."""
+    busy = [
+        replace(one, decode_cpu_s=one.decode_cpu_s + 0.0005 * (one.output - 1))
+        for one in (lone(1, p, o) for p in (64, 512, 1024) for o in (1, 16, 40))
+    ]
+    found = fit_overheads(busy, ENGINE)
+    for blocks in (1, 2):
+        total = found.handoff_s + found.handoff_block_s * blocks + found.handoff_wait_s
+        assert total == pytest.approx(0.006 + 0.001 * blocks, rel=1e-3)
+
+
 def test_both_clusters_are_asked_the_same() -> None:
     planned = poisson(50, 10.0, seed=3)
     assert planned == poisson(50, 10.0, seed=3)
