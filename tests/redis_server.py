@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from bench.ports import free_port
 from tests.certificates import Authority
 
 BINARY = shutil.which("redis-server")
@@ -29,7 +30,7 @@ class RedisServer:
     def __init__(
         self, directory: Path, password: str = "", tls: Authority | None = None, acl: str = ""
     ) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self._directory = directory
         self._password = password
         self._tls = tls
@@ -117,9 +118,3 @@ def redis_server(
             yield server
         finally:
             server.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -21,8 +21,9 @@ from baton.rpc.redis_options import RedisOptions
 from baton.rpc.registry import open_registry
 from baton.types.fleet import WorkerLoad
 from baton.types.link import StepReport
-from bench.chaos.processes import ChaosFailed, Command, Kept, free_port, pids_with
+from bench.chaos.processes import ChaosFailed, Command, Kept, pids_with
 from bench.chaos.waiting import until
+from bench.ports import free_port
 
 START_S = 240.0
 ASK_S = 2.0  # how long one look at a process may take

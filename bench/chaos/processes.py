@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,12 +114,6 @@ class Kept:
     def log_tail(self, lines: int = 15) -> str:
         text = self._log.read_text(errors="replace") if self._log.exists() else "(no log)"
         return "\n".join(text.splitlines()[-lines:])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def pids_with(variable: str) -> set[int]:

@@ -10,11 +10,9 @@ import contextlib
 import importlib.util
 import json
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,7 @@ from typing import Any
 
 import httpx
 
+from bench.ports import free_port
 from tests.cluster.conftest import pids_with
 
 ROOT = Path(__file__).parents[2]
@@ -267,16 +266,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait(STOP_S)
-
-
-def free_port() -> int:
-    """Outside 10002-19999, where Ray's own workers listen, and outside those that the kernel gives
-    away."""
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def until(holds: Callable[[], bool], otherwise: Callable[[], str]) -> None:

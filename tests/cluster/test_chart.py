@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bench.ports import free_port
 from tests.certificates import Authority
 from tests.cluster.by_hand import STOP_S, until
 from tests.unit.deploy.chart_kit import ALONE, Pod, environment, expand, pod_of, render
@@ -133,11 +133,7 @@ def make_secrets(directory: Path) -> str:
 
 
 def free_ports(wanted: set[int]) -> dict[int, int]:
-    with contextlib.ExitStack() as bound:
-        sockets = {port: bound.enter_context(socket.socket()) for port in wanted}
-        for each in sockets.values():
-            each.bind((HOST, 0))
-        return {port: each.getsockname()[1] for port, each in sockets.items()}
+    return {port: free_port() for port in wanted}
 
 
 def start(pod: Pod, ports: Mapping[int, int], directory: Path, client: httpx.Client) -> Running:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
+from bench.ports import free_port
 from tests.cluster.by_hand import ByHand, Conductor, by_hand, until
 from tests.unit.metrics_kit import PROCESSES, exported, families_of
 
@@ -35,12 +35,6 @@ class Watched:
         """0 where it is not exported."""
         lines = (line.rpartition(" ") for line in self.scrape(name).splitlines())
         return next((float(value) for text, _, value in lines if text == sample), 0.0)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
