@@ -12,8 +12,9 @@ from typing import Any
 from bench import machine
 from bench.environments import CACHE
 from bench.measure import RATE_SHARE, Driver, Figures, Measured
+from bench.ports import free_port
 from bench.process import StartError, busy_s
-from bench.server import PORTS, Server, Startup, free_ports
+from bench.server import PORTS, Server, Startup
 from bench.systems import SYSTEMS, Place, System, python_of
 from bench.turns import Turns
 from bench.workloads import WORKLOADS, Arrivals, Load, Setting, Workload
@@ -229,7 +230,7 @@ class ModelSession:
             self._model,
             self._plan.models[self._model],
             self._plan.cpus,
-            free_ports(PORTS),
+            [free_port() for _ in range(PORTS)],
             self._plan.device,
             self._plan.extra.get(name, ()),
         )
